@@ -1,0 +1,54 @@
+"""The errors a user can meet, each with its exit code.
+
+    PosthocError
+    ├── MachineError    1  the machine failed: disk full, permission, device out of memory
+    ├── UsageError      2  the command line is wrong
+    └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
+"""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could steer a terminal escaped, on one line.
+
+    What a file says about itself (names, metadata) is not ours to trust: it passes through here
+    before it is shown.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
+
+
+class PosthocError(Exception):
+    """One line for the user: which file or option, what is wrong with it, and what to do."""
+
+    exit_code = 1
+
+    def __init__(self, subject: str, problem: str, remedy: str) -> None:
+        super().__init__(subject, problem, remedy)
+        self.subject = subject
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return printable(f"{self.subject}: {self.problem}; {self.remedy}")
+
+
+class MachineError(PosthocError):
+    """The machine failed: disk full, permission denied, device out of memory."""
+
+    exit_code = 1
+
+
+class UsageError(PosthocError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class SnapshotError(PosthocError):
+    """The snapshots are wrong: corrupt, inconsistent, none found, or without a profile."""
+
+    exit_code = 3

@@ -1,0 +1,111 @@
+"""The power-function profile of an EMA: the paper's equations, one function each.
+
+The paper is Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
+arXiv 2312.02696; equation numbers are those of its appendix C. Every function takes Python
+numbers, NumPy arrays or torch tensors, broadcasts them, and answers in kind: one implementation
+serves the CPU and the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+MAX_SIGMA_REL = 12**-0.5
+"""The width of the uniform average (gamma = 0); a positive gamma is always narrower."""
+
+Array = Any
+"""A NumPy array or a torch tensor, of float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How an EMA spreads its weight over training time.
+
+    `p(u) = (gamma + 1) u^gamma / step^(gamma + 1)` on `[0, step]` (eq. 121), where `step` is the
+    training step the average was taken at (> 0) and `gamma` its exponent (> -1).
+    """
+
+    step: float
+    gamma: float
+
+    @property
+    def sigma_rel(self) -> float:
+        """Relative width: the standard deviation of the profile over `step` (eq. 123)."""
+        return float(gamma_to_sigma_rel(self.gamma))
+
+
+def gamma_to_sigma_rel(gamma: Array) -> Array:
+    """Relative width of the profile with exponent `gamma` (eq. 123).
+
+    `sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`. Raises ValueError unless
+    gamma > -1 and finite.
+    """
+    xp, gamma, scalar = _float64(gamma)
+    if not bool(xp.all((gamma > -1) & xp.isfinite(gamma))):
+        raise ValueError("gamma must be greater than -1 and finite")
+    sigma_rel = xp.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+    return float(sigma_rel) if scalar else sigma_rel
+
+
+def sigma_rel_to_gamma(sigma_rel: Array) -> Array:
+    """Exponent of the profile with relative width `sigma_rel`; inverse of eq. 123.
+
+    The paper takes the root of a cubic in gamma (eq. 126, algorithm 2). With y = 1 / (gamma + 2)
+    it reads `sigma_rel = y sqrt((1 - y) / (1 + y))`, monotonic and concave on 0 < y < 1/2, so
+    Newton's steps from the left approach the root from one side and cannot leave the interval.
+    Exact to 1e-12 over the whole range. Raises ValueError unless 0 < sigma_rel < 12^-0.5.
+    """
+    xp, sigma_rel, scalar = _float64(sigma_rel)
+    if not bool(xp.all((sigma_rel > 0) & (sigma_rel < MAX_SIGMA_REL))):
+        raise ValueError("sigma_rel must lie between 0 and 12^-0.5 = 0.2887, both excluded")
+    y = sigma_rel  # y >= sigma_rel always, as the square root is below one
+    for _ in range(8):  # quadratic convergence; six reach machine precision from the worst start
+        root = xp.sqrt((1 - y) / (1 + y))
+        slope = root * (1 - y / ((1 - y) * (1 + y)))
+        y = y - (y * root - sigma_rel) / slope
+    gamma = 1 / y - 2
+    return float(gamma) if scalar else gamma
+
+
+def decay(gamma: Array, step: Array, covered: Array = 1) -> Array:
+    """The factor `beta` of an EMA update that ends at `step` and covers `covered` steps.
+
+    `average = beta * average + (1 - beta) * value`, `beta = (1 - covered / step)^(1 + gamma)`
+    (eq. 127). `covered == step` gives 0: the first update takes the value itself.
+    """
+    return (1 - covered / step) ** (1 + gamma)
+
+
+def norm(step: Array, gamma: Array) -> Array:
+    """L2 norm of a profile, `sqrt(integral of p^2)`: the square root of eq. 151 with itself.
+
+    Defined for gamma > -1/2; in units of 1 / sqrt(steps).
+    """
+    xp = array_api_compat.array_namespace(step, gamma)
+    return (gamma + 1) / xp.sqrt((2 * gamma + 1) * step)
+
+
+def cosine(step_a: Array, gamma_a: Array, step_b: Array, gamma_b: Array) -> Array:
+    """Inner product of two profiles over the product of their norms (eq. 151, scaled).
+
+    1 for the same profile, and never outside [0, 1]: nothing in it over- or underflows, whatever
+    the steps and exponents (gamma > -1/2). Arguments broadcast.
+    """
+    xp = array_api_compat.array_namespace(step_a, gamma_a, step_b, gamma_b)
+    later_gamma = xp.where(step_a < step_b, gamma_b, gamma_a)
+    ratio = xp.minimum(step_a, step_b) / xp.maximum(step_a, step_b)
+    overlap = xp.sqrt((2 * gamma_a + 1) * (2 * gamma_b + 1)) / (gamma_a + gamma_b + 1)
+    return overlap * ratio ** (later_gamma + 0.5)
+
+
+def _float64(value: Array) -> tuple[Any, Array, bool]:
+    """The namespace of `value`, `value` as a float64 array, and whether it was a plain number."""
+    if array_api_compat.is_array_api_obj(value):
+        xp = array_api_compat.array_namespace(value)
+        return xp, xp.astype(value, xp.float64), False
+    array = np.asarray(value, dtype=np.float64)
+    return array_api_compat.array_namespace(array), array, array.ndim == 0

@@ -1,0 +1,148 @@
+"""Profiles in, weights and their diagnostics out; knows no files.
+
+Algorithm 3 of the paper: the weighted sum of the snapshots' profiles shall be as near to the
+target's profile as it can be in the L2 norm over training time. That is a linear system whose
+matrix holds the profiles' inner products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat.numpy as np_compat
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.profiles import Array, Profile, cosine, norm
+
+METHODS = ("edm2", "algorithm3")
+"""`edm2`: algorithm 3, rescaled to sum one, as the paper's official code does.
+`algorithm3`: not rescaled, as in the paper's text."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The weights that make the targets out of the snapshots, and how good they are.
+
+    `weights` is [targets, snapshots]; `sum_of_weights`, `noise_gain` (2-norm of the weights: how
+    much independent rounding noise of the snapshots is amplified) and `profile_error` (L2 distance
+    between the wanted profile and the one the weights give, relative to the wanted one's norm) are
+    [targets]. `condition_number` is that of the matrix solved: inner products of the snapshots'
+    profiles, each scaled to norm one.
+    """
+
+    snapshots: tuple[Profile, ...]
+    targets: tuple[Profile, ...]
+    method: str
+    weights: FloatArray
+    sum_of_weights: FloatArray
+    noise_gain: FloatArray
+    profile_error: FloatArray
+    condition_number: float
+
+
+def solve(
+    snapshots: Sequence[Profile],
+    targets: Sequence[Profile],
+    method: str = "edm2",
+    device: str = "cpu",
+) -> Solution:
+    """Weights, [targets, snapshots], that rebuild each target from the snapshots (algorithm 3).
+
+    `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either.
+
+    Raises ValueError when a profile has no finite norm (gamma <= -1/2) or a snapshot was taken
+    after a target's step; SnapshotError when snapshots' profiles are too alike to be told apart.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    if any(profile.gamma <= -0.5 for profile in (*snapshots, *targets)):
+        raise ValueError(f"method {method} needs gamma > -0.5")
+    if max(s.step for s in snapshots) > min(t.step for t in targets):
+        raise ValueError("a snapshot was taken after the target's step")
+
+    xp, step_i, gamma_i = _columns(snapshots, device)
+    _, step_r, gamma_r = _columns(targets, device)
+    # Scaled to unit diagonal, the matrix is far better conditioned than the plain inner products:
+    # those span orders of magnitude between early and late snapshots.
+    gram = cosine(step_i[:, None], gamma_i[:, None], step_i[None, :], gamma_i[None, :])
+    wanted = cosine(step_i[:, None], gamma_i[:, None], step_r[None, :], gamma_r[None, :])
+    try:
+        scaled, condition_number = _solve_symmetric(xp, gram, wanted)
+    except np.linalg.LinAlgError:
+        raise _too_alike(snapshots, _to_numpy(gram)) from None
+    weights = scaled * norm(step_r, gamma_r)[None, :] / norm(step_i, gamma_i)[:, None]
+    if method == "edm2":
+        total = xp.sum(weights, axis=0)
+        weights = weights / total
+        scaled = scaled / total
+
+    # |target - sum|^2 in units of |target|^2; rounding can leave a true zero just below it.
+    squared_error = 1 - 2 * xp.sum(scaled * wanted, axis=0) + xp.sum(scaled * (gram @ scaled), 0)
+    return Solution(
+        snapshots=tuple(snapshots),
+        targets=tuple(targets),
+        method=method,
+        weights=_to_numpy(weights.T),
+        sum_of_weights=_to_numpy(xp.sum(weights, axis=0)),
+        noise_gain=_to_numpy(xp.sqrt(xp.sum(weights**2, axis=0))),
+        profile_error=np.sqrt(np.maximum(_to_numpy(squared_error), 0.0)),
+        condition_number=condition_number,
+    )
+
+
+def _solve_symmetric(xp: Any, matrix: Array, right: Array) -> tuple[Array, float]:
+    """Solve `matrix @ x = right` for a symmetric positive definite matrix; also its condition.
+
+    Raises LinAlgError when the matrix is singular to working precision.
+    """
+    values, vectors = xp.linalg.eigh(matrix)
+    lowest, highest = float(values[0]), float(values[-1])
+    if lowest <= highest * matrix.shape[0] * np.finfo(np.float64).eps:
+        raise np.linalg.LinAlgError
+
+    def solved(side: Array) -> Array:
+        return vectors @ ((vectors.T @ side) / values[:, None])
+
+    x = solved(right)
+    x = x + solved(right - matrix @ x)  # one step of refinement takes out the rounding of eigh
+    return x, highest / lowest
+
+
+def _too_alike(snapshots: Sequence[Profile], gram: FloatArray) -> SnapshotError:
+    """The error that names the two snapshots whose profiles are nearest to each other."""
+    first, second = np.unravel_index(np.argmax(gram - np.eye(len(gram))), gram.shape)
+    a, b = (
+        f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}"
+        for i in sorted((int(first), int(second)))
+    )
+    return SnapshotError(
+        f"snapshots at {a} and {b}",
+        "their profiles are too alike to be told apart",
+        "leave one of them out with --only",
+    )
+
+
+def _columns(profiles: Sequence[Profile], device: str) -> tuple[Any, Array, Array]:
+    """The array namespace of `device`, and the profiles' steps and exponents on it."""
+    steps = [float(profile.step) for profile in profiles]
+    gammas = [float(profile.gamma) for profile in profiles]
+    if device == "cpu":
+        return np_compat, np.asarray(steps), np.asarray(gammas)
+    import array_api_compat.torch as torch_compat  # only here: importing torch takes a second
+    import torch
+
+    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return torch_compat, torch.tensor(steps, **options), torch.tensor(gammas, **options)
+
+
+def _to_numpy(array: Array) -> FloatArray:
+    if isinstance(array, np.ndarray):
+        return array
+    numpy_array: FloatArray = array.cpu().numpy()
+    return numpy_array
