@@ -289,7 +289,7 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         remedy = {
             errno.ENOSPC: "free some space or choose another disk",
-            errno.EDQUOT: "free some space or choose another disk",
+            getattr(errno, "EDQUOT", -1): "free some space or choose another disk",
             errno.EFBIG: "raise the file size limit (ulimit -f) or choose another disk",
             errno.ENOENT: "create the folder first",
             errno.ENOTDIR: "choose another path",
