@@ -1,0 +1,155 @@
+"""Which step and profile a snapshot has, from its file name and its metadata.
+
+The first source that says both decides: --pattern, then the file's own metadata (`step` with
+`gamma` or `sigma_rel`), then its name by the known conventions. Where a second source says
+otherwise, a warning names both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.naming import Pattern, Reading, read_name, read_number
+from posthoc_cli.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
+
+MAX_STEP = 2**53
+"""Above it float64, in which the weights are solved, no longer tells each step from the next."""
+
+MAX_GAMMA = 1e12
+MIN_SIGMA_REL = 1 / MAX_GAMMA
+"""Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The step and profile of a snapshot; `source` is "pattern", "metadata" or "name"."""
+
+    step: int
+    gamma: float
+    sigma_rel: float
+    source: str
+
+
+def identify(
+    name: str,
+    metadata: Mapping[str, str],
+    pattern: Pattern | None = None,
+    profiles: Sequence[float] = (),
+) -> tuple[Identity, list[str]]:
+    """The step and profile of the file `name` with `metadata`, and warnings.
+
+    `profiles` are the sigma_rel values by index. Raises SnapshotError when nothing says them, or
+    when the source that decides says what can't be.
+    """
+    named = read_name(name, pattern, profiles)
+    if pattern is not None:
+        if named is None:
+            raise SnapshotError(
+                name,
+                f"its name doesn't fit --pattern '{pattern.text}'",
+                "leave it out with --only, or widen the pattern",
+            )
+        return _checked(name, named, "pattern"), _doubts(named, metadata, "the pattern")
+    stated = _read_metadata(metadata)
+    if stated is not None:
+        identity = _checked(name, stated, "metadata")
+        if named is None or named.agrees_with(identity.step, identity.sigma_rel):
+            return identity, []
+        return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
+    if named is not None:
+        return _checked(name, named, "name"), _doubts(named, metadata, "the name")
+    found = [key for key in ("step", "gamma", "sigma_rel") if key in metadata]
+    raise SnapshotError(
+        name,
+        f"its metadata has only {' and '.join(found)}, and its name says nothing"
+        if found
+        else "neither its name nor its metadata says its step and profile",
+        "give --pattern, or leave it out with --only",
+    )
+
+
+def _doubts(named: Reading, metadata: Mapping[str, str], used: str) -> list[str]:
+    """A warning if the metadata doesn't say what the name does, which is used."""
+    try:
+        stated = _read_metadata(metadata)
+        if stated is not None:
+            identity = _checked("", stated, "metadata")
+            agrees, says = named.agrees_with(identity.step, identity.sigma_rel), str(stated)
+        else:  # a step alone is not enough to go by, but enough to doubt
+            step = _whole(metadata.get("step", ""))
+            agrees, says = step is None or step in named.steps, f"step {step} and no profile"
+    except SnapshotError as error:
+        return [f"{error.problem}; {used} is used: {named}"]
+    return [] if agrees else [f"its name says {named}, its metadata {says}; {used} is used"]
+
+
+def _read_metadata(metadata: Mapping[str, str]) -> Reading | None:
+    """What `step` with `gamma` or `sigma_rel` says; None unless both are there.
+
+    Raises SnapshotError for a text that is no number, and for a gamma and a sigma_rel that
+    contradict one another.
+    """
+    texts = {key: metadata[key] for key in ("gamma", "sigma_rel") if key in metadata}
+    if not texts or "step" not in metadata:
+        return None
+    step = _whole(metadata["step"])
+    if step is None:
+        raise _unusable("step", metadata["step"], "a whole number")
+    readings = []
+    for key, text in texts.items():
+        number = read_number(text, key)
+        if number is None:
+            raise _unusable(key, text, "a plain number")
+        gamma, sigma_rel = (number[0], None) if key == "gamma" else (None, number[0])
+        steps = range(step, step + 1)
+        readings.append(Reading("metadata", step, steps, gamma, sigma_rel, rounding=number[1]))
+    one, other = (_checked("", reading, "metadata") for reading in (readings[0], readings[-1]))
+    if not any(
+        reading.agrees_with(step, identity.sigma_rel)
+        for reading, identity in ((readings[0], other), (readings[-1], one))
+    ):
+        raise SnapshotError(
+            "",
+            f"its metadata's gamma {texts['gamma']} is sigma_rel {one.sigma_rel:.4g}, "
+            f"but its sigma_rel is {texts['sigma_rel']}",
+            "correct the metadata, or give --pattern",
+        )
+    return readings[0]
+
+
+def _checked(name: str, reading: Reading, source: str) -> Identity:
+    """The identity that `reading` says; raises SnapshotError when no snapshot can have it."""
+    where = "metadata" if source == "metadata" else "name"
+    gamma, sigma_rel = reading.gamma, reading.sigma_rel
+    if not 0 < reading.step <= MAX_STEP:
+        problem = f"its {where} says step {reading.step:.6g}, not one from 1 to 2^53"
+    elif gamma is not None and not 0 < gamma <= MAX_GAMMA:
+        problem = f"its {where} says gamma {gamma:g}, not above 0 and at most {MAX_GAMMA:g}"
+    elif sigma_rel is not None and not MIN_SIGMA_REL <= sigma_rel < MAX_SIGMA_REL:
+        problem = f"its {where} says sigma_rel {sigma_rel:g}, not between 0 and 12^-0.5 = 0.2887"
+    elif gamma is not None:
+        return Identity(reading.step, gamma, float(gamma_to_sigma_rel(gamma)), source)
+    elif sigma_rel is not None:
+        return Identity(reading.step, float(sigma_rel_to_gamma(sigma_rel)), sigma_rel, source)
+    else:
+        raise SnapshotError(
+            name,
+            f"its name says index {reading.index}, for which --profiles has no sigma_rel",
+            "list the values from index 0 on, such as --profiles 0.05,0.10",
+        )
+    raise SnapshotError(name, problem, "correct it, or leave the file out with --only")
+
+
+def _unusable(key: str, text: str, wanted: str) -> SnapshotError:
+    shown = text if len(text) <= 40 else text[:40] + "..."
+    return SnapshotError(
+        "", f"its metadata's {key} is '{shown}', not {wanted}", "correct it, or give --pattern"
+    )
+
+
+def _whole(text: str) -> int | None:
+    """A whole number; of no more digits than int() takes on any Python."""
+    return int(text) if re.fullmatch("[0-9]{1,100}", text) else None

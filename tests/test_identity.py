@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.identity import identify
+from posthoc_cli.naming import compile_pattern
+from posthoc_cli.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
+
+END = ".safetensors"
+
+
+def refusal(name: str, metadata: dict[str, str], pattern: str | None = None) -> str:
+    with pytest.raises(SnapshotError) as caught:
+        identify(name, metadata, compile_pattern(pattern) if pattern else None, (0.05, 0.1))
+    return str(caught.value)
+
+
+@given(st.integers(1, 2**53), st.floats(1e-6, 1e6))
+def test_metadata_as_a_training_loop_writes_it(step: int, gamma: float) -> None:
+    identity, warnings = identify(f"x{END}", {"step": str(step), "gamma": str(gamma)})
+    assert (identity.step, identity.gamma, identity.source) == (step, gamma, "metadata")
+    assert identity.sigma_rel == gamma_to_sigma_rel(gamma)
+    assert not warnings
+    width = float(gamma_to_sigma_rel(gamma))
+    if width < 0.288:
+        other, _ = identify(f"x{END}", {"step": str(step), "sigma_rel": str(width)})
+        assert (other.step, other.sigma_rel) == (step, width)
+        assert other.gamma == pytest.approx(gamma, rel=1e-6, abs=1e-6)
+        both = {"step": str(step), "sigma_rel": str(width), "gamma": str(gamma)}
+        assert identify(f"x{END}", both) == (identity, [])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "sigma_rel"),
+    [("6.94", "0.1"), ("6.94", "0.100"), ("6.9", "0.1"), ("7", "0.1"), ("6.9372039376", "0.1")],
+)
+def test_gamma_and_sigma_rel_agree_within_rounding(gamma: str, sigma_rel: str) -> None:
+    identity, _ = identify(f"x{END}", {"step": "9", "gamma": gamma, "sigma_rel": sigma_rel})
+    assert identity.gamma == float(gamma)
+
+
+@pytest.mark.parametrize(("gamma", "sigma_rel"), [("6.94", "0.05"), ("16.97", "0.1")])
+def test_gamma_and_sigma_rel_that_contradict_are_a_problem(gamma: str, sigma_rel: str) -> None:
+    message = refusal(f"x{END}", {"step": "9", "gamma": gamma, "sigma_rel": sigma_rel})
+    assert f"gamma {gamma} is sigma_rel {gamma_to_sigma_rel(float(gamma)):.4g}" in message
+    assert f"but its sigma_rel is {sigma_rel}" in message
+
+
+BAD = ["nan", "inf", "-inf", "-1", "0", "0.0", "1e400", "", "abc", "1_000", " 5", "٣", "9" * 5000]
+
+
+@pytest.mark.parametrize("value", [*BAD, "1.5", "1e3", str(2**53 + 1)])
+def test_metadata_step_that_is_none(value: str) -> None:
+    # The name could be read; a broken promise of the metadata is said all the same.
+    message = refusal(f"a_1000_6.94{END}", {"step": value, "gamma": "6.94"})
+    assert "metadata" in message
+    assert "step" in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("value", [*BAD, "1e13"])
+def test_metadata_gamma_that_is_none(value: str) -> None:
+    message = refusal(f"a_1000_6.94{END}", {"step": "1000", "gamma": value})
+    assert "metadata" in message
+    assert "gamma" in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("value", [*BAD, "0.28867513459481287", "0.3", "1e-300", "5e-324"])
+def test_metadata_sigma_rel_that_is_none(value: str) -> None:
+    message = refusal(f"a_1000_6.94{END}", {"step": "1000", "sigma_rel": value})
+    assert "metadata" in message
+    assert "sigma_rel" in message
+    both = refusal(f"x{END}", {"step": "1000", "gamma": "6.94", "sigma_rel": value})
+    assert "sigma_rel" in both
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("a_0_6.94", "step 0"),
+        ("a_1000_0", "gamma 0"),
+        ("a_1000_1e400", "gamma inf"),
+        ("a-0000000-0.050", "step 0"),
+        ("a-0000134-0.000", "sigma_rel 0"),
+        ("a-0000134-0.289", "sigma_rel 0.289"),
+        ("2.1000", "index 2"),
+        ("a_" + "9" * 200 + "_6.94", "step 1e+200"),
+    ],
+)
+def test_name_that_says_what_cannot_be(name: str, says: str) -> None:
+    assert f"its name says {says}," in refusal(name + END, {})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({}, "neither its name nor its metadata says its step and profile"),
+        ({"format": "pt"}, "neither its name nor its metadata"),
+        ({"step": "5"}, "its metadata has only step"),
+        ({"gamma": "5"}, "its metadata has only gamma"),
+        ({"gamma": "6.94", "sigma_rel": "0.1"}, "its metadata has only gamma and sigma_rel"),
+    ],
+)
+def test_file_that_nothing_can_be_read_from(metadata: dict[str, str], problem: str) -> None:
+    message = refusal(f"model{END}", metadata)
+    assert message.startswith(f"model{END}: {problem}")
+    assert "--pattern" in message
+
+
+def test_index_takes_its_width_from_the_profiles() -> None:
+    identity, _ = identify(f"1.200{END}", {}, None, (0.05, 0.1))
+    assert (identity.step, identity.sigma_rel, identity.source) == (200, 0.1, "name")
+    assert identity.gamma == sigma_rel_to_gamma(0.1)
+
+
+def test_index_past_the_profiles_matters_only_where_the_name_decides() -> None:
+    assert "index 2" in refusal(f"2.200{END}", {})
+    assert "index 2" in refusal(f"2.200{END}", {}, "{index}.{step}.*")
+    identity, warnings = identify(f"2.200{END}", {"step": "200", "gamma": "7"}, None, (0.05, 0.1))
+    assert (identity.source, warnings) == ("metadata", [])
+    assert "index 2" in refusal(f"2.200{END}", {"step": "200", "gamma": "7"}, "{index}.{step}.*")
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "warned"),
+    [
+        ("a_1000_6.94", {"step": "1000", "sigma_rel": "0.1"}, False),
+        ("a_1000_6.94", {"step": "1001", "sigma_rel": "0.1"}, True),
+        ("a_1000_6.94", {"step": "1000", "sigma_rel": "0.05"}, True),
+        ("a-0000134-0.100", {"step": "134500", "gamma": "6.94"}, False),
+        ("a-0000134-0.100", {"step": "135000", "gamma": "6.94"}, True),
+        ("1.1000", {"step": "1000", "gamma": "6.94"}, False),
+        ("0.1000", {"step": "1000", "gamma": "6.94"}, True),
+        ("model", {"step": "1000", "gamma": "6.94"}, False),
+        ("a_0_0", {"step": "1000", "gamma": "6.94"}, True),
+    ],
+)
+def test_metadata_wins_over_the_name(name: str, metadata: dict[str, str], warned: bool) -> None:
+    identity, warnings = identify(name + END, metadata, None, (0.05, 0.1))
+    assert identity.step == int(metadata["step"])
+    assert identity.source == "metadata"
+    assert len(warnings) == warned
+    if warned:
+        assert "its name says step" in warnings[0]
+        assert f"its metadata step {metadata['step']}, " in warnings[0]
+        assert "the metadata is used" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "warning"),
+    [
+        ({}, None),
+        ({"step": "1000", "gamma": "6.94"}, None),
+        ({"step": "2000", "gamma": "6.94"}, "its metadata step 2000, gamma 6.94"),
+        ({"step": "1000", "sigma_rel": "0.05"}, "its metadata step 1000, sigma_rel 0.05"),
+        ({"step": "1000", "gamma": "nan"}, "its metadata's gamma is 'nan'"),
+        ({"step": "1000", "gamma": "0"}, "its metadata says gamma 0"),
+        ({"step": "1000"}, None),
+        ({"step": "2000"}, "its metadata step 2000 and no profile"),
+        ({"step": "epoch 3"}, None),
+        ({"gamma": "5.0"}, None),  # half a statement, of whatever gamma
+    ],
+)
+def test_pattern_wins_over_the_metadata(metadata: dict[str, str], warning: str | None) -> None:
+    pattern = compile_pattern("x{step}-{sigma_rel}.safetensors")
+    identity, warnings = identify(f"x1000-0.100{END}", metadata, pattern)
+    assert (identity.step, identity.sigma_rel, identity.source) == (1000, 0.1, "pattern")
+    assert len(warnings) == (warning is not None)
+    if warning is not None:
+        assert warning in warnings[0]
+        assert "the pattern is used" in warnings[0]
+        assert "step 1000, sigma_rel 0.1" in warnings[0]
+
+
+def test_metadata_without_a_profile_leaves_it_to_the_name() -> None:
+    identity, warnings = identify(f"a_1000_6.94{END}", {"step": "2000"})
+    assert (identity.step, identity.source) == (1000, "name")
+    assert warnings == [
+        "its name says step 1000, gamma 6.94, its metadata step 2000 and no profile; "
+        "the name is used"
+    ]
+
+
+def test_pattern_keeps_the_conventions_out() -> None:
+    message = refusal(f"a_1000_6.94{END}", {"step": "1", "gamma": "1"}, "x{step}-{gamma}*")
+    assert "its name doesn't fit --pattern 'x{step}-{gamma}*'" in message
