@@ -26,14 +26,15 @@ import safetensors
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
 
 DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4,
 }  # fmt: skip
-"""Bits of one element of each dtype, by the name that safetensors gives it."""
+"""Bits of one element of each dtype, by the name that safetensors gives it; a file has them in
+this order, as the safetensors library writes them."""
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -57,7 +58,8 @@ class TensorInfo:
 class Layout:
     """What the header of a safetensors file says.
 
-    `data_start` is the byte offset of the data section in the file, `size` the file's length.
+    `data_start` is the byte offset of the data section in the file, `size` the file's length and
+    `modified` the time of its last change, in nanoseconds.
     Files whose headers agree share one `tensors` mapping, so that 600 snapshots of a large network
     cost little more than one.
     """
@@ -67,6 +69,7 @@ class Layout:
     metadata: Mapping[str, str]
     data_start: int
     size: int
+    modified: int
 
 
 def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None = None) -> Layout:
@@ -85,7 +88,7 @@ def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None 
         with open(path, "rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             header = file.read(length)
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise MachineError(
             str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
@@ -100,9 +103,9 @@ def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None 
             cache[rest] = tensors
     end = max((info.end for info in tensors.values()), default=0)
     data_start = _LENGTH.size + length
-    if len(header) != length or data_start + end != size:
+    if len(header) != length or data_start + end != status.st_size:
         raise _corrupt(path, "its length changed while it was read")
-    return Layout(path, tensors, metadata, data_start, size)
+    return Layout(path, tensors, metadata, data_start, status.st_size, status.st_mtime_ns)
 
 
 def _corrupt(path: Path, detail: str) -> SnapshotError:
@@ -140,12 +143,13 @@ def lay_out(
     """Lay out a file that shall hold `tensors`, name -> (dtype, shape).
 
     Returns the header, its length included, and where each tensor lies after it. Tensors go by
-    falling size of their elements, then by name, so that each is aligned: the same tensors always
+    dtype, largest elements first so that each is aligned, then by name: the same tensors always
     get the same places.
     """
     infos: dict[str, TensorInfo] = {}
     position = 0
-    for name in sorted(tensors, key=lambda name: (-DTYPE_BITS[tensors[name][0]], name)):
+    rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
+    for name in sorted(tensors, key=lambda name: (rank[tensors[name][0]], name)):
         dtype, shape = tensors[name]
         end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
         infos[name] = TensorInfo(dtype, tuple(shape), position, end)

@@ -1,0 +1,177 @@
+"""Weighted sums of rows of bytes, chunk after chunk, on the CPU or on a torch device.
+
+Both classes have the same four methods. A worker owns one and calls, for each chunk: `begin`; for
+each group of snapshots `staging`, which gives the rows to read into, then `add`; and `result` once
+a target. Sums are held in float64 and rounded once, and each element's sum is taken in the
+snapshots' order: it depends neither on the chunk nor on the group that it falls in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli import kernels
+from posthoc_cli.tensorfile import DTYPE_BITS
+
+Weights = npt.NDArray[np.float64]
+
+FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""The names that both ml_dtypes and torch have for safetensors' float8 dtypes."""
+
+
+class Summing(Protocol):
+    """Sums up to `capacity` elements, or rows of `row_bytes`, at a time, `group` rows a call.
+
+    Both are multiples of kernels.STRIDE elements.
+    """
+
+    def begin(self, dtype: str, elements: int) -> None:
+        """Start the sums of `elements` elements stored as `dtype`, at zero."""
+
+    def staging(self) -> list[memoryview]:
+        """Rows to read the next snapshots into, as bytes, each long enough for the chunk."""
+
+    def add(self, weights: Weights) -> None:
+        """Add the rows last staged; `weights` is [rows, targets], C-contiguous."""
+
+    def result(self, target: int, dtype: str) -> memoryview:
+        """The bytes of one target's sums, rounded to `dtype`; good until the next call."""
+
+
+class CpuSumming:
+    """Sums on the CPU, by the kernels compiled for it."""
+
+    def __init__(self, row_bytes: int, capacity: int, targets: int, group: int) -> None:
+        self._rows = np.zeros((group, row_bytes), np.uint8)
+        self._views = [row.data for row in self._rows]
+        self._addresses = np.array([row.ctypes.data for row in self._rows], np.uintp)
+        self._sums = np.zeros((targets, capacity))
+        self._narrowed = np.zeros(capacity * 8, np.uint8)
+        self._wide = np.zeros((0, 0), np.float32)
+        self._dtype = ""
+        self._elements = 0
+
+    def begin(self, dtype: str, elements: int) -> None:
+        if dtype != self._dtype and dtype in FLOAT8:
+            self._table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
+            self._wide = np.zeros(self._rows.shape, np.float32)
+            self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
+        self._dtype = dtype
+        self._elements = elements
+        self._sums[:, : -(-elements // kernels.STRIDE) * kernels.STRIDE] = 0.0
+
+    def staging(self) -> list[memoryview]:
+        return self._views
+
+    def add(self, weights: Weights) -> None:
+        dtype, addresses = self._dtype, self._addresses
+        if dtype in FLOAT8:
+            for stored, wide in zip(self._rows[: len(weights)], self._wide, strict=False):
+                np.take(self._table, stored[: self._elements], out=wide[: self._elements])
+            dtype, addresses = "F32", self._wide_addresses
+        kernels.accumulate(dtype, addresses, weights, self._sums, self._elements)
+
+    def result(self, target: int, dtype: str) -> memoryview:
+        sums = self._sums[target]
+        if dtype == "F64":
+            narrowed = sums.view(np.uint8)
+        elif dtype in FLOAT8:
+            with np.errstate(all="ignore"):
+                narrowed = sums[: self._elements].astype(_float8(dtype)).view(np.uint8)
+        else:
+            narrowed = self._narrowed
+            kernels.narrow(dtype, sums, narrowed, self._elements)
+        row: memoryview = narrowed.data[: self._elements * DTYPE_BITS[dtype] // 8]
+        return row
+
+
+def _float8(dtype: str) -> Any:
+    import ml_dtypes  # only here: few snapshots need it
+
+    return np.dtype(getattr(ml_dtypes, FLOAT8[dtype]))
+
+
+class TorchSumming:
+    """Sums on a torch device, each worker on a stream of its own.
+
+    While one worker waits for its stream the others read; within a worker, two staging buffers let
+    the next group be read while the last one is copied and summed.
+    """
+
+    def __init__(
+        self, row_bytes: int, capacity: int, targets: int, group: int, device: str
+    ) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
+        self._dtypes = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            **{dtype: getattr(torch, name) for dtype, name in FLOAT8.items()},
+        }
+        self._stream: Any = (
+            torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                self._device
+            )
+            if self._cuda
+            else None
+        )
+        on_device: dict[str, Any] = {"device": self._device}
+        on_host: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": self._cuda}
+        self._buffers = [torch.empty(group, row_bytes, **on_host) for _ in range(2)]
+        self._free: list[Any] = [None, None]  # the event after which a staging buffer is free
+        self._turn = 0
+        self._received = torch.empty(group, row_bytes, dtype=torch.uint8, **on_device)
+        self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
+        self._out = torch.empty(capacity * 8, **on_host)
+        self._dtype = ""
+        self._elements = self._bytes = 0
+
+    def begin(self, dtype: str, elements: int) -> None:
+        self._dtype, self._elements = dtype, elements
+        self._bytes = elements * DTYPE_BITS[dtype] // 8
+        with self._on_stream():
+            self._sums[:, :elements] = 0.0
+
+    def staging(self) -> list[memoryview]:
+        self._turn = 1 - self._turn
+        if self._free[self._turn] is not None:
+            self._free[self._turn].synchronize()
+        return [row.data for row in self._buffers[self._turn].numpy()]
+
+    def add(self, weights: Weights) -> None:
+        rows = len(weights)
+        with self._on_stream():
+            received = self._received[:rows, : self._bytes]
+            received.copy_(self._buffers[self._turn][:rows, : self._bytes], non_blocking=True)
+            if self._cuda:
+                self._free[self._turn] = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._free[self._turn].record(self._stream)
+            for row, row_weights in zip(received, weights.tolist(), strict=True):
+                values = row.view(self._dtypes[self._dtype]).to(self._torch.float64)
+                for sums, weight in zip(self._sums, row_weights, strict=True):
+                    sums[: self._elements].add_(values, alpha=weight)
+
+    def result(self, target: int, dtype: str) -> memoryview:
+        with self._on_stream():
+            narrowed = self._sums[target, : self._elements].to(self._dtypes[dtype])
+            out = self._out[: self._elements * DTYPE_BITS[dtype] // 8]
+            out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
+        if self._cuda:
+            self._stream.synchronize()
+        return out.numpy().data
+
+    def _on_stream(self) -> Any:
+        return self._torch.cuda.stream(self._stream)  # does nothing when the stream is None

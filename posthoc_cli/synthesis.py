@@ -1,0 +1,379 @@
+"""Snapshots and weights in, output files out, in one pass over the snapshots and constant memory.
+
+Workers take chunks of the plan in turn: each chunk is read from every snapshot, summed for all
+targets at once, and written to its place in every output.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from posthoc_cli import recipe
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.kernels import STRIDE
+from posthoc_cli.plan import Chunk, Plan
+from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
+from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, lay_out, reason
+
+GROUP = 16
+"""Snapshots that are read before they are summed: memory does not grow with their number."""
+
+ROW_BYTES = {"cpu": 1 << 17, "device": 1 << 20}
+"""Bytes read from a snapshot at a time. On the CPU a worker's rows have to stay in its cache
+until they are summed; a device wants large copies."""
+
+SUM_BYTES = {"cpu": 1 << 22, "device": 1 << 26}
+"""The most that a worker's float64 sums may take; with very many targets, chunks get smaller."""
+
+Progress = Callable[[int], None]
+
+
+def execute(
+    plan: Plan,
+    weights: Weights,
+    outputs: Sequence[Path],
+    recipes: Sequence[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    workers: int | None = None,
+    row_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> list[int]:
+    """Write one output for each row of `weights` [targets, snapshots]; returns their sizes, bytes.
+
+    All outputs come out of the same single pass over the snapshots. Each lands whole or not at
+    all; when anything fails none does. The bytes written do not depend on `workers` (default: one
+    a processor) nor on `row_bytes`. `progress` is called, from any thread, with the number of input
+    bytes just read.
+
+    Raises UsageError when an output exists and `overwrite` is false or when it is one of the
+    snapshots; SnapshotError when a snapshot changed meanwhile; MachineError when the disk or the
+    device fails.
+    """
+    _refuse_inputs(plan.snapshots, outputs)
+    newest = plan.snapshots[plan.newest]
+    headers = [lay_out(plan.tensors, _metadata(newest, entry))[0] for entry in recipes]
+    where = "cpu" if device == "cpu" else "device"
+    row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
+    most = max(SUM_BYTES[where] // (8 * len(outputs)), STRIDE)
+
+    def elements(dtype: str) -> int:
+        """Elements of a chunk: as many as fit in a row and in the sums."""
+        return min(row_bytes * 8 // DTYPE_BITS[dtype], most) // STRIDE * STRIDE
+
+    capacity = max((elements(run.dtype) for run in plan.runs), default=STRIDE)
+    group = min(GROUP, len(plan.snapshots))
+
+    def summing() -> Summing:
+        if device == "cpu":
+            return CpuSumming(row_bytes, capacity, len(outputs), group)
+        return TorchSumming(row_bytes, capacity, len(outputs), group, device)
+
+    with contextlib.ExitStack() as stack:
+        inputs = stack.enter_context(_Inputs(plan.snapshots))
+        files = [
+            stack.enter_context(
+                AtomicFile(path, len(header) + plan.bytes_to_write, overwrite=overwrite)
+            )
+            for path, header in zip(outputs, headers, strict=True)
+        ]
+        for file, header in zip(files, headers, strict=True):
+            file.write_at(0, header)
+        job = _Job(plan, weights, inputs, files, [len(h) for h in headers], progress)
+        with _device_errors(device):
+            _share(plan.chunks(elements), job.sum_chunk, summing, workers or _processors())
+            _share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
+        inputs.check_unchanged()
+    return [len(header) + plan.bytes_to_write for header in headers]
+
+
+class _Job:
+    """What the workers of one synthesis share; its methods may run in several threads at once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Weights,
+        inputs: _Inputs,
+        files: Sequence[AtomicFile],
+        data_starts: Sequence[int],
+        progress: Progress | None,
+    ) -> None:
+        self._plan = plan
+        self._weights = np.ascontiguousarray(weights.T)  # [snapshots, targets]
+        self._inputs = inputs
+        self._files = files
+        self._data_starts = data_starts
+        self._progress = progress
+        # For each tensor of each averaged run, whether two snapshots were seen to differ in it.
+        self._varies = {id(run): bytearray(len(run.names)) for run in plan.runs if run.averaged}
+
+    def sum_chunk(self, chunk: Chunk, summing: Summing) -> None:
+        """Read a chunk from every snapshot, and write its weighted sum to every output."""
+        run = chunk.run
+        if not run.averaged:
+            self.copy_chunk(chunk, summing)
+            return
+        size = chunk.bytes_each
+        unsettled = self._unsettled_tensors(chunk)
+        reference = b""
+        summing.begin(run.dtype, chunk.elements)
+        snapshots = range(len(self._plan.snapshots))
+        for group in (snapshots[i : i + GROUP] for i in snapshots[::GROUP]):
+            rows = summing.staging()
+            for row, i in zip(rows, group, strict=False):
+                self._inputs.read(i, self._input_offset(chunk, i), row[:size])
+            if unsettled:
+                reference = reference or bytes(rows[0][:size])
+                self._compare(chunk, unsettled, reference, rows[: len(group)])
+            summing.add(self._weights[group.start : group.stop])
+            self._report(len(group) * size)
+        for t in range(len(self._files)):
+            self._write(chunk, t, summing.result(t, run.out_dtype))
+
+    def copy_chunk(self, chunk: Chunk, summing: Summing) -> None:
+        """Take a chunk from the newest snapshot, for every output, in the dtype of the output."""
+        run, newest, size = chunk.run, self._plan.newest, chunk.bytes_each
+        converted = run.dtype != run.out_dtype
+        if converted:
+            summing.begin(run.dtype, chunk.elements)
+        row = summing.staging()[0][:size]
+        self._inputs.read(newest, self._input_offset(chunk, newest), row)
+        if converted:
+            summing.add(np.ones((1, len(self._files))))
+        for t in range(len(self._files)):
+            self._write(chunk, t, summing.result(t, run.out_dtype) if converted else row)
+        self._report(0 if run.averaged else size)
+
+    def constant_chunks(self, elements: Callable[[str], int]) -> Iterator[Chunk]:
+        """The chunks of those tensors that are the same in all snapshots.
+
+        Weights that sum to one give them back only up to rounding, and `algorithm3`'s not even
+        that; they are copied over their sums.
+        """
+        for run in self._plan.runs:
+            for tensor, varies in enumerate(self._varies.get(id(run), b"")):
+                if not varies:
+                    yield from run.chunks(elements, run.bounds[tensor], run.bounds[tensor + 1])
+
+    def _unsettled_tensors(self, chunk: Chunk) -> list[int]:
+        """The tensors within a chunk that have been the same in all snapshots so far."""
+        varies, bounds = self._varies[id(chunk.run)], chunk.run.bounds
+        inside = range(
+            bisect.bisect_right(bounds, chunk.first) - 1, bisect.bisect_left(bounds, chunk.last)
+        )
+        return [tensor for tensor in inside if not varies[tensor]]
+
+    def _compare(
+        self, chunk: Chunk, tensors: Sequence[int], reference: bytes, rows: Sequence[memoryview]
+    ) -> None:
+        """Note which of `tensors` are not in all rows what they are in `reference`."""
+        varies, bounds = self._varies[id(chunk.run)], chunk.run.bounds
+        wanted = np.frombuffer(reference, np.uint8)
+        for tensor in tensors:
+            first = chunk.run.size_of(max(bounds[tensor] - chunk.first, 0))
+            last = chunk.run.size_of(min(bounds[tensor + 1], chunk.last) - chunk.first)
+            for row in rows:
+                if not np.array_equal(wanted[first:last], np.asarray(row)[first:last]):
+                    varies[tensor] = True
+                    break
+
+    def _input_offset(self, chunk: Chunk, snapshot: int) -> int:
+        start = chunk.run.starts[self._plan.layouts[snapshot]]
+        data_start = self._plan.snapshots[snapshot].layout.data_start
+        return data_start + start + chunk.run.size_of(chunk.first)
+
+    def _write(self, chunk: Chunk, target: int, data: memoryview) -> None:
+        offset = chunk.run.out_start + chunk.run.out_size_of(chunk.first)
+        self._files[target].write_at(self._data_starts[target] + offset, data)
+
+    def _report(self, read: int) -> None:
+        if self._progress is not None and read:
+            self._progress(read)
+
+
+class _Inputs:
+    """The snapshots' files, open for reading."""
+
+    def __init__(self, snapshots: Sequence[Snapshot]) -> None:
+        self._snapshots = snapshots
+        self._fds: list[int] = []
+        self._locks = [threading.Lock() for _ in snapshots]
+
+    def __enter__(self) -> _Inputs:
+        _raise_file_limit(len(self._snapshots))
+        try:
+            for snapshot in self._snapshots:
+                flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                with _reading(snapshot):
+                    self._fds.append(os.open(snapshot.layout.path, flags))
+            self.check_unchanged()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+    def read(self, snapshot: int, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of a snapshot's file from `offset` on."""
+        with _reading(self._snapshots[snapshot]):
+            while into:
+                count = self._read_some(snapshot, offset, into)
+                if count == 0:
+                    raise _changed(self._snapshots[snapshot])
+                into, offset = into[count:], offset + count
+
+    def _read_some(self, snapshot: int, offset: int, into: memoryview) -> int:
+        fd = self._fds[snapshot]
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, [into], offset)
+        with self._locks[snapshot]:  # a file has one position, which the threads share
+            os.lseek(fd, offset, os.SEEK_SET)
+            data = os.read(fd, len(into))
+        into[: len(data)] = data
+        return len(data)
+
+    def check_unchanged(self) -> None:
+        """Raise SnapshotError for a file that is not as it was when its header was read."""
+        for snapshot, fd in zip(self._snapshots, self._fds, strict=True):
+            status = os.fstat(fd)
+            layout = snapshot.layout
+            if (status.st_size, status.st_mtime_ns) != (layout.size, layout.modified):
+                raise _changed(snapshot)
+
+
+def _share(
+    chunks: Iterator[Chunk],
+    work: Callable[[Chunk, Summing], None],
+    summing: Callable[[], Summing],
+    workers: int,
+) -> None:
+    """Have `workers` threads do `work` on the chunks, each with a `summing` of its own.
+
+    The first exception stops all of them and is raised, an interrupt included.
+    """
+    lock, stop = threading.Lock(), threading.Event()
+
+    def take() -> Chunk | None:
+        with lock:
+            return None if stop.is_set() else next(chunks, None)
+
+    def worker() -> None:
+        chunk = take()
+        own = summing() if chunk is not None else None
+        while chunk is not None and own is not None:
+            work(chunk, own)
+            chunk = take()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="posthoc") as pool:
+        try:
+            tasks = [pool.submit(worker) for _ in range(workers)]
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for task in tasks:
+        task.result()
+
+
+def _processors() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _metadata(newest: Snapshot, entry: Mapping[str, Any]) -> dict[str, str]:
+    """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
+    gone = {"step", "gamma", "sigma_rel", recipe.KEY}
+    carried = {
+        key: value
+        for key, value in newest.layout.metadata.items()
+        if key not in gone and not key.startswith("sshs_")
+    }
+    return carried | {recipe.KEY: json.dumps(entry)}
+
+
+def _refuse_inputs(snapshots: Sequence[Snapshot], outputs: Sequence[Path]) -> None:
+    """Never write over a snapshot, whatever name or link it goes by."""
+    existing = [path for path in outputs if path.exists()]
+    for path in existing:
+        for snapshot in snapshots:
+            if os.path.samefile(path, snapshot.layout.path):
+                raise UsageError(str(path), "is one of the snapshots", "choose another output")
+
+
+def _raise_file_limit(files: int) -> None:
+    """Let this process open `files` files more, as far as the system allows."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = files + 256
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _changed(snapshot: Snapshot) -> SnapshotError:
+    return SnapshotError(
+        str(snapshot.layout.path),
+        "changed while it was read",
+        "wait until it is written, or leave it out with --only",
+    )
+
+
+@contextlib.contextmanager
+def _reading(snapshot: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise _changed(snapshot) from None
+    except OSError as error:
+        raise MachineError(
+            str(snapshot.layout.path),
+            f"cannot be read ({reason(error)})",
+            "check the disk and the permissions",
+        ) from error
+
+
+@contextlib.contextmanager
+def _device_errors(device: str) -> Iterator[None]:
+    """Turn a device's failures into one line; on the CPU nothing of the kind can happen."""
+    if device == "cpu":
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"--device {device}", "out of memory", "free some of it, or use --device cpu"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise MachineError(
+            f"--device {device}", f"failed ({str(error).splitlines()[0]})", "use --device cpu"
+        ) from error
