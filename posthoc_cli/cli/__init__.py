@@ -1,1 +1,99 @@
-"""The command line: one module a command, reading options and drawing tables, nothing else."""
+"""The command line: reads options, calls the library, draws what it answers.
+
+`main` is the console entry. Whatever happens, it ends in an exit code and at most one line on
+stderr: 0 done, 1 the machine failed, 2 the command line is wrong, 3 the snapshots are wrong,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from posthoc_cli.errors import MachineError, PosthocError, printable
+
+
+def main() -> int:
+    """Run the command in `sys.argv`; returns the exit code."""
+    with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
+        # A name that the terminal's encoding lacks is escaped, and stops nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        _clean_up_when_terminated()
+        # Imported here so that even Ctrl-C during the imports comes to the handler below.
+        from posthoc_cli.cli.app import run
+
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        _drop_stdout()
+        return 0
+    except KeyboardInterrupt:
+        _say("posthoc: interrupted")
+        return 130
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Report `error` in one line; returns its exit code."""
+    if os.environ.get("POSTHOC_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exc()
+    if not isinstance(error, PosthocError):
+        error = _unexpected(error)
+    _say(f"posthoc: {error}")
+    if isinstance(error, MachineError):
+        _drop_stdout()  # it may be what failed: then flushing it at exit would fail once more
+    return error.exit_code
+
+
+def _unexpected(error: Exception) -> MachineError:
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return MachineError("memory", "not enough of it", "close other programs, or use --device")
+    if isinstance(error, OSError):
+        subject = "stdout" if error.filename is None else str(error.filename)
+        return MachineError(subject, error.strerror or kind, "check the disk and the permissions")
+    return MachineError(
+        "unexpected error",
+        f"{kind}: {error}" if str(error) else kind,
+        "please report it, with what POSTHOC_DEBUG=1 prints",
+    )
+
+
+def _say(line: str) -> None:
+    """Print on stderr, if anyone is there to read it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def _drop_stdout() -> None:
+    """Write what is left in the buffer, if that works, and nothing more."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _clean_up_when_terminated() -> None:
+    """Let a batch system's SIGTERM and a lost terminal unwind the stack, as Ctrl-C does.
+
+    By default they end the process on the spot, and half an output would stay behind.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)

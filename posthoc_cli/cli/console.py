@@ -1,0 +1,105 @@
+"""What reaches the terminal: results on stdout, all else on stderr; rich only when drawing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from posthoc_cli.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MAX_WARNINGS = 5
+
+PIPED_WIDTH = 10_000
+"""Columns of a table that isn't for a terminal: no line is ever broken."""
+
+
+def stdout_console() -> Console:
+    """A console on stdout: colour on a terminal only, and never with NO_COLOR."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
+def stderr_console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def plain_table() -> Table:
+    """A table without borders: columns two spaces apart, headings above."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print `table` without the spaces that rich leaves at the ends of lines."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def print_json(document: Any) -> None:
+    """Print `document` as JSON: numbers with all their digits, null for what is not a number."""
+    print(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def note(message: str, quiet: bool) -> None:
+    """Say on stderr what happened, unless the user wants to hear of errors only."""
+    if not quiet:
+        print(f"posthoc: {printable(message)}", file=sys.stderr)
+
+
+def warn(messages: Sequence[str], quiet: bool) -> None:
+    """Say the first few on stderr: what is wrong with one file is often wrong with 600."""
+    for message in messages[:MAX_WARNINGS]:
+        note(f"warning: {message}", quiet)
+    if (more := len(messages) - MAX_WARNINGS) > 0:
+        note(f"warning: {counted(more, 'more warning')} such as these", quiet)
+
+
+def in_bytes(count: float) -> str:
+    """`count` bytes for people: `512.0 MB`."""
+    return _scaled(count, " ", ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def in_short(count: float) -> str:
+    """A large number for people: `268.4M`."""
+    return _scaled(count, "", ("", "k", "M", "G", "T", "P"))
+
+
+def _scaled(count: float, gap: str, units: tuple[str, ...]) -> str:
+    power = 0
+    while count >= 999.95 and power < len(units) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.{1 if power else 0}f}{gap}{units[power]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 snapshot`, `16 snapshots`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,127 @@
+"""Weights drawn for people: a line a snapshot, with a bar that grows to the side of its sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from posthoc_cli.cli.console import plain_table, print_table
+from posthoc_cli.errors import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+NEGLIGIBLE, SMALL = 1e-6, 1e-3
+"""Weights below this fraction of the largest are only summed up: the negligible always, the small
+where more than LONG lines would be left."""
+
+LONG = 40
+
+_BAR_WIDTH = 36
+_PLUS, _MINUS = "cyan", "red"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One snapshot with its weight."""
+
+    file: str
+    step: float
+    sigma_rel: float
+    gamma: float
+    weight: float
+
+
+def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = False) -> None:
+    """Draw `rows`, oldest first; unless `everything`, leave out what is negligible and say so."""
+    from rich.text import Text
+
+    largest = max((abs(row.weight) for row in rows), default=0.0)
+
+    def those_above(fraction: float) -> list[Row]:
+        return [row for row in rows if abs(row.weight) >= fraction * largest]
+
+    fraction = 0.0 if everything else NEGLIGIBLE
+    if not everything and len(those_above(fraction)) > LONG:
+        fraction = SMALL
+    shown = those_above(fraction)
+    columns = {
+        "step": [f"{row.step:.15g}" for row in shown],
+        "sigma_rel": [f"{row.sigma_rel:.4f}" for row in shown],
+        "gamma": [f"{row.gamma:.2f}" for row in shown],
+        "weight": [signed(row.weight) for row in shown],
+    }
+    table = plain_table()
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    left = console.width - sum(
+        max(len(text) for text in (heading, *texts)) + 2 for heading, texts in columns.items()
+    )
+    bar_width = min(left, _BAR_WIDTH)
+    if bar_width >= 8:
+        left -= bar_width + 2
+        table.add_column("", no_wrap=True)
+    else:
+        bar_width = 0
+    files = [printable(row.file) for row in shown]
+    with_file = max(map(len, files), default=0) <= left
+    if with_file:
+        table.add_column("file", no_wrap=True)
+    bars = Bars([row.weight for row in shown], bar_width, console.encoding)
+    for at, row in enumerate(shown):
+        cells = [Text(texts[at]) for texts in columns.values()]
+        cells[-1].stylize(_PLUS if row.weight > 0 else _MINUS if row.weight < 0 else "dim")
+        if bar_width:
+            cells.append(bars.draw(row.weight))
+        if with_file:
+            cells.append(Text(files[at]))
+        table.add_row(*cells)
+    print_table(console, table)
+    if hidden := len(rows) - len(shown):
+        rest = sum(row.weight for row in rows) - sum(row.weight for row in shown)
+        console.print(
+            f"and {hidden} more below {'a millionth' if fraction == NEGLIGIBLE else 'a thousandth'}"
+            f" of the largest, {signed(rest)} together (see --all)",
+            style="dim",
+        )
+
+
+class Bars:
+    """Bars on both sides of an axis, placed so that the longest of either side just fits."""
+
+    def __init__(self, values: Sequence[float], width: int, encoding: str) -> None:
+        lowest, highest = min([0.0, *values]), max([0.0, *values])
+        self.scale = (width - 1) / ((highest - lowest) or 1.0)
+        self.left = round(-lowest * self.scale)
+        self.right = width - 1 - self.left
+        blocks = encoding.lower().startswith("utf")
+        self.full, self.axis = ("█", "│") if blocks else ("#", "|")
+        self.half_left, self.half_right = ("▐", "▌") if blocks else ("", "")
+
+    def draw(self, value: float) -> Text:
+        from rich.text import Text
+
+        halves = round(2 * abs(value) * self.scale)
+        minus = plus = ""
+        if value < 0:
+            minus = (self.half_left * (halves % 2) + self.full * (halves // 2))[-self.left or 99 :]
+        else:
+            plus = (self.full * (halves // 2) + self.half_right * (halves % 2))[: self.right]
+        return Text.assemble(
+            (minus.rjust(self.left), _MINUS), (self.axis, "dim"), (plus.ljust(self.right), _PLUS)
+        )
+
+
+def signed(weight: float) -> str:
+    """A weight with its sign, decimals in line with those of the others: `+0.599153`."""
+    if weight == 0 or abs(weight) >= 5e-7:
+        return f"{weight:+.6f}"
+    return f"{weight:+.1e}"
+
+
+def percent(fraction: float) -> str:
+    """`3.42%`: three digits that count."""
+    value = 100 * fraction
+    return f"{value:.3g}%" if 1e-3 <= value < 999 else f"{value:.1e}%"

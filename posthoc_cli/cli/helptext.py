@@ -1,0 +1,57 @@
+"""Help that reads well at 80 columns: options under headings, and nothing that is not needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+_REST = "Other options"
+_HEADINGS = ("Arguments", "Targets", "Output", "Reading the folder")
+
+
+def _format_options(command: Any, context: Any, formatter: Any) -> None:
+    """Write the arguments and options, each under the heading that its `rich_help_panel` names."""
+    sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in _HEADINGS}
+    for param in command.get_params(context):
+        record = param.get_help_record(context)
+        if record is None:
+            continue
+        heading = getattr(param, "rich_help_panel", None)
+        if param.param_type_name == "argument":
+            heading, record = "Arguments", (param.metavar or param.name, param.help or "")
+        sections.setdefault(heading or _REST, []).append(record)
+    if _REST in sections:
+        sections[_REST] = sections.pop(_REST)  # last
+    for heading, records in sections.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class Command(TyperCommand):
+    """A command with its options under headings."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        arguments = [
+            param.metavar or param.name.upper()
+            if param.required
+            else f"[{param.metavar or param.name.upper()}]"
+            for param in self.get_params(ctx)
+            if param.param_type_name == "argument"
+        ]
+        formatter.write_usage(ctx.command_path, " ".join([*arguments, "[OPTIONS]"]))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        _format_options(self, ctx, formatter)
+
+
+class Group(TyperGroup):
+    """The program: its commands, in the order of use, then its own options."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        formatter.write_usage(ctx.command_path, "COMMAND ...")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        self.format_commands(ctx, formatter)
+        _format_options(self, ctx, formatter)

@@ -1,0 +1,325 @@
+"""`posthoc inspect`: what a folder of snapshots holds, or what a file was made of."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import (
+    counted,
+    in_bytes,
+    in_short,
+    plain_table,
+    print_json,
+    print_table,
+    stdout_console,
+    warn,
+)
+from posthoc_cli.cli.drawing import Row, draw_weights
+from posthoc_cli.errors import SnapshotError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posthoc_cli.snapshots import Inventory, Snapshot
+    from posthoc_cli.tensorfile import Layout
+
+
+def inspect(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="The folder of snapshots; or a single file, to see what it is made of.",
+            show_default=False,
+        ),
+    ],
+    pattern: options.PatternOption = None,
+    profiles: options.ProfilesOption = None,
+    only: options.OnlyOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Of a file's recipe, show negligible weights too.")
+    ] = False,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Show the snapshots in FOLDER: the step and profile of each, and what is wrong with any.
+
+    It reads the files' headers only. Given a file that posthoc made, it shows the recipe: the
+    target, and each source with its weight. With problems the exit code is 3.
+
+    \b
+    Examples:
+      posthoc inspect snapshots
+      posthoc inspect snapshots --json
+      posthoc inspect snapshots --only '*0.050*'
+      posthoc inspect ema-0.07.safetensors
+    """
+    recipe: Recipe | None = None
+    if os.path.isfile(folder):
+        path = Path(folder)
+        layout, recipe = _read_recipe(path)
+        if recipe is not None:
+            if as_json:
+                print_json(_describe_output(path, recipe))
+            else:
+                _draw_recipe(stdout_console(), layout, recipe, everything)
+            return
+        inventory = options.read_snapshots(
+            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)]
+        )
+    else:
+        inventory = options.read_snapshots(folder, pattern, profiles, only)
+    warn(inventory.warnings, quiet)
+    if as_json:
+        document = describe(inventory)
+        if os.path.isfile(folder):
+            document["recipe"] = None
+        print_json(document)
+    else:
+        _draw(stdout_console(), inventory)
+    if inventory.problems:
+        raise SnapshotError(
+            folder,
+            counted(len(inventory.problems), "problem") + " found",
+            "the list of problems says what to do about each",
+        )
+
+
+def describe(inventory: Inventory) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+    return {
+        "folder": str(inventory.folder),
+        "snapshots": [
+            {
+                "file": snapshot.file,
+                "step": snapshot.step,
+                "sigma_rel": snapshot.sigma_rel,
+                "gamma": snapshot.gamma,
+                "dtypes": snapshot.dtypes,
+                "tensors": snapshot.tensors,
+                "parameters": snapshot.parameters,
+                "bytes": snapshot.bytes,
+                "source": snapshot.source,
+            }
+            for snapshot in inventory.snapshots
+        ],
+        "skipped": [{"file": file, "reason": reason} for file, reason in inventory.skipped],
+        "problems": [{"file": file, "message": text} for file, text in inventory.problems],
+    }
+
+
+# A folder
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    heading: str
+    cells: list[str]
+    right: bool = True
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.heading, *self.cells)))
+
+    @property
+    def constant(self) -> bool:
+        return len(set(self.cells)) == 1
+
+
+def _draw(console: Console, inventory: Inventory) -> None:
+    if inventory.snapshots:
+        _draw_snapshots(console, inventory.snapshots)
+    for heading, entries, style in (
+        ("Skipped", inventory.skipped, "dim"),
+        ("Problems", inventory.problems, "red"),
+    ):
+        if entries:
+            console.print(f"\n{heading}" if inventory.snapshots else heading, style="bold")
+        for file, text in entries:
+            console.print(f"  {printable(file)}: {printable(text)}", style=style, soft_wrap=True)
+
+
+def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
+    columns = [
+        _Column("file", [printable(snapshot.file) for snapshot in snapshots], right=False),
+        _Column("step", [str(snapshot.step) for snapshot in snapshots]),
+        _Column("sigma_rel", [f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots]),
+        _Column("gamma", [f"{snapshot.gamma:.2f}" for snapshot in snapshots]),
+        _Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
+        _Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
+        _Column("parameters", [in_short(snapshot.parameters) for snapshot in snapshots]),
+        _Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
+        _Column("source", [snapshot.source for snapshot in snapshots], right=False),
+    ]
+    columns, common = _fitted(columns, console.width)
+    table = plain_table()
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
+    from rich.text import Text
+
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    print_table(console, table)
+    console.print()
+    if common:
+        console.print("each: " + ", ".join(common), soft_wrap=True)
+    console.print(_totals(snapshots), style="bold", soft_wrap=True)
+
+
+def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], list[str]]:
+    """Those columns that fit into `width`, and in words what the columns left out have in common.
+
+    What is the same for all snapshots goes first, then file names lose their common beginning,
+    then the least important columns go.
+    """
+    common: dict[str, str] = {}
+
+    def too_wide() -> bool:
+        return sum(column.width + 2 for column in columns) - 2 > width
+
+    def leave_out(heading: str) -> _Column | None:
+        for column in columns:
+            if column.heading == heading:
+                columns.remove(column)
+                return column
+        return None
+
+    words = {
+        "source": "step and profile from {}",
+        "tensors": "{} tensors",
+        "parameters": "{} parameters",
+        "dtype": "{}",
+        "size": "{}",
+    }
+    for heading, phrase in words.items():
+        column = next(column for column in columns if column.heading == heading)
+        if too_wide() and column.constant:
+            leave_out(heading)
+            common[heading] = phrase.format(column.cells[0])
+    for heading in ("source", "tensors", "dtype", "parameters", "size"):
+        if too_wide() and columns[0].width > 40:
+            leave_out(heading)
+    if too_wide():
+        room = width - sum(column.width + 2 for column in columns[1:])
+        columns[0] = _Column("file", _abbreviated(columns[0].cells, max(room, 16)), right=False)
+    for heading in ("source", "tensors", "dtype", "parameters", "size", "gamma"):
+        if too_wide():
+            leave_out(heading)
+    order = ["tensors", "parameters", "dtype", "size", "source"]
+    return columns, [common[heading] for heading in order if heading in common]
+
+
+def _abbreviated(names: list[str], room: int) -> list[str]:
+    """File names of at most `room` characters: what they begin with in common goes first."""
+    first, last = min(names), max(names)
+    common = 0
+    while len(names) > 1 and first[common : common + 1] == last[common : common + 1] != "":
+        common += 1
+    while common and names[0][common - 1].isalnum():  # numbers and words stay whole
+        common -= 1
+    if common > 1:
+        names = ["…" + name[common:] for name in names]
+    return [
+        name if len(name) <= room else name[: room // 3] + "…" + name[room // 3 + 1 - room :]
+        for name in names
+    ]
+
+
+def _totals(snapshots: Sequence[Snapshot]) -> str:
+    steps = sorted({snapshot.step for snapshot in snapshots})
+    widths = sorted({f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots})
+    size = in_bytes(sum(snapshot.bytes for snapshot in snapshots))
+    span = (
+        f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
+    )
+    listed = ", ".join(widths) if len(widths) <= 4 else f"{widths[0]} to {widths[-1]}"
+    return f"{counted(len(snapshots), 'snapshot')}, {size}: {span}; sigma_rel {listed}"
+
+
+# A file that posthoc made
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The recipe in a file, as far as it makes sense."""
+
+    version: str
+    method: str
+    target: dict[str, Any]
+    rows: list[Row]
+    document: dict[str, Any]
+
+
+def _read_recipe(path: Path) -> tuple[Layout, Recipe | None]:
+    """Raises SnapshotError for a recipe that posthoc can't have written."""
+    from posthoc_cli.recipe import read_recipe
+    from posthoc_cli.tensorfile import read_layout
+
+    layout = read_layout(path)
+    document = read_recipe(layout.metadata)
+    if document is None:
+        return layout, None
+    try:
+        target = {key: float(document["target"][key]) for key in ("step", "sigma_rel", "gamma")}
+        rows = [
+            Row(str(source["file"]), *(float(source[key]) for key in _NUMBERS))
+            for source in document["sources"]
+        ]
+        recipe = Recipe(str(document["version"]), str(document["method"]), target, rows, document)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise SnapshotError(
+            str(path), "its recipe doesn't make sense", "it was changed after posthoc wrote it"
+        ) from None
+    return layout, recipe
+
+
+_NUMBERS = ("step", "sigma_rel", "gamma", "weight")
+
+
+def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
+    return {
+        "folder": str(path.parent),
+        "snapshots": [],
+        "skipped": [{"file": path.name, "reason": "made by posthoc: it carries a recipe"}],
+        "problems": [],
+        "recipe": recipe.document,
+    }
+
+
+def _draw_recipe(console: Console, layout: Layout, recipe: Recipe, everything: bool) -> None:
+    from posthoc_cli.snapshots import Contents
+
+    contents = Contents.of(layout.tensors)
+    target = recipe.target
+    table = plain_table()
+    table.show_header = False
+    for label, text in (
+        ("file", str(layout.path)),
+        (
+            "holds",
+            f"{counted(len(layout.tensors), 'tensor')}, {in_short(contents.parameters)} "
+            f"parameters, {'+'.join(contents.dtypes)}, {in_bytes(layout.size)}",
+        ),
+        (
+            "target",
+            f"sigma_rel {target['sigma_rel']:.6g} (gamma {target['gamma']:.4g}) at step "
+            f"{target['step']:.15g}",
+        ),
+        ("method", f"{recipe.method} (posthoc {recipe.version})"),
+        ("sources", f"{counted(len(recipe.rows), 'snapshot')}:"),
+    ):
+        table.add_row(label, printable(text))
+    table.columns[0].style = "bold"
+    print_table(console, table)
+    console.print()
+    draw_weights(console, recipe.rows, everything=everything)
+    total = sum(row.weight for row in recipe.rows)
+    console.print(f"\nsum of weights  {total:.6f}")

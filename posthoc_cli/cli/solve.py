@@ -1,0 +1,263 @@
+"""`posthoc solve`: the weights for each target, and how good they are."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import (
+    counted,
+    plain_table,
+    print_json,
+    print_table,
+    stdout_console,
+    warn,
+)
+from posthoc_cli.cli.drawing import Bars, Row, draw_weights, percent
+from posthoc_cli.errors import SnapshotError, UsageError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posthoc_cli.snapshots import Snapshot
+    from posthoc_cli.weights import Solution
+
+TABLES = 3
+"""With more targets than this, each gets a line instead of a table."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The snapshots used, the targets, and the weights between them."""
+
+    folder: str
+    snapshots: list[Snapshot]
+    targets: list[options.Target]
+    step: int
+    device: str
+    solution: Solution
+
+
+def solve(
+    folder: options.FolderArgument,
+    sigma_rel: options.SigmaRelOption = None,
+    gamma: options.GammaOption = None,
+    step: options.StepOption = None,
+    method: options.MethodOption = "edm2",
+    device: options.DeviceOption = "cpu",
+    pattern: options.PatternOption = None,
+    profiles: options.ProfilesOption = None,
+    only: options.OnlyOption = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Show negligible weights too, and a table for each target however many there are.",
+        ),
+    ] = False,
+    as_json: options.JsonOption = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print the weights as CSV, a line for each.")
+    ] = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Show the weights that rebuild an EMA from the snapshots in FOLDER.
+
+    Nothing is written: it reads the files' headers only, so it is a quick way to see how well a
+    target can be had. The profile error says how far the EMA that the weights give is from the one
+    that is wanted; the noise gain, how much rounding noise of the snapshots is amplified.
+
+    \b
+    Examples:
+      posthoc solve snapshots --sigma-rel 0.07
+      posthoc solve snapshots --sigma-rel 0.02,0.03,...,0.25
+      posthoc solve snapshots --gamma 16.97,6.94 --step 2000 --json
+      posthoc solve snapshots --sigma-rel 0.07 --csv > weights.csv
+    """
+    if as_json and as_csv:
+        raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
+    solved = solve_folder(
+        folder,
+        options.read_targets(sigma_rel, gamma),
+        step=step,
+        method=method,
+        device=device,
+        reading=(pattern, profiles, only),
+        quiet=quiet,
+    )
+    if as_json:
+        print_json(describe(solved))
+    elif as_csv:
+        _write_csv(solved)
+    else:
+        _draw(stdout_console(), solved, everything)
+
+
+def solve_folder(
+    folder: str,
+    targets: list[options.Target],
+    *,
+    step: int | None,
+    method: str,
+    device: str,
+    reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None],
+    quiet: bool,
+) -> Solved:
+    """Read `folder` (`reading`: --pattern, --profiles, --only), warn of what is odd, and solve."""
+    from posthoc_cli.snapshots import select
+    from posthoc_cli.weights import METHODS, solve
+
+    options.check_choice("--method", method, METHODS)
+    device = options.read_device(device)
+    inventory = options.read_snapshots(folder, *reading)
+    warn(inventory.warnings, quiet)
+    snapshots, step = select(inventory.usable(), step)
+    solution = solve(
+        [snapshot.profile for snapshot in snapshots],
+        options.at_step(targets, step),
+        method=method,
+        device=device,
+    )
+    for target, total in zip(targets, solution.weights.sum(axis=1), strict=True):
+        if not abs(total) < float("inf"):
+            raise SnapshotError(
+                folder, f"no weights give {target}", "use more snapshots, or another target"
+            )
+    return Solved(folder, snapshots, targets, step, device, solution)
+
+
+def describe(solved: Solved) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+    solution = solved.solution
+    return {
+        "folder": solved.folder,
+        "method": solution.method,
+        "device": solved.device,
+        "condition_number": solution.condition_number,
+        "targets": [
+            {
+                "sigma_rel": target.sigma_rel,
+                "gamma": target.gamma,
+                "step": solved.step,
+                "sum_of_weights": float(solution.sum_of_weights[at]),
+                "noise_gain": float(solution.noise_gain[at]),
+                "profile_error": float(solution.profile_error[at]),
+                "weights": [
+                    {
+                        "file": snapshot.file,
+                        "step": snapshot.step,
+                        "sigma_rel": snapshot.sigma_rel,
+                        "gamma": snapshot.gamma,
+                        "weight": float(weight),
+                    }
+                    for snapshot, weight in zip(solved.snapshots, solution.weights[at], strict=True)
+                ],
+            }
+            for at, target in enumerate(solved.targets)
+        ],
+    }
+
+
+_CSV_COLUMNS = (
+    *("target_sigma_rel", "target_gamma", "target_step"),
+    *("file", "step", "sigma_rel", "gamma", "weight"),
+)
+
+
+def _write_csv(solved: Solved) -> None:
+    """The weights, a line for each, with all their digits."""
+    # A terminal gets no control characters; a file gets the names as they are.
+    shown = printable if sys.stdout.isatty() else str
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for target, weights in zip(solved.targets, solved.solution.weights.tolist(), strict=True):
+        for snapshot, weight in zip(solved.snapshots, weights, strict=True):
+            writer.writerow(
+                [
+                    target.sigma_rel,
+                    target.gamma,
+                    solved.step,
+                    shown(snapshot.file),
+                    snapshot.step,
+                    snapshot.sigma_rel,
+                    snapshot.gamma,
+                    weight,
+                ]
+            )
+
+
+def _draw(console: Console, solved: Solved, everything: bool) -> None:
+    if len(solved.targets) > TABLES and not everything:
+        _draw_lines(console, solved)
+        return
+    for at, target in enumerate(solved.targets):
+        if at:
+            console.print()
+        console.print(
+            f"{_title(target)} at step {solved.step}, "
+            f"from {counted(len(solved.snapshots), 'snapshot')} ({solved.solution.method})",
+            style="bold",
+        )
+        rows = [
+            Row(snapshot.file, snapshot.step, snapshot.sigma_rel, snapshot.gamma, weight)
+            for snapshot, weight in zip(
+                solved.snapshots, solved.solution.weights[at].tolist(), strict=True
+            )
+        ]
+        draw_weights(console, rows, everything=everything)
+        _draw_totals(console, solved, at)
+
+
+def _title(target: options.Target) -> str:
+    if target.option == "--gamma":
+        return f"{target} (sigma_rel {target.sigma_rel:.4g})"
+    return f"{target} (gamma {target.gamma:.4g})"
+
+
+def _draw_totals(console: Console, solved: Solved, at: int) -> None:
+    solution = solved.solution
+    table = plain_table()
+    table.show_header = False
+    for total, value, meaning in (
+        ("sum of weights", f"{solution.sum_of_weights[at]:.6f}", ""),
+        ("noise gain", f"{solution.noise_gain[at]:.4g}", "times the snapshots' rounding noise"),
+        ("profile error", percent(solution.profile_error[at]), "off the profile that is wanted"),
+        ("condition number", f"{solution.condition_number:.3g}", ""),
+    ):
+        table.add_row(total, value, meaning)
+    table.columns[2].style = "dim"
+    console.print()
+    print_table(console, table)
+
+
+def _draw_lines(console: Console, solved: Solved) -> None:
+    """A line a target: how well each can be had."""
+    solution = solved.solution
+    table = plain_table()
+    for heading in ("sigma_rel", "gamma", "sum of weights", "noise gain", "profile error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    errors = solution.profile_error.tolist()
+    bars = Bars(errors, 14, console.encoding)
+    for at, (target, error) in enumerate(zip(solved.targets, errors, strict=True)):
+        table.add_row(
+            f"{target.sigma_rel:.4f}",
+            f"{target.gamma:.2f}",
+            f"{solution.sum_of_weights[at]:.6f}",
+            f"{solution.noise_gain[at]:.3f}",
+            f"{100 * error:.2f}%",
+            bars.draw(error),
+        )
+    print_table(console, table)
+    console.print()
+    console.print(
+        f"at step {solved.step}, from {counted(len(solved.snapshots), 'snapshot')} "
+        f"({solution.method}); condition number {solution.condition_number:.3g}"
+    )
+    console.print("--all shows the weights of each target, or name up to three", style="dim")
