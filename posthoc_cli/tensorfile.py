@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import stat
 import struct
@@ -120,14 +121,14 @@ def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
     Snapshots of one run differ in their metadata only; every writer puts it first, so what follows
     it can be compared between files without being parsed.
     """
-    opening = b'{"__metadata__":'
-    if header.startswith(opening):
-        text = header.decode()
-        metadata, end = json.JSONDecoder().raw_decode(text, len(opening))
-        return metadata, b"{" + text[end:].lstrip(" ,").encode()
+    opening = re.match(rb'\s*\{\s*"__metadata__"\s*:\s*', header)
+    if opening:
+        text = header[opening.end() :].decode()
+        metadata, end = json.JSONDecoder().raw_decode(text)
+        return metadata or {}, b"{" + text[end:].strip(" ,\t\r\n").encode()
     parsed = json.loads(header)
-    metadata = parsed.pop("__metadata__", None) or {}
-    return metadata, json.dumps(parsed).encode()
+    metadata = parsed.pop("__metadata__", None)
+    return metadata or {}, json.dumps(parsed).encode()
 
 
 def _parse_tensors(header: bytes) -> dict[str, TensorInfo]:

@@ -83,7 +83,7 @@ def solve(
         scaled = scaled / total
 
     # |target - sum|^2 in units of |target|^2; rounding can leave a true zero just below it.
-    squared_error = 1 - 2 * xp.sum(scaled * wanted, axis=0) + xp.sum(scaled * (gram @ scaled), 0)
+    squared_error = 1 + xp.sum(scaled * (gram @ scaled - 2 * wanted), axis=0)
     return Solution(
         snapshots=tuple(snapshots),
         targets=tuple(targets),

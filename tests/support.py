@@ -1,0 +1,95 @@
+"""What several test modules need to make snapshots and to say what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.profiles import gamma_to_sigma_rel
+from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, read_layout
+
+STORED = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "C64": np.dtype(np.complex64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The NumPy dtype of what safetensors calls by each name."""
+
+NAMES = {dtype: name for name, dtype in STORED.items()}
+
+Tensors = Mapping[str, npt.NDArray]
+
+
+def write_layout(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    data: Mapping[str, bytes] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    order: Sequence[str] | None = None,
+) -> None:
+    """Write a safetensors file of any dtypes, with its tensors in any order."""
+    import json
+    import struct
+
+    entries: dict = {"__metadata__": dict(metadata)} if metadata else {}
+    blob = b""
+    for name in order or list(tensors):
+        dtype, shape = tensors[name]
+        size = int(np.prod(shape)) * DTYPE_BITS[dtype] // 8
+        content = data[name] if data else bytes(size)
+        assert len(content) == size
+        offsets = [len(blob), len(blob) + size]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        blob += content
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + blob)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Tensors,
+    metadata: Mapping[str, str] | None = None,
+    order: Sequence[str] | None = None,
+) -> None:
+    """Write arrays, bfloat16 and float8 ones of ml_dtypes included."""
+    write_layout(
+        path,
+        {name: (NAMES[array.dtype], array.shape) for name, array in tensors.items()},
+        {name: array.tobytes() for name, array in tensors.items()},
+        metadata,
+        order,
+    )
+
+
+def read_tensors(path: Path) -> dict[str, npt.NDArray]:
+    """Every tensor of a file, as an array."""
+    layout = read_layout(path)
+    data = path.read_bytes()[layout.data_start :]
+    return {
+        name: np.frombuffer(data[info.start : info.end], STORED[info.dtype]).reshape(info.shape)
+        for name, info in layout.tensors.items()
+    }
+
+
+def snapshot_of(
+    path: Path,
+    step: int,
+    cache: dict[bytes, Mapping[str, TensorInfo]] | None = None,
+    gamma: float = 6.94,
+) -> Snapshot:
+    layout = read_layout(path, cache)
+    return Snapshot(layout, step, gamma, float(gamma_to_sigma_rel(gamma)), "metadata")
