@@ -1,12 +1,13 @@
-"""The arithmetic of tracking: which tensors of a module are averaged, and one pass that does it.
+"""The arithmetic of tracking: a module's live tensors, and averages that move towards them.
 
-Knows no files and no profiles; a decay comes in, averages come out.
+Knows neither files nor profiles; decays come in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,46 +16,227 @@ from torch import Tensor, nn
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile, FSDP and activation checkpointing put into the names of what they wrap."""
 
+_CACHE_BLOCK = 1 << 20
+"""Elements of a block on the CPU. Small enough that the model's part is still in the cache when
+the second profile's average needs it, large enough for all threads to share in one operation."""
+
+_STAGED_BLOCK = 1 << 24
+"""Elements of a block that is converted or moved on the way: 64 MB of float32."""
+
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The bare module in a compiled, data-parallel or distributed one."""
+    """The bare module in a compiled or data-parallel one. Raises TypeError for FSDP1."""
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
         elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
             module = inner
+        elif any(type(each).__name__ == "FullyShardedDataParallel" for each in module.modules()):
+            raise TypeError(
+                "FullyShardedDataParallel keeps its parameters in flat pieces that have no names; "
+                "shard the model with torch.distributed.fsdp.fully_shard instead"
+            )
         else:
             return module
 
 
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that `module.state_dict()` names, under the bare module's names.
+def named_tensors(module: nn.Module, *, transient: bool = False) -> dict[str, Tensor]:
+    """The live tensors of `module` under the names that the bare module's state_dict gives them.
 
-    A tensor that has two names (tied weights) is there twice.
+    A tensor with two names (tied weights) is there twice. With `transient`, so are the buffers
+    that a state_dict leaves out.
     """
-    return {
-        clean_name(name): value
-        for name, value in unwrap(module).state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
-    }
+    bare = unwrap(module)
+    named: dict[str, Any] = dict(bare.state_dict(keep_vars=True))
+    if transient:
+        named |= dict(bare.named_buffers(remove_duplicate=False))
+    return {_clean(name): value for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def clean_name(name: str) -> str:
-    """`name` without what wrappers inside the module put into it."""
+def _clean(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
-    tensor = tensor.detach()
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether an average of it means something: whole numbers and booleans have none."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def wide(dtype: torch.dtype, least: torch.dtype) -> torch.dtype:
-    """The dtype that averages of `dtype` are kept in: never narrower than `least`."""
+    """The dtype for averages of `dtype`: at least float32, and never narrower than `least`."""
+    double = torch.float64 in (dtype.to_real() if dtype.is_complex else dtype, least)
     if dtype.is_complex:
-        return torch.complex128 if torch.float64 in (dtype.to_real(), least) else torch.complex64
-    return torch.float64 if torch.float64 in (dtype, least) else torch.float32
+        return torch.complex128 if double else torch.complex64
+    return torch.float64 if double else torch.float32
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is sharded (DTensor)."""
+    tensor = tensor.detach()
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def gather(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded as `like` is; every process must call it."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    sharded = DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return sharded.full_tensor()
+
+
+class LiveTensors:
+    """The averaged tensors of a module as they are now, each once.
+
+    Parameters and layers can be replaced behind our back (`module.to`, `param.data = ...`):
+    `refresh` notices, without naming everything anew each time. `names` and `tensors` (this
+    process' part of each) go together; `alias` leads from any name, tied ones too, to the name
+    that its tensor has here.
+    """
+
+    def __init__(
+        self, module: nn.Module, wanted: Callable[[str], bool], *, transient: bool = False
+    ) -> None:
+        self._module = module
+        self._wanted = wanted
+        self._transient = transient
+        self._tables: list[tuple[dict[str, Any], list[Any]]] = []
+        self._whole: list[Tensor] = []
+        self._addresses: list[int] = []
+        self.alias: dict[str, str] = {}
+        self.names: list[str] = []
+        self.tensors: list[Tensor] = []
+
+    def refresh(self) -> bool:
+        """Bring `tensors` up to date; returns whether anything is another tensor than before."""
+        if (
+            self._tables
+            and all(_holds(table, values) for table, values in self._tables)
+            and list(map(_address, self._whole)) == self._addresses
+        ):
+            return False
+        self._tables = [
+            (table, list(table.values()))
+            for module in self._module.modules()
+            for table in (module._modules, module._parameters, module._buffers)
+            if table
+        ]
+        held = {id(value) for _, values in self._tables for value in values}
+        self._whole, self.alias, self.names, self.tensors = [], {}, [], []
+        known: dict[Any, str] = {}
+        for name, tensor in named_tensors(self._module, transient=self._transient).items():
+            if not (is_averaged(tensor) and id(tensor) in held and self._wanted(name)):
+                continue
+            part = local(tensor)
+            # The same memory seen in the same way is one tensor, whatever objects stand for it.
+            same: Any = (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
+            if not part.data_ptr():
+                same = id(tensor)
+            self.alias[name] = known.setdefault(same, name)
+            if self.alias[name] == name:
+                self._whole.append(tensor)
+                self.names.append(name)
+                self.tensors.append(part)
+        self._addresses = list(map(_address, self._whole))
+        return True
+
+
+def _holds(table: dict[str, Any], values: list[Any]) -> bool:
+    return len(table) == len(values) and all(map(is_, table.values(), values))
+
+
+def _address(tensor: Tensor) -> int:
+    return local(tensor).data_ptr() if is_sharded(tensor) else tensor.data_ptr()
+
+
+@dataclass(slots=True)
+class _Block:
+    """Pieces that are updated together: `averages` is [profiles][pieces]."""
+
+    sources: list[Tensor]
+    staging: list[Tensor]
+    averages: list[list[Tensor]]
+
+
+class Mover:
+    """Moves averages towards their sources, all profiles in one pass over the sources.
+
+    `averages` is [profiles][tensors]. What differs in dtype or device from its averages is
+    converted once for all profiles, a block at a time.
+    """
+
+    def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
+        groups: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
+        for source, *mine in zip(sources, *averages, strict=True):
+            first = mine[0]
+            key = (source.device, source.dtype, first.device, first.dtype)
+            groups.setdefault(key, []).append((source, mine))
+        self._blocks = [block for group in groups.values() for block in _blocks(group)]
+
+    def __call__(self, weights: Sequence[float]) -> None:
+        """`average += weight * (source - average)`, one weight (1 - decay) for each profile."""
+        for block in self._blocks:
+            ends = block.sources
+            if block.staging:
+                torch._foreach_copy_(block.staging, block.sources)
+                ends = block.staging
+            for averages, weight in zip(block.averages, weights, strict=True):
+                if weight == 1:  # lerp would read the average, and it may not be finite yet
+                    torch._foreach_copy_(averages, ends)
+                else:
+                    torch._foreach_lerp_(averages, ends, weight)
+
+
+def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:
+    """The blocks of tensors that agree in dtype and device."""
+    source, (average, *_) = group[0]
+    staged = source.dtype != average.dtype or source.device != average.device
+    if average.device.type == "cpu" and source.device.type == "cpu":
+        size = _CACHE_BLOCK
+    else:  # kernels that take all tensors at once want them all, but staging takes memory
+        size = _STAGED_BLOCK if staged else 1 << 62
+    blocks: list[_Block] = []
+    elements = size
+    for source, averages in group:
+        for piece, *mine in _pieces([source, *averages], size):
+            if elements >= size:
+                blocks.append(_Block([], [], [[] for _ in averages]))
+                elements = 0
+            blocks[-1].sources.append(piece)
+            for column, average in zip(blocks[-1].averages, mine, strict=True):
+                column.append(average)
+            elements += piece.numel()
+    if staged:
+        total = max(sum(piece.numel() for piece in block.sources) for block in blocks)
+        pinned = source.is_cuda and average.device.type == "cpu"
+        buffer = torch.empty(total, dtype=average.dtype, device=average.device, pin_memory=pinned)
+        for block in blocks:
+            place = 0
+            for piece in block.sources:
+                part = buffer[place : place + piece.numel()].view(piece.shape)
+                block.staging.append(part)
+                place += piece.numel()
+    return blocks
+
+
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, ...]]:
+    """Equal-shaped tensors in pieces of at most `size` elements, where their memory allows."""
+    first = tensors[0]
+    if first.numel() <= size or any(each.stride() != first.stride() for each in tensors):
+        return [tuple(tensors)]
+    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    dense = [each.permute(order) for each in tensors]
+    if not all(each.is_contiguous() for each in dense):
+        return [tuple(tensors)]
+    return zip(*(torch.split(each.view(-1), size) for each in dense), strict=True)

@@ -4,35 +4,78 @@
     ...
         optimizer.step()
         ema.update()
+
+Steps are whatever the caller counts: calls of `update` by default, images or tokens with
+`update(step=...)`. An update that ends at step t and covers the d steps since the one before
+decays by `(1 - d / t)^(1 + gamma)`: so every average has the profile asked for, whatever
+`update_every` is, when it changes, and when updates are left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import fnmatch
 import os
+import re
+import secrets
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from glob import escape
+from itertools import pairwise
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.averaging import named_tensors, wide
-from posthoc_cli.errors import MachineError
-from posthoc_cli.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.tensorfile import AtomicFile, lay_out, writing_to
+from posthoc_cli.averaging import LiveTensors, Mover, is_sharded, local, named_tensors, unwrap, wide
+from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
+from posthoc_cli.identity import MAX_GAMMA
+from posthoc_cli.naming import SAME_WIDTH
+from posthoc_cli.plan import make_plan
+from posthoc_cli.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.recipe import KEY, make_recipe
+from posthoc_cli.saving import DTYPES, Entry, stage, write
+from posthoc_cli.snapshots import ENDING, read_folder, select
+from posthoc_cli.synthesis import execute
+from posthoc_cli.tensorfile import read_layout, writing_to
+from posthoc_cli.weights import solve
 
-_DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
-"""torch's dtypes, by the names that safetensors gives them."""
+RUN = "run"
+"""The key in a snapshot's `__metadata__` that tells one run's snapshots from another's."""
 
 
 class PostHocEMA:
-    """Two or more power-function EMAs of `model`, saved now and then as snapshots for `posthoc`."""
+    """Two or more power-function EMAs of a network, saved now and then as snapshots.
+
+    Arguments:
+        model: the network. Compiled, data-parallel and `fully_shard`ed ones are seen through: a
+            snapshot's names are those of the bare network, and it loads with `strict=True`.
+        sigma_rels: relative widths of the EMAs, 0.05 and 0.10 unless given. Or
+        gammas: their exponents.
+        folder: where the snapshots go; made if need be.
+        checkpoint_every: steps between snapshots; None leaves it to `checkpoint()`.
+        dtype: of the floating-point tensors in the snapshots; None keeps the network's own.
+        keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all.
+        update_every: steps between updates of the averages.
+        background: write in a thread. The averages are copied to host memory first, in `dtype`;
+            a checkpoint waits for the one before it.
+        overwrite: write even where the folder holds another run's snapshots.
+        device: where the averages are kept; None for wherever the network is.
+        average_dtype: of the averages: torch.float32 or torch.float64. Never narrower than the
+            network's, and never less than float32.
+        prefix: how the snapshots' file names start.
+        include: globs; only tensors with such names are averaged and saved (a LoRA within a
+            frozen network: `("*lora*",)`).
+        param_or_buffer_names_no_ema: names of tensors to copy rather than average.
+        ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
+
+    Raises ValueError for arguments that make no sense, MachineError when the folder can't be made.
+    The first `update` raises UsageError when the folder holds another run's snapshots.
+    """
 
     def __init__(
         self,
@@ -43,100 +86,796 @@ class PostHocEMA:
         folder: str | os.PathLike[str] = "ema-snapshots",
         checkpoint_every: int | None = 1000,
         dtype: torch.dtype | None = torch.float16,
+        keep: int | None = None,
+        update_every: int = 1,
+        background: bool = False,
+        overwrite: bool = False,
+        device: torch.device | str | None = None,
+        average_dtype: torch.dtype = torch.float32,
         prefix: str = "ema",
+        include: Sequence[str] = (),
+        param_or_buffer_names_no_ema: Collection[str] = (),
+        ignore_names: Collection[str] = (),
+        ignore_startswith_names: Collection[str] = (),
     ) -> None:
+        if sigma_rels is not None and gammas is not None:
+            raise ValueError("give sigma_rels or gammas, not both")
         if gammas is None:
             sigma_rels = (0.05, 0.10) if sigma_rels is None else sigma_rels
-            gammas = [sigma_rel_to_gamma(float(sigma_rel)) for sigma_rel in sigma_rels]
-        if len(gammas) < 2:
-            raise ValueError("fewer than two profiles: give two widths, such as (0.05, 0.10)")
+            self.sigma_rels = tuple(float(each) for each in sigma_rels)
+            self.gammas = tuple(float(sigma_rel_to_gamma(each)) for each in self.sigma_rels)
+        else:
+            self.gammas = tuple(float(each) for each in gammas)
+            self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
+        _check_profiles(self.gammas, self.sigma_rels)
+        _check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
+        if dtype is not None and (dtype not in DTYPES or not dtype.is_floating_point):
+            raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
+        if average_dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"average_dtype {average_dtype}: a decay near one is lost in fewer bits than "
+                "float32 has; give torch.float32 or torch.float64"
+            )
+        if not re.fullmatch(r"[^./\\\0][^/\\\0]*", prefix):
+            raise ValueError(f"prefix {prefix!r}: give the start of a file name, without a folder")
         self.model = model
-        self.gammas = tuple(float(gamma) for gamma in gammas)
-        self.sigma_rels = tuple(float(gamma_to_sigma_rel(gamma)) for gamma in self.gammas)
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
         self.dtype = dtype
+        self.keep = keep
+        self.update_every = update_every
+        self.background = background
+        self.overwrite = overwrite
+        self.device = torch.device(device) if device is not None else None
+        self.average_dtype = average_dtype
         self.prefix = prefix
+        self.run = secrets.token_hex(8)
         self.step = 0
+        self._include = tuple(include)
+        self._how = _Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
+        self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
-        with writing_to(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._movers: tuple[Mover, Mover] | None = None
+        self._claimed = False
+        self._lent = False
+        self._writer: threading.Thread | None = None
+        self._troubles: list[str] = []
+        self._overflowed: set[str] = set()
+        if _writes():
+            with writing_to(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+
+    # Averaging
+
+    def update(self, step: int | None = None) -> None:
+        """Take the network's present weights in; call it after each `optimizer.step()`.
+
+        `step` is how far training has come (images, tokens, ...), by default one more than at the
+        call before. When it reaches or passes a multiple of `checkpoint_every`, snapshots are
+        written. Should that fail, training goes on with a RuntimeWarning.
+
+        Raises ValueError when `step` goes back or the network is another than before, UsageError
+        when, at the first update, the folder holds another run's snapshots.
+        """
+        if self._troubles:
+            self._tell()
+        self._check_not_lent()
+        previous, now = self.step, _next_step(self.step, step)
+        if now == previous:
+            return
+        if not self._claimed:
+            self._claim()
+        if _passes(self.update_every, self._updated, now):
+            self._average(now)
+        self.step = now
+        if self.checkpoint_every is not None and _passes(self.checkpoint_every, previous, now):
+            self._checkpoint()
+            self._tell()
 
     @torch.no_grad()
-    def update(self, step: int | None = None) -> None:
-        """Take the model's present weights into every average; call it after optimizer.step()."""
-        previous = self.step
-        self.step = previous + 1 if step is None else step
-        covered = self.step - self._updated
-        tensors = {
-            name: tensor
-            for name, tensor in named_tensors(self.model).items()
-            if tensor.is_floating_point() or tensor.is_complex()
-        }
-        if not self._averages:
+    def _average(self, now: int) -> None:
+        averaged, copied = self._bind()
+        averaged([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
+        copied([1.0 for _ in self.gammas])
+        self._updated = now
+
+    def _bind(self) -> tuple[Mover, Mover]:
+        """Fit averages to the network's tensors: make them, or check that they still match."""
+        if not self._live.refresh() and self._movers is not None:
+            return self._movers
+        live = dict(zip(self._live.names, self._live.tensors, strict=True))
+        if not live:
+            raise ValueError(f"nothing to average in {type(unwrap(self.model)).__name__}")
+        if self._averages:
+            _check_same(live, self._averages[0])
             self._averages = [
-                {
-                    name: tensor.to(wide(tensor.dtype, torch.float32), copy=True)
-                    for name, tensor in tensors.items()
-                }
+                {name: self._place(value, live[name]) for name, value in averages.items()}
+                for averages in self._averages
+            ]
+        else:
+            self._averages = [
+                {name: self._place(tensor, tensor) for name, tensor in live.items()}
                 for _ in self.gammas
             ]
-        for gamma, averages in zip(self.gammas, self._averages, strict=True):
-            weight = 1 - decay(gamma, self.step, covered)
-            for name, average in averages.items():
-                average.lerp_(tensors[name].to(average.dtype), weight)
-        self._updated = self.step
-        every = self.checkpoint_every
-        if every is not None and self.step // every > previous // every:
-            self.checkpoint()
+        self._movers = (self._mover(live, self._how.averages), self._mover(live, self._how.copies))
+        return self._movers
 
-    @torch.no_grad()
+    def _place(self, value: Tensor, live: Tensor) -> Tensor:
+        """`value` as an average of `live`: where it belongs, as wide as it must be."""
+        dtype, device = wide(live.dtype, self.average_dtype), self.device or live.device
+        if value is not live and value.dtype == dtype and value.device == device:
+            return value
+        # Strides as those of the live tensor: both are then read in the order they lie in memory.
+        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
+
+    def _mover(self, live: Mapping[str, Tensor], chosen: Callable[[str], bool]) -> Mover:
+        names = [name for name in live if chosen(name)]
+        columns = [[averages[name] for name in names] for averages in self._averages]
+        return Mover([live[name] for name in names], columns)
+
+    def _included(self, name: str) -> bool:
+        return not self._include or any(fnmatch.fnmatchcase(name, g) for g in self._include)
+
+    # Snapshots
+
     def checkpoint(self) -> list[Path]:
-        """Write one snapshot of each profile, as of now; returns their paths."""
-        paths = []
-        for gamma, sigma_rel, averages in zip(
-            self.gammas, self.sigma_rels, self._averages, strict=True
-        ):
-            path = self.folder / self._file_name(sigma_rel)
-            tensors = {**named_tensors(self.model), **averages}
-            try:
-                self._write(path, tensors, gamma, sigma_rel)
-                paths.append(path)
-            except MachineError as error:
-                warnings.warn(f"no snapshot written: {error}", RuntimeWarning, stacklevel=2)
+        """Write a snapshot of each average as of now; returns their paths.
+
+        Averages that `update_every` left behind are brought up to the present step first. With
+        `background`, the files are there once `wait()` returns. What can't be written is left
+        out, with a RuntimeWarning. Raises ValueError before the first update.
+        """
+        self._check_not_lent()
+        paths = self._checkpoint()
+        self._tell()
         return paths
 
-    def _file_name(self, sigma_rel: float) -> str:
-        decimals = next(
-            places
-            for places in range(3, 20)
-            if abs(round(sigma_rel, places) - sigma_rel) <= 1e-5 * sigma_rel
-        )
-        return f"{self.prefix}-step{self.step:08d}-{sigma_rel:.{decimals}f}.safetensors"
-
-    def _write(
-        self, path: Path, tensors: dict[str, Tensor], gamma: float, sigma_rel: float
-    ) -> None:
+    @torch.no_grad()
+    def _checkpoint(self) -> list[Path]:
+        self._join()
+        if not self.step:
+            raise ValueError("nothing to save yet: call update() first")
+        if not self._claimed:
+            self._claim()
+        if self._updated < self.step:
+            self._average(self.step)
+        self._bind()
         own = named_tensors(self.model)
-        dtypes = {
-            name: (self.dtype or own[name].dtype) if value.is_floating_point() else own[name].dtype
-            for name, value in tensors.items()
-        }
+        jobs = [self._job(index, own) for index in range(len(self.gammas))]
+        paths = [path for path, _, _ in jobs]
+        writes, sharded = _writes(), any(is_sharded(tensor) for tensor in own.values())
+        if self.background or sharded:
+            jobs = [(path, stage(entries, hold=writes), about) for path, entries, about in jobs]
+        if not writes:
+            return paths
+        if self.background:
+            self._writer = threading.Thread(
+                target=self._write_behind, args=(jobs,), name="posthoc snapshots"
+            )
+            self._writer.start()
+            return paths
+        return self._write_all(jobs)
+
+    def wait(self) -> None:
+        """Wait until the snapshots that a thread is writing are on disk."""
+        self._join()
+        self._tell()
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _job(self, index: int, own: Mapping[str, Tensor]) -> _Job:
+        averages, entries = self._averages[index], {}
+        for name, tensor in own.items():
+            if not self._included(name):
+                continue
+            average = averages.get(self._live.alias.get(name, ""))
+            value = local(tensor) if average is None else average
+            dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+            if dtype is torch.complex128:
+                dtype = torch.complex64  # the one complex dtype that the format has
+            if dtype not in DTYPES:
+                raise ValueError(f"tensor {name!r} is {dtype}, which safetensors doesn't have")
+            entries[name] = Entry(value, dtype, tensor)
+        width = self.sigma_rels[index]
         metadata = {
-            "format": "pt",
+            "format": "pt",  # some libraries load nothing without it
             "step": str(self.step),
-            "gamma": repr(gamma),
-            "sigma_rel": repr(sigma_rel),
+            "gamma": repr(self.gammas[index]),
+            "sigma_rel": repr(width),
+            RUN: self.run,
         }
-        header, places = lay_out(
-            {name: (_DTYPES[dtypes[name]], tuple(t.shape)) for name, t in tensors.items()}, metadata
+        # No known convention has such a name, so that none can read something else into it.
+        name = f"{self.prefix}-step{self.step:08d}-{_decimals(width)}{ENDING}"
+        return self.folder / name, entries, metadata
+
+    def _write_behind(self, jobs: list[_Job]) -> None:
+        try:
+            self._write_all(jobs)
+        except Exception as error:  # nobody would see it in a thread, and training goes on
+            self._troubles.append(f"no snapshots of step {jobs[0][2]['step']}: {error!r}")
+
+    def _write_all(self, jobs: list[_Job]) -> list[Path]:
+        written = []
+        for path, entries, metadata in jobs:
+            try:
+                overflowing = write(path, entries, metadata)
+            except MachineError as error:
+                self._troubles.append(f"no snapshot of step {metadata['step']}: {error}")
+                continue
+            written.append(path)
+            for name in overflowing:
+                if name not in self._overflowed:
+                    self._overflowed.add(name)
+                    self._troubles.append(
+                        f"tensor {name!r} has values that float16 doesn't hold, in {path.name} at "
+                        "first; give dtype=torch.bfloat16 or torch.float32"
+                    )
+        if self.keep is not None and len(written) == len(jobs):
+            self._prune(int(jobs[0][2]["step"]), self.keep)
+        return written
+
+    def _prune(self, newest: int, keep: int) -> None:
+        """Remove this run's oldest snapshots, so that `keep` steps up to `newest` are left."""
+        mine = [(step, path) for path, step in self._snapshots() if step <= newest]
+        steps = sorted({step for step, _ in mine})[:-keep]
+        for step, path in mine:
+            if step in steps:
+                try:
+                    path.unlink()
+                except OSError as error:
+                    self._troubles.append(f"{path}: an old snapshot that can't be removed: {error}")
+
+    def _snapshots(self) -> list[tuple[Path, int]]:
+        """This run's snapshots in the folder, with their steps."""
+        return [
+            (path, int(metadata["step"]))
+            for path, metadata in _folder_metadata(self.folder)
+            if metadata.get(RUN) == self.run
+        ]
+
+    def _claim(self) -> None:
+        """Refuse a folder that holds another run's snapshots: together they would make no EMA."""
+        others = [
+            path.name
+            for path, metadata in (_folder_metadata(self.folder) if _writes() else ())
+            if KEY not in metadata and metadata.get(RUN) != self.run
+        ]
+        if others:
+            problem = f"holds another run's snapshots, such as '{others[0]}'"
+            if not self.overwrite:
+                raise UsageError(
+                    str(self.folder),
+                    problem,
+                    "choose another folder, load_state_dict() that run's state to go on with it, "
+                    "or give overwrite=True",
+                )
+            warnings.warn(
+                printable(f"{self.folder}: {problem}; move them away before you synthesize"),
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._claimed = True
+
+    def _tell(self) -> None:
+        """Warn of what went wrong since the last call."""
+        while self._troubles:
+            warnings.warn(printable(self._troubles.pop(0)), RuntimeWarning, stacklevel=3)
+
+    # What a resumed run needs
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if it had never stopped.
+
+        Save it with the network's and the optimizer's. As with a network's, the tensors are the
+        live ones. In sharded training each process has its own.
+        """
+        return {
+            "version": 1,
+            "run": self.run,
+            "step": self.step,
+            "updated": self._updated,
+            "gammas": list(self.gammas),
+            "averages": [dict(averages) for averages in self._averages],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the folder may hold that run's snapshots.
+
+        Raises ValueError when the state is of other profiles. A network that doesn't fit it is
+        noticed at the next update.
+        """
+        if state.get("version") != 1:
+            raise ValueError("not a state of PostHocEMA")
+        if tuple(state["gammas"]) != self.gammas:
+            raise ValueError(
+                f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}; "
+                "make PostHocEMA with the profiles that the run began with"
+            )
+        self.wait()
+        self.run, self.step, self._updated = state["run"], state["step"], state["updated"]
+        self._averages = [
+            {name: value.detach().clone() for name, value in averages.items()}
+            for averages in state["averages"]
+        ]
+        self._movers = None
+        self._claimed = False
+
+    # Synthesis
+
+    def synthesize(
+        self,
+        sigma_rel: float | None = None,
+        *,
+        gamma: float | None = None,
+        step: int | None = None,
+        method: str = "edm2",
+    ) -> dict[str, Tensor]:
+        """The EMA of another length, as a state dict in host memory, in the network's dtypes.
+
+        `step` is the target step, by default the last snapshot's. Made from this run's snapshots
+        in the folder, or, before the first update, from all that the folder holds. The folder
+        takes the result for a moment: it must have room for it in float32.
+
+        Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
+        out of range; SnapshotError or MachineError when the snapshots can't be used.
+        """
+        gamma = _one_gamma(sigma_rel, gamma)
+        self.wait()
+        only = [escape(path.name) for path, _ in self._snapshots()] if self.step else []
+        if self.step and not only:
+            raise SnapshotError(
+                str(self.folder), "holds no snapshots of this run yet", "call checkpoint() first"
+            )
+        chosen, target_step = select(read_folder(self.folder, only=only).usable(), step)
+        target = Profile(target_step, gamma)
+        profiles = [each.profile for each in chosen]
+        weights = solve(profiles, [target], method).weights
+        recipe = make_recipe(method, target, [each.file for each in chosen], profiles, weights[0])
+        own = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
+        exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())
+        temporary = self.folder / f".{secrets.token_hex(6)}.posthoc-tmp"
+        try:
+            plan = make_plan(chosen, dtype="float64" if exact else "float32")
+            execute(plan, weights, [temporary], [recipe])
+            return _load(temporary, own)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lend(
+        self,
+        sigma_rel: float | None = None,
+        *,
+        gamma: float | None = None,
+        step: int | None = None,
+        method: str = "edm2",
+        model: nn.Module | None = None,
+    ) -> Iterator[nn.Module]:
+        """Lend the network (or `model`) what `synthesize` makes, then give it its own weights back.
+
+            with ema.lend(sigma_rel=0.08) as model:
+                sample(model)
+
+        Meanwhile `update` and `checkpoint` raise RuntimeError. Its own weights wait in host memory.
+        """
+        self._check_not_lent()
+        borrower = self.model if model is None else model
+        state = self.synthesize(sigma_rel, gamma=gamma, step=step, method=method)
+        live = {name: each for name, each in named_tensors(borrower).items() if name in state}
+        if any(is_sharded(tensor) for tensor in live.values()):
+            raise TypeError(
+                "a sharded model can't be lent weights; load synthesize()'s state dict with "
+                "torch.distributed.checkpoint.state_dict.set_model_state_dict"
+            )
+        _check_same(live, state)
+        own: list[tuple[Tensor, Tensor]] = []
+        try:
+            self._lent = borrower is self.model
+            for name, tensor in live.items():
+                tensor = tensor.detach()
+                own.append((tensor, tensor.to("cpu", copy=True)))
+                tensor.copy_(state.pop(name))
+            yield borrower
+        finally:
+            for tensor, value in reversed(own):  # tied tensors: the first one saved has the truth
+                tensor.copy_(value)
+            self._lent = False
+
+    def _check_not_lent(self) -> None:
+        if self._lent:
+            raise RuntimeError(
+                "the model has synthesized weights on loan: leave the `with ema.lend(...)` block "
+                "before the next update() or checkpoint()"
+            )
+
+
+class KarrasEMA(nn.Module):
+    """One power-function EMA of a network, as a network that can be called.
+
+    Arguments:
+        model: the network. It is not a submodule: moving or saving this leaves it alone.
+        sigma_rel: relative width of the EMA. Or
+        gamma: its exponent.
+        ema_model: the network to hold the average, or a function that makes it; by default a copy
+            of `model`. Give it if `model` can't be copied.
+        update_every: steps between updates of the average.
+        frozen: count the steps, but leave the average as it is.
+        param_or_buffer_names_no_ema: names of tensors to copy rather than average.
+        ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
+        allow_different_devices: whether `ema_model` may be on another device than `model`.
+        move_ema_to_online_device: move `ema_model` to the device of `model` when they differ.
+
+    Where `ema_model` has narrower tensors than float32, the averages are kept beside it in
+    float32 and it gets them rounded: in bfloat16 an average with a decay of 0.9999 stands still.
+
+    Raises ValueError unless one of `sigma_rel` and `gamma` is given, TypeError when `model` can't
+    be copied.
+    """
+
+    ema_model: nn.Module
+    _home: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rel: float | None = None,
+        gamma: float | None = None,
+        ema_model: nn.Module | Callable[[], nn.Module] | None = None,
+        update_every: int = 1,
+        frozen: bool = False,
+        param_or_buffer_names_no_ema: Collection[str] = (),
+        ignore_names: Collection[str] = (),
+        ignore_startswith_names: Collection[str] = (),
+        allow_different_devices: bool = False,
+        move_ema_to_online_device: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gamma = _one_gamma(sigma_rel, gamma)
+        _check_counts(update_every=update_every)
+        self.online_model = [model]  # in a list, lest it becomes a submodule
+        if ema_model is None:
+            try:
+                ema_model = copy.deepcopy(unwrap(model))
+            except Exception as error:
+                raise TypeError(
+                    f"the model can't be copied ({error}); give ema_model=, a second network of "
+                    "the same shape"
+                ) from error
+        elif not isinstance(ema_model, nn.Module):
+            ema_model = ema_model()
+        self.ema_model = ema_model.requires_grad_(False)
+        self.update_every = update_every
+        self.frozen = frozen
+        self.allow_different_devices = allow_different_devices
+        self.move_ema_to_online_device = move_ema_to_online_device
+        self.initted = False
+        self.step = 0
+        self._updated = 0
+        self._covered = 0
+        self._how = _Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
+        self._online = LiveTensors(model, _every, transient=True)
+        self._ema = LiveTensors(self.ema_model, _every, transient=True)
+        self._wide: dict[str, Tensor] = {}
+        self._movers: tuple[Mover, Mover] | None = None
+        self.register_buffer("_home", torch.empty(0), persistent=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network that is averaged."""
+        return self.online_model[0]
+
+    @property
+    def sigma_rel(self) -> float:
+        """Relative width of the average's profile."""
+        return float(gamma_to_sigma_rel(self.gamma))
+
+    @property
+    def beta(self) -> float:
+        """What the last update multiplied the average with; 0 for the first, which copies."""
+        if not self._updated:
+            return 0.0
+        return float(decay(self.gamma, self._updated, self._covered))
+
+    def update(self, step: int | None = None) -> None:
+        """Take the network's present weights in; call it after each `optimizer.step()`.
+
+        `step` is how far training has come (images, tokens, ...), by default one more than at the
+        call before. Raises ValueError when it goes back, or when the network is another or
+        elsewhere than the average.
+        """
+        now = _next_step(self.step, step)
+        if now == self.step:
+            return
+        if _passes(self.update_every, self._updated, now):
+            if not self.initted:
+                self.copy_params_from_model_to_ema()
+            if not self.frozen or not self.initted:
+                self._covered = now - self._updated
+                self._move(1 - decay(self.gamma, now, self._covered))
+                self._updated = now
+            self.initted = True
+        self.step = now
+
+    @torch.no_grad()
+    def copy_params_from_model_to_ema(self) -> None:
+        """Set the average to the network's weights, whatever is ignored included."""
+        self._bind()
+        live = named_tensors(self.model, transient=True)
+        for name, average in self._averages().items():
+            average.copy_(live[name])
+        self._round()
+
+    @torch.no_grad()
+    def copy_params_from_ema_to_model(self) -> None:
+        """Set the network's weights to the average."""
+        self._bind()
+        live = named_tensors(self.model, transient=True)
+        for name, average in self._averages().items():
+            live[name].copy_(average)
+
+    def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
+        """The averages, without what is copied or ignored."""
+        self._bind()
+        for name, average in self._averages().items():
+            if self._how.averages(name):
+                yield average
+
+    def restore_ema_model_device(self) -> None:
+        """Move `ema_model` back to where this module was moved last."""
+        self.ema_model.to(self._home.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged network."""
+        return self.ema_model(*args, **kwargs)
+
+    def eval(self) -> nn.Module:  # type: ignore[override]
+        """Put the averaged network into evaluation mode, and return it."""
+        return self.ema_model.eval()
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The averages by name; `_bind` must have been called."""
+        return {**dict(zip(self._ema.names, self._ema.tensors, strict=True)), **self._wide}
+
+    @torch.no_grad()
+    def _move(self, weight: float) -> None:
+        averaged, copied = self._bind()
+        averaged([weight])
+        copied([1.0])
+        self._round()
+
+    def _round(self) -> None:
+        """Give `ema_model` what is kept beside it in float32."""
+        if self._wide:
+            narrow = dict(zip(self._ema.names, self._ema.tensors, strict=True))
+            torch._foreach_copy_([narrow[name] for name in self._wide], list(self._wide.values()))
+
+    @torch.no_grad()
+    def _bind(self) -> tuple[Mover, Mover]:
+        """Fit the average to the network: the same tensors, on devices that are allowed."""
+        changed = [self._online.refresh(), self._ema.refresh()]
+        if self._movers is not None and not any(changed):
+            return self._movers
+        online = dict(zip(self._online.names, self._online.tensors, strict=True))
+        online = {name: online[alias] for name, alias in self._online.alias.items()}
+        self._check_devices(online)
+        ema = dict(zip(self._ema.names, self._ema.tensors, strict=True))
+        _check_same(
+            {name: online[name] for name in online if name in self._ema.alias},
+            {name: ema[alias] for name, alias in self._ema.alias.items()},
         )
-        size = len(header) + max((info.end for info in places.values()), default=0)
-        with AtomicFile(path, size, overwrite=True) as file:
-            file.write_at(0, header)
-            for name, info in places.items():
-                if info.elements:
-                    value = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
-                    data = value.reshape(-1).view(torch.uint8).numpy()
-                    file.write_at(len(header) + info.start, data.data)
+        kept, self._wide = self._wide, {}
+        for name, tensor in ema.items():
+            dtype = wide(tensor.dtype, torch.float32)
+            if dtype != tensor.dtype:
+                self._wide[name] = kept.get(name, tensor).to(tensor.device, dtype)
+            elif name in kept:  # it was narrow, and has been widened
+                tensor.copy_(kept[name])
+        averages = self._averages()
+
+        def mover(chosen: Callable[[str], bool]) -> Mover:
+            names = [name for name in averages if chosen(name)]
+            return Mover([online[name] for name in names], [[averages[name] for name in names]])
+
+        self._movers = (mover(self._how.averages), mover(self._how.copies))
+        return self._movers
+
+    def _check_devices(self, online: Mapping[str, Tensor]) -> None:
+        devices = {tensor.device for tensor in online.values()}
+        if all(tensor.device in devices for tensor in self._ema.tensors):
+            return
+        here, there = self._ema.tensors[0].device, next(iter(devices))
+        if self.move_ema_to_online_device:
+            self.ema_model.to(there)
+            self._ema.refresh()
+        elif not self.allow_different_devices:
+            raise ValueError(
+                f"the average is on {here}, the model on {there}: move one, or give "
+                "allow_different_devices=True or move_ema_to_online_device=True"
+            )
+
+    # The counters are plain numbers, since reading a tensor would wait for its device.
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._counters().items():
+            destination[prefix + name] = torch.tensor(value)
+        for name, average in self._wide.items():
+            destination[f"{prefix}average.{name}"] = average
+
+    def _counters(self) -> dict[str, int]:
+        return {
+            "initted": self.initted,
+            "step": self.step,
+            "updated": self._updated,
+            "covered": self._covered,
+        }
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        numbers = self._counters()
+        for name in numbers:
+            if prefix + name in state_dict:
+                numbers[name] = state_dict.pop(prefix + name).item()
+            elif strict:
+                missing_keys.append(prefix + name)
+        self.initted, self.step = bool(numbers["initted"]), int(numbers["step"])
+        self._updated, self._covered = int(numbers["updated"]), int(numbers["covered"])
+        opening = f"{prefix}average."
+        self._wide = {
+            key[len(opening) :]: state_dict.pop(key).detach().clone()
+            for key in list(state_dict)
+            if key.startswith(opening)
+        }
+        self._movers = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
+
+
+_Job = tuple[Path, dict[str, Entry], dict[str, str]]
+"""A snapshot to be: its path, its tensors, its metadata."""
+
+
+class _Choice:
+    """What happens to the tensor of a name: it is averaged, copied, or left alone."""
+
+    def __init__(
+        self, copied: Collection[str], ignored: Collection[str], starts: Collection[str]
+    ) -> None:
+        for names in (copied, ignored, starts):
+            if isinstance(names, str):
+                raise TypeError(f"give a collection of names, such as {{{names!r}}}")
+        self._copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
+
+    def ignores(self, name: str) -> bool:
+        return name in self._ignored or name.startswith(self._starts)
+
+    def copies(self, name: str) -> bool:
+        return name in self._copied and not self.ignores(name)
+
+    def averages(self, name: str) -> bool:
+        return name not in self._copied and not self.ignores(name)
+
+
+def _every(name: str) -> bool:
+    return True
+
+
+def _check_profiles(gammas: Sequence[float], sigma_rels: Sequence[float]) -> None:
+    if len(gammas) < 2:
+        raise ValueError(
+            f"{len(gammas)} profile: other EMAs can only be made from two or more, "
+            "such as sigma_rels=(0.05, 0.10)"
+        )
+    for gamma in gammas:
+        if not 0 < gamma <= MAX_GAMMA:
+            raise ValueError(f"gamma {gamma:g}: not above 0 and at most {MAX_GAMMA:g}")
+    ordered = sorted(sigma_rels)
+    for one, other in pairwise(ordered):
+        if other - one <= SAME_WIDTH * other:
+            raise ValueError(
+                f"sigma_rel {one:g} and {other:g} are the same profile: give different ones, "
+                "such as sigma_rels=(0.05, 0.10)"
+            )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise ValueError(f"{name} {count!r}: not a whole number of at least 1")
+
+
+def _one_gamma(sigma_rel: float | None, gamma: float | None) -> float:
+    if (sigma_rel is None) == (gamma is None):
+        raise ValueError("give sigma_rel or gamma, one of the two")
+    if gamma is not None:
+        gamma_to_sigma_rel(gamma)  # raises unless it is a profile's
+        return float(gamma)
+    return float(sigma_rel_to_gamma(sigma_rel))
+
+
+def _next_step(previous: int, step: int | None) -> int:
+    now = previous + 1 if step is None else index(step)
+    if now < previous:
+        raise ValueError(
+            f"update(step={now}) after step {previous}: steps can't go back; "
+            "load_state_dict() what was saved at the earlier step"
+        )
+    return now
+
+
+def _passes(every: int, previous: int, now: int) -> bool:
+    """Whether a multiple of `every` lies after `previous` and not after `now`."""
+    return now // every > previous // every
+
+
+def _check_same(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the network's tensors have the names and shapes of the averages."""
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+    for name in sorted(live.keys() | averages.keys()):
+        here, there = shape(live, name), shape(averages, name)
+        if here != there:
+            raise ValueError(
+                f"tensor {name!r} is {here} in the model and {there} in the average: "
+                "an average is of one network; make a new one for another"
+            )
+
+
+def _writes() -> bool:
+    """Whether this process is the one that writes: of several that train together, the first."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
+
+
+def _folder_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
+    """The files in a folder that could be snapshots, with what their headers say."""
+    for path in sorted(folder.glob(f"*{ENDING}")):
+        if path.name.startswith("."):
+            continue
+        try:
+            yield path, read_layout(path).metadata
+        except PosthocError:
+            yield path, {}
+
+
+def _decimals(sigma_rel: float) -> str:
+    """`0.050`: three decimals, or as many more as tell two profiles apart."""
+    places = 3
+    while abs(round(sigma_rel, places) - sigma_rel) > SAME_WIDTH / 10 * sigma_rel:
+        places += 1
+    return f"{sigma_rel:.{places}f}"
+
+
+def _load(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own, converted to `dtypes`."""
+    layout = read_layout(path)
+    by_name = {text: dtype for dtype, text in DTYPES.items()}
+    tensors = {}
+    with open(path, "rb", buffering=0) as file:
+        for name, info in layout.tensors.items():
+            tensor = torch.empty(info.shape, dtype=by_name[info.dtype])
+            if info.elements:
+                file.seek(layout.data_start + info.start)
+                view = tensor.view(-1).view(torch.uint8).numpy().data
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
+            tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
+    return tensors
