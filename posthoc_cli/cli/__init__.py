@@ -19,6 +19,8 @@ from posthoc_cli.errors import MachineError, PosthocError, printable
 
 def main() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
+    if sys.stdout is None:  # closed by the caller, as with `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
         # A name that the terminal's encoding lacks is escaped, and stops nothing.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -74,6 +74,10 @@ def run() -> int:
         code = typer.main.get_command(app).main(prog_name=PROGRAM, standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
+    except SystemExit as leaving:  # typer's answer to a broken pipe
+        if isinstance(leaving.__context__, BrokenPipeError):
+            raise leaving.__context__ from None
+        raise
     except _Complaint as complaint:
         raise _one_line(complaint) from None
     if code == 130:  # newer typers catch Ctrl-C themselves

@@ -175,8 +175,9 @@ def read_list(option: str, texts: Sequence[str]) -> list[Decimal]:
     Raises UsageError.
     """
     values: list[Decimal] = []
-    for text in texts:
-        items = [item.strip() for item in text.replace("…", "...").split(",")]
+    for whole in texts:
+        text = whole if len(whole) <= 60 else whole[:57] + "..."  # as messages show it
+        items = [item.strip() for item in whole.replace("…", "...").split(",")]
         numbers: list[Decimal] = []
         dots = False
         for at, item in enumerate(items):

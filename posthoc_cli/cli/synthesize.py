@@ -118,7 +118,7 @@ def synthesize(
       posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07.safetensors
       posthoc synthesize snapshots --sigma-rel 0.02,0.03,...,0.25 -o emas/
       posthoc synthesize snapshots --gamma 16.97,6.94 -o 'ema-{gamma}.safetensors'
-      posthoc synthesize snapshots --sigma-rel 0.1 --dtype float32 -o ema.safetensors
+      posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
     """
     if force and skip_existing:
         raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
@@ -188,13 +188,18 @@ def _write(
 def _recipe(solved: Solved, at: int) -> dict[str, Any]:
     from posthoc_cli.recipe import make_recipe
 
-    return make_recipe(
+    recipe = make_recipe(
         solved.solution.method,
         solved.solution.targets[at],
         [snapshot.file for snapshot in solved.snapshots],
         solved.solution.snapshots,
         solved.solution.weights[at].tolist(),
     )
+    # A profile holds gamma only: what was said as 0.05 shall not come out as 0.04999999999999999.
+    recipe["target"]["sigma_rel"] = solved.targets[at].sigma_rel
+    for source, snapshot in zip(recipe["sources"], solved.snapshots, strict=True):
+        source["sigma_rel"] = snapshot.sigma_rel
+    return recipe
 
 
 @contextlib.contextmanager

@@ -1,0 +1,103 @@
+"""Fixtures for the tests that run the installed command."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from posthoc_cli.cli import main
+from tests.command import COMMAND, ENVIRONMENT, ROOT, Posthoc, Run, write_snapshot
+
+
+@pytest.fixture
+def posthoc(tmp_path: Path) -> Posthoc:
+    """Run `posthoc` with these arguments in `tmp_path`; `env` adds to the environment."""
+
+    def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Run:
+        done = subprocess.run(
+            [COMMAND, *map(str, arguments)],
+            cwd=tmp_path,
+            env=ENVIRONMENT | (env or {}),
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+            check=False,
+        )
+        return Run(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def posthoc_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Posthoc:
+    """The same in this process: for the many runs whose start-up is not the question."""
+
+    def run(*arguments: str | Path) -> Run:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["posthoc", *map(str, arguments)])
+        code = main()
+        return Run(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def snapshots(tmp_path: Path) -> Path:
+    """`snapshots/` in `tmp_path`: steps 1000 to 4000, sigma_rel 0.05 and 0.10, as metadata."""
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    for step in (1000, 2000, 3000, 4000):
+        for sigma_rel in ("0.05", "0.10"):
+            name = f"ema-{step}-{sigma_rel}.safetensors"
+            write_snapshot(folder / name, step / 1000, step=str(step), sigma_rel=sigma_rel)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def check_json() -> Callable[[str, Any], None]:
+    """Check a document against the schema of a command that docs/json.md shows, to the last key."""
+    text = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
+    schemas = {}
+    for block in re.findall(r"^```json\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        schema = json.loads(block)
+        jsonschema.Draft202012Validator.check_schema(schema)
+        schemas[schema["title"]] = _closed(schema)
+
+    def check(command: str, document: Any) -> None:
+        jsonschema.validate(document, schemas[f"posthoc {command} --json"])
+
+    return check
+
+
+def _closed(schema: Any) -> Any:
+    """`schema` without room for keys that it doesn't mention: a new key has to be documented."""
+    if isinstance(schema, list):
+        return [_closed(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        closed["additionalProperties"] = False
+    return closed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,384 @@
+"""LIST, targets, templates, and what the program as a whole does: help, errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posthoc_cli import __version__
+from posthoc_cli.cli.options import MAX_VALUES, read_device, read_list, read_targets, shortest
+from posthoc_cli.cli.outputs import make_folder, output_paths
+from posthoc_cli.errors import UsageError
+from tests.command import COMMAND, ENVIRONMENT, Posthoc
+
+
+def numbers(*texts: str) -> list[float]:
+    return [float(value) for value in read_list("--sigma-rel", texts)]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0.05", [0.05]),
+        ("0.05,0.10", [0.05, 0.10]),
+        (" .05 , 1e-1 ", [0.05, 0.1]),
+        ("0.010,0.015,...,0.030", [0.01, 0.015, 0.02, 0.025, 0.03]),
+        ("0.3,0.2,...,0", [0.3, 0.2, 0.1, 0.0]),
+        ("1,2,…,4", [1, 2, 3, 4]),
+        ("0.01,0.02,...,0.04,0.1,...,0.22", [0.01, 0.02, 0.03, 0.04, 0.1, 0.16, 0.22]),
+        ("-0.1,0,...,0.2", [-0.1, 0, 0.1, 0.2]),
+    ],
+)
+def test_list(text: str, values: list[float]) -> None:
+    assert numbers(text) == values  # exactly: 0.015, not 0.015000000000000001
+
+
+def test_list_option_repeats() -> None:
+    assert numbers("0.2,0.1", "0.2") == [0.2, 0.1, 0.2]
+    assert numbers() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "a number is missing"),
+        ("0.1,", "a number is missing"),
+        ("0.1,x", "'x' in '0.1,x' is not a number"),
+        ("nan", "'nan' is not a number"),
+        ("inf", "'inf' is not a number"),
+        ("1e999999999999", "is not a number"),
+        ("0.1,...,0.3", "the dots need"),
+        ("...,0.3", "the dots need"),
+        ("0.1,0.2,...", "the dots need"),
+        ("0.1,0.2,...,...,0.5", "the dots need"),
+        ("1,2,...,4,...,8", "the dots need"),
+        ("0.1,0.1,...,0.5", "don't lead to 0.5"),
+        ("0.1,0.2,...,0.05", "don't lead to 0.05"),
+        ("0.1,0.2,...,0.2", "don't lead to 0.2"),
+        ("0.01,0.015,...,0.022", "miss 0.022; end the list at 0.02 or 0.025"),
+        ("0,1e-5,...,1", f"more than {MAX_VALUES} values"),
+        ("0,1e-28,...,1e28", f"more than {MAX_VALUES} values"),
+        (",".join(["1"] * (MAX_VALUES + 1)), f"more than {MAX_VALUES} values"),
+    ],
+)
+def test_list_refuses(text: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(problem)) as caught:
+        numbers(text)
+    assert caught.value.subject == "--sigma-rel"
+    assert len(str(caught.value)) < 300
+
+
+@given(st.integers(-500, 500), st.integers(1, 99), st.integers(2, 50), st.integers(0, 4))
+def test_dots_are_what_a_person_would_type(
+    first: int, spacing: int, count: int, places: int
+) -> None:
+    def typed(k: int) -> str:
+        return f"{(first + k * spacing) / 10**places:.{places}f}"
+
+    for sign in (1, -1):
+        texts = [typed(sign * k) for k in range(count + 1)]
+        dotted = f"{texts[0]},{texts[1]},...,{texts[-1]}"
+        assert numbers(dotted) == [float(text) for text in texts]
+
+
+def test_targets() -> None:
+    targets = read_targets(["0.050,0.10", "0.05"], ["16.970", "-0.3"])
+    assert [str(target) for target in targets] == [
+        "sigma_rel 0.05",
+        "sigma_rel 0.1",
+        "gamma 16.97",
+        "gamma -0.3",
+    ]
+    assert targets[0].sigma_rel == 0.05
+    assert targets[0].gamma == pytest.approx(16.9721986)
+    assert targets[2].gamma == 16.97
+    assert targets[2].sigma_rel_text == "0.0500055"
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "0.2887", "1", "0.0000000000001"])
+def test_sigma_rel_has_bounds(value: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--sigma-rel: {value} is out of bounds; .*0\.2887"):
+        read_targets([value], None)
+
+
+@pytest.mark.parametrize("value", ["-0.5", "-2", "10000000000000"])
+def test_gamma_has_bounds(value: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--gamma: {value} is out of bounds; .*-0\.5"):
+        read_targets(None, [value])
+
+
+def test_a_target_is_needed() -> None:
+    with pytest.raises(UsageError, match="no target"):
+        read_targets(None, [])
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=5, min_value=-99, max_value=99))
+def test_shortest_keeps_the_value(number: object) -> None:
+    text = shortest(number)
+    assert float(text) == float(number)
+    assert "e" not in text.lower()
+    assert not re.search(r"\.\d*0$|\.$|^-0$", text)
+
+
+def paths(output: str, sigma_rel: str, gamma: str | None = None, step: int = 4000) -> list[str]:
+    targets = read_targets([sigma_rel], [gamma] if gamma else None)
+    return [path.as_posix() for path in output_paths(output, "runs/cats", targets, step)]
+
+
+def test_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert paths("ema.safetensors", "0.07") == ["ema.safetensors"]
+    assert paths("s{sigma_rel}.safetensors", "0.050,0.1") == [
+        "s0.05.safetensors",
+        "s0.1.safetensors",
+    ]
+    assert paths("{step:07d}-{sigma_rel:.3f}.safetensors", "0.05", "3") == [
+        "0004000-0.050.safetensors",
+        "0004000-0.163.safetensors",
+    ]
+    assert paths("{gamma}.safetensors", "0.05", "3") == ["16.9722.safetensors", "3.safetensors"]
+    assert paths("a{{b}}.SafeTensors", "0.05") == ["a{b}.SafeTensors"]
+
+
+def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "cats-step4000-sigma0.05.safetensors",
+        "cats-step4000-sigma0.1.safetensors",
+        "cats-step4000-gamma3.safetensors",
+    ]
+    assert paths("new/", "0.05,0.10", "3") == [f"new/{name}" for name in names]
+    assert not Path("new").exists()  # only made once there is something to write
+    make_folder("new/")
+    assert Path("new").is_dir()
+    make_folder("new/")
+    make_folder("file.safetensors")
+    assert os.listdir() == ["new"]
+    Path("{odd}").mkdir()
+    assert paths("{odd}", "0.05,0.10", "3") == [f"{{odd}}/{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        ("ema.safetensors", "one file for 2 targets; give a folder, or a template"),
+        ("ema-{step}.safetensors", "sigma_rel 0.05 and sigma_rel 0.051 would both become"),
+        ("ema-{sigma_rel:.2f}.safetensors", "would both become 'ema-0.05.safetensors'"),
+        ("{sigma}.safetensors", "unknown field {sigma}"),
+        ("{sigma_rel.real}.safetensors", "unknown field {sigma_rel.real}"),
+        ("{}.safetensors", "unknown field {}"),
+        ("{step!r}.safetensors", "unknown field {step}"),
+        ("{step.safetensors", "a brace in"),
+        ("{step:99999999}.safetensors", "'99999999' is no format"),
+        ("{sigma_rel:d}.safetensors", "'d' is no format"),
+        ("ema-{sigma_rel}.pt", "doesn't end in .safetensors"),
+        ("ema-{sigma_rel}", "doesn't end in .safetensors"),
+        ("there/ema-{sigma_rel}.safetensors", "there is no folder 'there'; create it first"),
+        ("there/new/", "there is no folder 'there'; create it first"),
+    ],
+)
+def test_output_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(problem)) as caught:
+        paths(output, "0.05,0.051")
+    assert caught.value.subject == "-o"
+
+
+def test_output_may_not_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("0.05.safetensors").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        paths("{sigma_rel}.safetensors", "0.05")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "", "mps"])
+def test_device_refuses(device: str) -> None:
+    with pytest.raises(UsageError, match=r"^--device: .* is not known; choose cpu"):
+        read_device(device)
+
+
+# The program
+
+
+def test_help_fits_80_columns(posthoc: Posthoc, posthoc_here: Posthoc) -> None:
+    plain = posthoc()
+    assert plain.code == 0
+    assert plain == posthoc_here("--help")
+    assert posthoc_here("--version").out == f"posthoc {__version__}\n"
+    for command in ("inspect", "solve", "synthesize"):
+        assert f"\n  {command} " in plain.out
+        page = posthoc_here(command, "-h")
+        assert page.code == 0
+        assert page.out.startswith(f"Usage: posthoc {command} FOLDER [OPTIONS]\n")
+        for heading in ("Arguments:", "Reading the folder:", "Other options:", "Examples:"):
+            assert heading in page.out
+        for option in ("--pattern", "--profiles", "--only", "--json", "-q, --quiet"):
+            assert option in page.out
+        assert max(map(len, page.out.splitlines())) <= 80
+
+
+def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
+    made = snapshots.parent / "ema-0.07.safetensors"
+    ran = []
+    for command in ("synthesize", "inspect", "solve"):  # so that there is something to inspect
+        for example in re.findall(
+            r"^ {4}posthoc (.*)$", posthoc_here(command, "-h").out, re.MULTILINE
+        ):
+            arguments = shlex.split(example.partition(" > ")[0].replace("*0.050*", "*0.05*"))
+            run = posthoc_here(*arguments)
+            assert (run.code, run.err) == (0, ""), example
+            assert run.out
+            ran.append(example)
+    assert len(ran) >= 12
+    assert made.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bogus"], "bogus: no such command; see posthoc --help"),
+        (["--bogus"], "--bogus: no such option; see posthoc --help"),
+        (["solve"], "FOLDER: missing; see posthoc solve --help"),
+        (["solve", "x", "--sigma", "1"], "--sigma: no such option; did you mean --sigma-rel.*"),
+        (["solve", "x", "--gamma"], "--gamma: needs a value after it; .*"),
+        (["solve", "x", "--json=1"], "--json: takes no value; .*"),
+        (["solve", "x", "y", "z"], "y z: one argument too many; see posthoc solve --help"),
+        (["solve", "x", "--step", "1.5"], "--step: not a whole number; see posthoc solve --help"),
+        (["synthesize", "x"], "-o: missing; see posthoc synthesize --help"),
+    ],
+)
+def test_the_parser_complains_in_one_line(
+    posthoc_here: Posthoc, arguments: list[str], line: str
+) -> None:
+    posthoc_here(*arguments).failed(2, line)
+
+
+def test_control_characters_of_the_command_line_are_escaped(posthoc_here: Posthoc) -> None:
+    posthoc_here("inspect", "no\x1b[31m\nwhere").failed(
+        2, r"no\\x1b\[31m\\nwhere: there is no such folder; .*"
+    )
+
+
+def test_an_unexpected_error_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys, posthoc_cli.snapshots as s; from posthoc_cli.cli import main\n"
+        "def read_folder(*a, **k): raise {}\n"
+        "s.read_folder = read_folder; sys.argv = ['posthoc', 'inspect', '.']; sys.exit(main())"
+    )
+
+    def run(error: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code.format(error)],
+            env=ENVIRONMENT | env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    plain = run("ValueError('two\\nlines')")
+    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.stderr == (
+        "posthoc: unexpected error: ValueError: two\\nlines; "
+        "please report it, with what POSTHOC_DEBUG=1 prints\n"
+    )
+    debug = run("ValueError('two')", POSTHOC_DEBUG="1")
+    assert debug.returncode == 1
+    assert debug.stderr.startswith("Traceback (most recent call last)")
+    assert debug.stderr.endswith("POSTHOC_DEBUG=1 prints\n")
+    assert run("KeyboardInterrupt").returncode == 130
+    assert run("KeyboardInterrupt").stderr == "posthoc: interrupted\n"
+    assert run("MemoryError").stderr.startswith("posthoc: memory: not enough of it; ")
+    missing = run("OSError(5, 'Input/output error', 'disk')")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("posthoc: disk: Input/output error; ")
+
+
+def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as broken:
+        done = subprocess.run(
+            [COMMAND, "solve", "snapshots", "--sigma-rel", "0.07", "--json"],
+            cwd=snapshots.parent,
+            env=ENVIRONMENT,
+            stdout=broken,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [COMMAND, "inspect", "snapshots"],
+                cwd=snapshots.parent,
+                env=ENVIRONMENT,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert re.fullmatch(rb"posthoc: stdout: No space left on device; .*\n", done.stderr)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_signals_unwind(tmp_path: Path, number: str) -> None:
+    code = (
+        "import sys, time, posthoc_cli.snapshots as s; from posthoc_cli.cli import main\n"
+        "def read_folder(*a, **k):\n"
+        "    try: print('ready', flush=True); time.sleep(60)\n"
+        "    finally: print('unwound', flush=True)\n"
+        "s.read_folder = read_folder; sys.argv = ['posthoc', 'inspect', '.']; sys.exit(main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(getattr(signal, number))
+        out, err = process.communicate(timeout=60)
+    assert out == "unwound\n"
+    assert "Traceback" not in err
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[number]
+
+
+def test_the_cpu_needs_no_torch(snapshots: Path) -> None:
+    code = (
+        "import sys; from posthoc_cli.cli import main\n"
+        "sys.argv[1:] = {}; code = main()\n"
+        "print([m for m in {} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    for arguments, heavy in (
+        (["--help"], ["torch", "rich", "numpy"]),
+        (["inspect", "snapshots", "--json"], ["torch", "rich"]),
+        (["solve", "snapshots", "--sigma-rel", "0.07"], ["torch"]),
+        (["synthesize", "snapshots", "--gamma", "3", "-o", "x.safetensors", "--json"], ["torch"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments, heavy)],
+            cwd=snapshots.parent,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "[]\n"), arguments
+
+
+def test_completion(posthoc: Posthoc) -> None:
+    run = posthoc(
+        env={"_POSTHOC_COMPLETE": "complete_bash", "COMP_WORDS": "posthoc sy", "COMP_CWORD": "1"}
+    )
+    assert run.out.split() == ["synthesize"]
