@@ -35,12 +35,10 @@ from posthoc_cli.averaging import LiveTensors, Mover, is_sharded, local, named_t
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
 from posthoc_cli.identity import MAX_GAMMA
 from posthoc_cli.naming import SAME_WIDTH
-from posthoc_cli.plan import make_plan
 from posthoc_cli.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
 from posthoc_cli.recipe import KEY, make_recipe
 from posthoc_cli.saving import DTYPES, Entry, stage, write
 from posthoc_cli.snapshots import ENDING, read_folder, select
-from posthoc_cli.synthesis import execute
 from posthoc_cli.tensorfile import read_layout, writing_to
 from posthoc_cli.weights import solve
 
@@ -423,6 +421,10 @@ class PostHocEMA:
         Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
         out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
+        # Only here: training itself doesn't need what compiles kernels.
+        from posthoc_cli.plan import make_plan
+        from posthoc_cli.synthesis import execute
+
         gamma = _one_gamma(sigma_rel, gamma)
         self.wait()
         only = [escape(path.name) for path, _ in self._snapshots()] if self.step else []
