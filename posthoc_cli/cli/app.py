@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from typing import Annotated, Any, cast
 
@@ -27,8 +28,7 @@ app.command(cls=Command, short_help="Show which snapshots a folder holds.")(insp
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
 with contextlib.suppress(ModuleNotFoundError):
-    from posthoc_cli.cli.demo import demo
-
+    demo = importlib.import_module("posthoc_cli.cli.demo").demo
     app.command(cls=Command, short_help="Try it all on a small network.")(demo)
 
 
