@@ -114,9 +114,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads{load}")
     for tensors in options.tensors:
         with tempfile.TemporaryDirectory() as folder:
-            measure(
-                int(options.parameters), tensors, options.device, options.rounds, Path(folder)
-            )
+            measure(int(options.parameters), tensors, options.device, options.rounds, Path(folder))
 
 
 if __name__ == "__main__":
