@@ -33,9 +33,10 @@ def main() -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        _drop_stdout()
+        _finish_stdout()
         return 0
     except KeyboardInterrupt:
+        _finish_stdout()
         _say("posthoc: interrupted")
         return 130
     except Exception as error:
@@ -50,16 +51,17 @@ def _fail(error: Exception) -> int:
         traceback.print_exc()
     if not isinstance(error, PosthocError):
         error = _unexpected(error)
+    _finish_stdout()
     _say(f"posthoc: {error}")
-    if isinstance(error, MachineError):
-        _drop_stdout()  # it may be what failed: then flushing it at exit would fail once more
     return error.exit_code
 
 
 def _unexpected(error: Exception) -> MachineError:
     kind = type(error).__name__
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return MachineError("memory", "not enough of it", "close other programs, or use --device")
+        return MachineError(
+            "memory", "not enough of it", "free some, or give fewer targets at a time"
+        )
     if isinstance(error, OSError):
         subject = "stdout" if error.filename is None else str(error.filename)
         return MachineError(subject, error.strerror or kind, "check the disk and the permissions")
@@ -76,14 +78,15 @@ def _say(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
-def _drop_stdout() -> None:
-    """Write what is left in the buffer, if that works, and nothing more."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+def _finish_stdout() -> None:
+    """Write what is left in the buffer; drop it if that fails, or it would fail again at exit."""
+    try:
         sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 def _clean_up_when_terminated() -> None:

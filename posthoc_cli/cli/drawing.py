@@ -124,4 +124,4 @@ def signed(weight: float) -> str:
 def percent(fraction: float) -> str:
     """`3.42%`: three digits that count."""
     value = 100 * fraction
-    return f"{value:.3g}%" if 1e-3 <= value < 999 else f"{value:.1e}%"
+    return f"{value:.3g}%" if value >= 1e-3 else "<0.001%"

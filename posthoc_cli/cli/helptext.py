@@ -10,7 +10,7 @@ _REST = "Other options"
 _HEADINGS = ("Arguments", "Targets", "Output", "Reading the folder")
 
 
-def _format_options(command: Any, context: Any, formatter: Any) -> None:
+def _format_options(command: Any, context: Any, formatter: Any, rest: str = _REST) -> None:
     """Write the arguments and options, each under the heading that its `rich_help_panel` names."""
     sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in _HEADINGS}
     for param in command.get_params(context):
@@ -20,9 +20,9 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
         heading = getattr(param, "rich_help_panel", None)
         if param.param_type_name == "argument":
             heading, record = "Arguments", (param.metavar or param.name, param.help or "")
-        sections.setdefault(heading or _REST, []).append(record)
-    if _REST in sections:
-        sections[_REST] = sections.pop(_REST)  # last
+        what, words = record  # some typers escape [default: ...] for rich, which has no say here
+        sections.setdefault(heading or rest, []).append((what, words.replace("\\[", "[")))
+    sections[rest] = sections.pop(rest, [])  # last
     for heading, records in sections.items():
         if records:
             with formatter.section(heading):
@@ -54,4 +54,4 @@ class Group(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         self.format_commands(ctx, formatter)
-        _format_options(self, ctx, formatter)
+        _format_options(self, ctx, formatter, "Options")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,7 +132,7 @@ def synthesize(
         quiet=quiet,
     )
     paths = output_paths(output, folder, solved.targets, solved.step)
-    kept = {path for path in paths if skip_existing and os.path.lexists(path)}
+    kept = {path for path in paths if skip_existing and path.exists()}
     for path in paths:
         if path in kept:
             note(f"{path}: exists already; skipped", quiet)
