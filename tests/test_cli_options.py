@@ -321,10 +321,10 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
     if not os.path.exists("/dev/full"):
         return
 
-    def inspect() -> subprocess.CompletedProcess[bytes]:
+    def inspect(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         with open("/dev/full", "wb") as full:
             return subprocess.run(
-                [COMMAND, "inspect", "snapshots"],
+                [COMMAND, "inspect", "snapshots", *arguments],
                 cwd=snapshots.parent,
                 env=ENVIRONMENT,
                 stdout=full,
@@ -336,7 +336,7 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
     assert done.returncode == 1
     assert re.fullmatch(rb"posthoc: stdout: No space left on device; .*\n", done.stderr)
     (snapshots / "broken.safetensors").write_bytes(b"")
-    done = inspect()
+    done = inspect("--json")  # its reason to fail comes before the flush that fails
     assert done.returncode == 3
     assert re.fullmatch(rb"posthoc: snapshots: 1 problem found; .*\n", done.stderr)
 
