@@ -309,8 +309,8 @@ class PostHocEMA:
                 if name not in self._overflowed:
                     self._overflowed.add(name)
                     self._troubles.append(
-                        f"tensor {name!r} has values that float16 doesn't hold, in {path.name} at "
-                        "first; give dtype=torch.bfloat16 or torch.float32"
+                        f"tensor {name!r} has values that are not finite in float16, first in "
+                        f"{path.name}; if they are large, give dtype=torch.bfloat16"
                     )
         if self.keep is not None and len(written) == len(jobs):
             self._prune(int(jobs[0][2]["step"]), self.keep)
@@ -441,7 +441,10 @@ class PostHocEMA:
         exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())
         temporary = self.folder / f".{secrets.token_hex(6)}.posthoc-tmp"
         try:
-            plan = make_plan(chosen, dtype="float64" if exact else "float32")
+            names = chosen[-1].layout.tensors
+            copied = [escape(name) for name in names if not self._how.averages(name)]
+            dtype = "float64" if exact else "float32"
+            plan = make_plan(chosen, dtype=dtype, copy=copied)
             execute(plan, weights, [temporary], [recipe])
             return _load(temporary, own)
         finally:

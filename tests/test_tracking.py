@@ -18,7 +18,7 @@ from torch import nn
 
 from posthoc_cli import KarrasEMA, PostHocEMA, tensorfile
 from posthoc_cli.averaging import LiveTensors, Mover
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.profiles import Profile, sigma_rel_to_gamma
 from posthoc_cli.snapshots import read_folder
 from posthoc_cli.tensorfile import read_layout
@@ -82,31 +82,19 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("update_every", [1, 10, 100])
 def test_mean_age_is_the_profiles(update_every: int, tmp_path: Path) -> None:
-    steps = 100_000
-    model = Counter()
-    ema = PostHocEMA(
-        model, (0.05, 0.10), folder=tmp_path, checkpoint_every=None, update_every=update_every
-    )
-    for step in range(update_every, steps + 1, update_every):  # what is between, it doesn't look at
-        model.set(step)
-        ema.update(step)
-    for gamma, averages in zip(ema.gammas, ema.state_dict()["averages"], strict=True):
-        assert averages["weight"].item() / steps == pytest.approx(
-            (gamma + 1) / (gamma + 2), abs=1e-3
-        )
-
-
-@pytest.mark.parametrize("update_every", [1, 10, 100])
-def test_karras_mean_age_counting_calls(update_every: int) -> None:
-    model = Counter()
-    ema = KarrasEMA(model, sigma_rel=0.1, update_every=update_every)
-    for step in range(1, 10_001):
-        model.weight.data.fill_(step)
+    steps, model = 100_000, Counter()
+    ema = PostHocEMA(model, folder=tmp_path, checkpoint_every=None, update_every=update_every)
+    karras = KarrasEMA(model, sigma_rel=0.2, update_every=update_every)
+    for step in range(1, steps + 1):
+        if step % update_every == 0:  # the other calls must not look at the network
+            model.set(step)
         ema.update()
-    expected = (ema.gamma + 1) / (ema.gamma + 2)
-    # At most one interval of a hundredth of the training: half of it is the error to expect.
-    assert ema.ema_model.weight.item() / 10_000 == pytest.approx(expected, abs=0.006)
-    assert ema.beta == pytest.approx((1 - update_every / 10_000) ** (1 + ema.gamma))
+        karras.update()
+    means = [averages["weight"].item() for averages in ema.state_dict()["averages"]]
+    means.append(karras.ema_model.weight.item())
+    for gamma, mean in zip((*ema.gammas, karras.gamma), means, strict=True):
+        assert mean / steps == pytest.approx((gamma + 1) / (gamma + 2), abs=1e-3)
+    assert karras.beta == (1 - update_every / steps) ** (1 + karras.gamma)
 
 
 def test_uneven_skipped_and_changed_intervals_keep_the_profile(tmp_path: Path) -> None:
@@ -414,18 +402,25 @@ def test_what_is_copied_and_what_is_ignored(tmp_path: Path) -> None:
     }
     ema = PostHocEMA(model, folder=tmp_path, checkpoint_every=None, **options)
     karras = KarrasEMA(model, gamma=ema.gammas[0], **options)
-    first = {}
+    first: dict[str, torch.Tensor] = {}
     for step in range(3):
         train(model, ema, 1)
         karras.update()
         first = first or {name: value.clone() for name, value in model.state_dict().items()}
         assert ema.step == karras.step == step + 1
+    ema.checkpoint()
     for state in (ema.state_dict()["averages"][0], karras.ema_model.state_dict()):
         assert torch.equal(state["0.bias"], model[0].bias)
         assert torch.equal(state["0.weight"], first["0.weight"])
         assert torch.equal(state["1.weight"], first["1.weight"])
         assert not torch.equal(state["1.bias"], first["1.bias"])
         assert not torch.equal(state["1.bias"], model[1].bias)
+    train(model, ema, 3)
+    ema.checkpoint()
+    made = ema.synthesize(0.08)
+    assert torch.equal(made["0.bias"], model[0].bias.half().float())
+    assert torch.equal(made["0.weight"], first["0.weight"].half().float())
+    assert not torch.equal(made["1.bias"], model[1].bias.half().float())
 
 
 def test_keep_removes_only_this_runs_oldest(tmp_path: Path) -> None:
@@ -607,6 +602,12 @@ def test_arguments_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         PostHocEMA(small(), folder=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_made_says_so_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="choose another path"):
+        PostHocEMA(small(), folder=tmp_path / "file" / "folder")
 
 
 def test_a_state_of_other_profiles_is_refused(tmp_path: Path) -> None:
