@@ -19,7 +19,15 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 COMMAND = shutil.which("posthoc", path=sysconfig.get_path("scripts")) or "posthoc"
-_UNSET = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "POSTHOC_DEBUG", "PYTHONIOENCODING")
+_UNSET = (
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "COLUMNS",
+    "LINES",
+    "POSTHOC_DEBUG",
+    "PYTHONIOENCODING",
+    "PYTHONUNBUFFERED",
+)
 ENVIRONMENT = {
     **{key: value for key, value in os.environ.items() if key not in _UNSET},
     "TERM": "xterm",

@@ -336,7 +336,7 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
     assert done.returncode == 1
     assert re.fullmatch(rb"posthoc: stdout: No space left on device; .*\n", done.stderr)
     (snapshots / "broken.safetensors").write_bytes(b"")
-    done = inspect("--json")  # its reason to fail comes before the flush that fails
+    done = inspect("--json")  # buffered: its own reason to fail comes first
     assert done.returncode == 3
     assert re.fullmatch(rb"posthoc: snapshots: 1 problem found; .*\n", done.stderr)
 
