@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from posthoc_cli import __version__
+from posthoc_cli.cli.demo import demo
 from posthoc_cli.cli.helptext import Command, Group
 from posthoc_cli.cli.inspect import inspect
 from posthoc_cli.cli.solve import solve

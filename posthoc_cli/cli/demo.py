@@ -1,0 +1,144 @@
+"""`posthoc demo`: train a small network, then do with its snapshots what a user would do."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli.console import note, plain_table, print_table, stderr_console, stdout_console
+from posthoc_cli.cli.drawing import percent
+from posthoc_cli.errors import MachineError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+_SHOWN = 0.07
+"""The target whose samples are drawn."""
+
+
+def demo(
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A new folder for what the demo makes.", show_default=True
+        ),
+    ] = "posthoc-demo",
+    steps: Annotated[
+        int, typer.Option(metavar="STEPS", min=64, help="Training steps.", hidden=True)
+    ] = 8000,
+) -> None:
+    """Try posthoc on a network that is trained here and now, in less than a minute.
+
+    A small denoiser learns the points of a spiral, and EMAs at sigma_rel 0.05 and 0.10 are saved
+    as snapshots. From these, posthoc rebuilds EMAs at 0.03, 0.07, 0.15 and 0.20. As the demo has
+    really tracked those too, it can say how near posthoc comes.
+
+    \b
+    Examples:
+      posthoc demo
+      posthoc demo my-demo
+    """
+    base = Path(folder)
+    if base.exists() and (not base.is_dir() or any(base.iterdir())):
+        raise UsageError(folder, "exists already", "name a new or an empty folder")
+    try:
+        from posthoc_cli.demo import TRUE_PROFILES, distance, sample, score, train
+    except ModuleNotFoundError as missing:
+        raise MachineError(
+            "posthoc demo", f"needs {missing.name}", f"pip install {missing.name}"
+        ) from None
+    from safetensors.torch import load_file
+
+    console = stdout_console()
+    with _training_bar(steps) as progress:
+        final, tracked = train(base, steps, progress)
+    snapshots, output = base / "snapshots", base / "synthesized"
+    targets = ",".join(map(str, TRUE_PROFILES))
+    template = str(output / "sigma-{sigma_rel}.safetensors")
+    _run(console, "inspect", str(snapshots))
+    _run(console, "solve", str(snapshots), "--sigma-rel", str(_SHOWN))
+    output.mkdir()
+    _run(console, "synthesize", str(snapshots), "--sigma-rel", targets, "-o", template)
+
+    synthesized = {
+        sigma_rel: load_file(output / f"sigma-{sigma_rel}.safetensors")
+        for sigma_rel in TRUE_PROFILES
+    }
+    table = plain_table()
+    table.add_column("sigma_rel", justify="right")
+    for heading in ("off the tracked EMA", "its loss", "the tracked EMA's"):
+        table.add_column(heading, justify="right")
+    for sigma_rel, mine in synthesized.items():
+        truth = tracked[sigma_rel]
+        error = distance(mine, truth) / distance(truth, final)
+        table.add_row(str(sigma_rel), percent(error), f"{score(mine):.4f}", f"{score(truth):.4f}")
+    console.print("How near the synthesized EMAs come to EMAs that were really tracked:\n")
+    print_table(console, table)
+    console.print(
+        "\nOff by: the distance to the tracked EMA, over that EMA's distance to the final "
+        f"weights. The loss of the final weights is {score(final):.4f}. All files are in {base}.",
+        style="dim",
+    )
+    _draw_samples(
+        console,
+        {
+            "final weights": sample(final),
+            f"tracked EMA, {_SHOWN}": sample(tracked[_SHOWN]),
+            f"synthesized, {_SHOWN}": sample(synthesized[_SHOWN]),
+        },
+    )
+
+
+def _run(console: Console, *arguments: str) -> None:
+    """Run a command of posthoc as a user would, under the line that a user would type."""
+    console.print(f"$ posthoc {shlex.join(arguments)}", style="bold", soft_wrap=True)
+    sys.stdout.flush()
+    done = subprocess.run([sys.executable, "-m", "posthoc_cli", *arguments], check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    console.print()
+
+
+@contextlib.contextmanager
+def _training_bar(steps: int) -> Iterator[Callable[[int], None] | None]:
+    console = stderr_console()
+    if not console.is_terminal or console.is_dumb_terminal:
+        note(f"training a small denoiser for {steps} steps", quiet=False)
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("training a small denoiser", total=steps)
+        yield lambda step: bar.update(task, completed=step)
+
+
+def _draw_samples(console: Console, samples: Mapping[str, Tensor]) -> None:
+    """Points drawn from the networks, side by side, where the terminal has dots for it."""
+    if not console.encoding.lower().startswith("utf"):
+        return
+    table: Any = plain_table()
+    for title in samples:
+        table.add_column(title, justify="center")
+    table.add_row(*(_scatter(points.tolist()) for points in samples.values()))
+    console.print("\nPoints drawn from the networks:\n")
+    print_table(console, table)
+
+
+def _scatter(points: list[list[float]], columns: int = 24, rows: int = 12) -> str:
+    """Points of the square from -1.1 to 1.1 in braille, two by four dots a character."""
+    dots = [[0] * columns for _ in range(rows)]
+    bits = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+    for x, y in points:
+        column, row = int((x / 2.2 + 0.5) * 2 * columns), int((0.5 - y / 2.2) * 4 * rows)
+        if 0 <= column < 2 * columns and 0 <= row < 4 * rows:
+            dots[row // 4][column // 2] |= bits[row % 4][column % 2]
+    return "\n".join("".join(chr(0x2800 + cell) for cell in line) for line in dots)

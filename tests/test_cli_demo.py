@@ -1,0 +1,44 @@
+"""The demo, in a few steps: that it runs what it shows, and measures what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc_cli.demo import TRUE_PROFILES, distance, sample, score, train
+
+
+def test_the_demo_runs_its_own_commands_and_comes_near(posthoc, tmp_path: Path) -> None:
+    run = posthoc("demo", "here", "--steps", "640")
+    assert run.code == 0, run
+    snapshots = sorted(path.name for path in (tmp_path / "here" / "snapshots").iterdir())
+    assert len(snapshots) == 32
+    typed = re.findall(r"^\$ posthoc (\w+) .*here", run.out, re.MULTILINE)
+    assert typed == ["inspect", "solve", "synthesize"]
+    rows = re.findall(r"^ +(0\.\d+) +([\d.]+)% +([\d.]+) +([\d.]+)$", run.out, re.MULTILINE)
+    assert [float(row[0]) for row in rows] == list(TRUE_PROFILES)
+    assert all(0 < float(row[1]) < 5 for row in rows)
+    assert all(float(row[2]) == pytest.approx(float(row[3]), rel=5e-3) for row in rows)
+    assert len(list((tmp_path / "here" / "synthesized").iterdir())) == 4
+
+
+def test_a_folder_with_something_in_it_is_left_alone(posthoc, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("precious")
+    posthoc("demo", "mine").failed(2, "mine: exists already; name a new or an empty folder")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_training_learns_and_averages_lag_behind(tmp_path: Path) -> None:
+    final, tracked = train(tmp_path, steps=320)
+    first, _ = train(tmp_path / "short", steps=16)
+    assert score(final) < score(first)
+    away = [distance(tracked[sigma_rel], final) for sigma_rel in TRUE_PROFILES]
+    assert away == sorted(away)
+    assert away[0] > 0
+    points = sample(final, 500)
+    assert points.shape == (500, 2)
+    assert torch.isfinite(points).all()
