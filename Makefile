@@ -1,0 +1,37 @@
+# make demo   install into .venv, train a small network, and do the main job on its snapshots
+# make test   install into .venv, then lint, type-check and run every test
+# make docs   write docs/commands.md and the README's picture anew from the program
+# make bench  measure synthesize beside other tools, in a temporary folder (30 GB, an hour)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# A target and a stamp: the environment is made anew when what it should hold changes.
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test docs bench clean
+
+demo: $(INSTALLED)
+	rm -rf build/demo
+	mkdir -p build
+	$(BIN)/posthoc demo build/demo
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/speed.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
