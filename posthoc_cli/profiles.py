@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
 MAX_SIGMA_REL = 12**-0.5
@@ -85,7 +84,7 @@ def norm(step: Array, gamma: Array) -> Array:
 
     Defined for gamma > -1/2; in units of 1 / sqrt(steps).
     """
-    xp = array_api_compat.array_namespace(step, gamma)
+    xp = namespace(step, gamma)
     return (gamma + 1) / xp.sqrt((2 * gamma + 1) * step)
 
 
@@ -95,17 +94,26 @@ def cosine(step_a: Array, gamma_a: Array, step_b: Array, gamma_b: Array) -> Arra
     1 for the same profile, and never outside [0, 1]: nothing in it over- or underflows, whatever
     the steps and exponents (gamma > -1/2). Arguments broadcast.
     """
-    xp = array_api_compat.array_namespace(step_a, gamma_a, step_b, gamma_b)
+    xp = namespace(step_a, gamma_a, step_b, gamma_b)
     later_gamma = xp.where(step_a < step_b, gamma_b, gamma_a)
     ratio = xp.minimum(step_a, step_b) / xp.maximum(step_a, step_b)
     overlap = xp.sqrt((2 * gamma_a + 1) * (2 * gamma_b + 1)) / (gamma_a + gamma_b + 1)
     return overlap * ratio ** (later_gamma + 0.5)
 
 
+def namespace(*arrays: Array) -> Any:
+    """The array API of `arrays`: NumPy itself, or torch as array-api-compat completes it."""
+    if all(isinstance(array, (np.ndarray, np.generic, int, float)) for array in arrays):
+        return np
+    import array_api_compat  # only here: it takes as long to import as NumPy does
+
+    return array_api_compat.array_namespace(*arrays)
+
+
 def _float64(value: Array) -> tuple[Any, Array, bool]:
     """The namespace of `value`, `value` as a float64 array, and whether it was a plain number."""
-    if array_api_compat.is_array_api_obj(value):
-        xp = array_api_compat.array_namespace(value)
-        return xp, xp.astype(value, xp.float64), False
-    array = np.asarray(value, dtype=np.float64)
-    return array_api_compat.array_namespace(array), array, array.ndim == 0
+    if isinstance(value, (int, float, list, tuple)):
+        value = np.asarray(value, dtype=np.float64)
+        return np, value, value.ndim == 0
+    xp = namespace(value)
+    return xp, xp.astype(value, xp.float64), False

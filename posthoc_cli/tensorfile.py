@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 import struct
 import threading
@@ -183,7 +182,7 @@ class AtomicFile:
         self.size = size
         self.overwrite = overwrite
         self._lock = threading.Lock()
-        self._temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.posthoc-tmp")
+        self._temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.posthoc-tmp")
 
     def __enter__(self) -> AtomicFile:
         if not self.overwrite and os.path.lexists(self.path):

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import array_api_compat.numpy as np_compat
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.profiles import Array, Profile, cosine, norm
+from posthoc_cli.profiles import Array, Profile, cosine, namespace, norm
 
 METHODS = ("edm2", "algorithm3")
 """`edm2`: algorithm 3, rescaled to sum one, as the paper's official code does.
@@ -133,12 +132,12 @@ def _columns(profiles: Sequence[Profile], device: str) -> tuple[Any, Array, Arra
     steps = [float(profile.step) for profile in profiles]
     gammas = [float(profile.gamma) for profile in profiles]
     if device == "cpu":
-        return np_compat, np.asarray(steps), np.asarray(gammas)
-    import array_api_compat.torch as torch_compat  # only here: importing torch takes a second
-    import torch
+        return np, np.asarray(steps), np.asarray(gammas)
+    import torch  # only here: it takes a second to import
 
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    return torch_compat, torch.tensor(steps, **options), torch.tensor(gammas, **options)
+    step, gamma = torch.tensor(steps, **options), torch.tensor(gammas, **options)
+    return namespace(step), step, gamma
 
 
 def _to_numpy(array: Array) -> FloatArray:

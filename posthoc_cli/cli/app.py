@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import re
 from typing import Annotated, Any, cast
 
@@ -28,9 +26,7 @@ app = typer.Typer(
 app.command(cls=Command, short_help="Show which snapshots a folder holds.")(inspect)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
-with contextlib.suppress(ModuleNotFoundError):
-    demo = importlib.import_module("posthoc_cli.cli.demo").demo
-    app.command(cls=Command, short_help="Try it all on a small network.")(demo)
+app.command(cls=Command, short_help="Try it all on a network trained here.")(demo)
 
 
 def _print_version(wanted: bool) -> None:
