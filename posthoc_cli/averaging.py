@@ -5,8 +5,12 @@ Knows neither files nor profiles; decays come in.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -19,6 +23,9 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _CACHE_BLOCK = 1 << 20
 """Elements of a block on the CPU. Small enough that the model's part is still in the cache when
 the second profile's average needs it, large enough for all threads to share in one operation."""
+
+_SERIAL = 1 << 15
+"""Elements up to which torch uses one thread for an operation on the CPU."""
 
 _STAGED_BLOCK = 1 << 24
 """Elements of a block that is converted or moved on the way: 64 MB of float32."""
@@ -180,22 +187,48 @@ class Mover:
         groups: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
         for source, *mine in zip(sources, *averages, strict=True):
             first = mine[0]
-            key = (source.device, source.dtype, first.device, first.dtype)
+            alike = source.device == first.device and source.dtype == first.dtype
+            small = alike and source.device.type == "cpu" and source.numel() <= _SERIAL
+            key = (small, source.device, source.dtype, first.device, first.dtype)
             groups.setdefault(key, []).append((source, mine))
-        self._blocks = [block for group in groups.values() for block in _blocks(group)]
+        blocks = [(key[0], block) for key, group in groups.items() for block in _blocks(group)]
+        self._small = [block for small, block in blocks if small]
+        self._others = [block for small, block in blocks if not small]
 
     def __call__(self, weights: Sequence[float]) -> None:
         """`average += weight * (source - average)`, one weight (1 - decay) for each profile."""
-        for block in self._blocks:
-            ends = block.sources
-            if block.staging:
-                torch._foreach_copy_(block.staging, block.sources)
-                ends = block.staging
-            for averages, weight in zip(block.averages, weights, strict=True):
-                if weight == 1:  # lerp would read the average, and it may not be finite yet
-                    torch._foreach_copy_(averages, ends)
-                else:
-                    torch._foreach_lerp_(averages, ends, weight)
+        _move(self._others, weights)
+        # Torch works on a small tensor with one thread, which can't fill the memory's bandwidth.
+        threads = torch.get_num_threads()
+        shares = min(threads, len(self._small))
+        if shares > 1:
+            parts = [self._small[k::shares] for k in range(shares)]
+            list(_pool(threads).map(_move, parts, repeat(weights)))
+        else:
+            _move(self._small, weights)
+
+
+@torch.no_grad()
+def _move(blocks: Sequence[_Block], weights: Sequence[float]) -> None:
+    for block in blocks:
+        ends = block.sources
+        if block.staging:
+            torch._foreach_copy_(block.staging, block.sources)
+            ends = block.staging
+        for averages, weight in zip(block.averages, weights, strict=True):
+            if weight == 1:  # lerp would read the average, and it may not be finite yet
+                torch._foreach_copy_(averages, ends)
+            else:
+                torch._foreach_lerp_(averages, ends, weight)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="posthoc averages")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from posthoc_cli import KarrasEMA, PostHocEMA, tensorfile
+from posthoc_cli import KarrasEMA, PostHocEMA, averaging, tensorfile
 from posthoc_cli.averaging import LiveTensors, Mover
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.profiles import Profile, sigma_rel_to_gamma
@@ -190,9 +191,11 @@ def test_synthesis_agrees_with_an_ema_tracked_at_the_target(tmp_path: Path) -> N
 # The arithmetic
 
 
-def test_mover_is_the_plain_formula_for_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    import posthoc_cli.averaging as averaging
-
+@pytest.mark.parametrize("serial", [1 << 15, 200, 0], ids=["threads", "both", "one"])
+def test_mover_is_the_plain_formula_for_every_layout(
+    serial: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(averaging, "_SERIAL", serial)
     monkeypatch.setattr(averaging, "_CACHE_BLOCK", 100)
     torch.manual_seed(0)
     sources = [
@@ -222,6 +225,24 @@ def test_mover_is_the_plain_formula_for_every_layout(monkeypatch: pytest.MonkeyP
     for weight, old, new in zip(weights, before, averages, strict=True):
         for source, was, now in zip(sources, old, new, strict=True):
             torch.testing.assert_close(now, was + weight * (source.to(now.dtype) - was))
+
+
+def move_once(averages: list[list[torch.Tensor]]) -> None:
+    Mover([torch.ones(10) for _ in averages[0]], averages)([0.5])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "_CACHE_BLOCK", 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    averages = [[torch.zeros(10).share_memory_() for _ in range(8)]]
+    move_once(averages)
+    child = multiprocessing.get_context("fork").Process(target=move_once, args=(averages,))
+    child.start()
+    child.join(30)
+    child.kill()
+    assert all(torch.equal(average, torch.full((10,), 0.75)) for average in averages[0])
 
 
 def test_replaced_parameters_are_followed(tmp_path: Path) -> None:

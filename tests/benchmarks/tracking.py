@@ -1,6 +1,6 @@
 """What an update costs, beside the memory floor and the libraries that do the same.
 
-    python tests/benchmarks/tracking.py [--parameters 100e6] [--rounds 9] [--device cpu]
+    python tests/benchmarks/tracking.py [--parameters 100e6] [--rounds 25] [--device cpu]
 
 Two profiles, float32, the parameters in 50 tensors and in 5,000. The floor is the memory traffic
 that can't be avoided (the network read once, each average read and written once), at the bandwidth
@@ -88,26 +88,25 @@ def measure(parameters: int, tensors: int, device: str, rounds: int, folder: Pat
         for name, update in updates.items():
             times[name].append(timed(update))
     traffic = (1 + 2 * len(WIDTHS)) / 2  # in copies, which read and write
-    floor = statistics.median(times["copy"]) * traffic
-    print(f"\n{parameters:,} parameters in {tensors:,} tensors on {device}")
-    print(f"{'':14}{'median ms':>11}{'best ms':>10}{'x floor':>9}{'x posthoc':>11}")
-    ours = statistics.median(times["posthoc"])
+    times = {"memory floor": [each * traffic for each in times.pop("copy")], **times}
+    print(f"\n{parameters:,} parameters in {tensors:,} tensors on {device}, {rounds} rounds")
+    print(f"{'':14}{'best ms':>9}{'median ms':>11}{'x floor':>9}{'x posthoc':>11}")
     for name, values in times.items():
-        median = statistics.median(values)
-        label, ratio = (name, median / floor) if name != "copy" else ("memory floor", 1.0)
-        if name == "copy":
-            median, values = floor, [value * traffic for value in values]
-        print(
-            f"{label:14}{median * 1e3:11.1f}{min(values) * 1e3:10.1f}{ratio:9.2f}"
-            f"{median / ours:11.2f}"
-        )
+        floor, ours = (ratio(values, times[other]) for other in ("memory floor", "posthoc"))
+        best, median = min(values) * 1e3, statistics.median(values) * 1e3
+        print(f"{name:14}{best:9.1f}{median:11.1f}{floor:9.2f}{ours:11.2f}")
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median of the rounds' ratios: what slows a whole round down cancels."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=100e6)
     parser.add_argument("--tensors", type=int, nargs="*", default=[50, 5000])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
