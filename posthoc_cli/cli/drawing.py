@@ -109,9 +109,8 @@ class Bars:
             minus = (self.half_left * (halves % 2) + self.full * (halves // 2))[-self.left or 99 :]
         else:
             plus = (self.full * (halves // 2) + self.half_right * (halves % 2))[: self.right]
-        return Text.assemble(
-            (minus.rjust(self.left), _MINUS), (self.axis, "dim"), (plus.ljust(self.right), _PLUS)
-        )
+        before, after = " " * (self.left - len(minus)), " " * (self.right - len(plus))
+        return Text.assemble(before, (minus, _MINUS), (self.axis, "dim"), (plus, _PLUS), after)
 
 
 def signed(weight: float) -> str:
