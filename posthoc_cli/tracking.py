@@ -71,8 +71,9 @@ class PostHocEMA:
         param_or_buffer_names_no_ema: names of tensors to copy rather than average.
         ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
 
-    Raises ValueError for arguments that make no sense, MachineError when the folder can't be made.
-    The first `update` raises UsageError when the folder holds another run's snapshots.
+    Raises ValueError for arguments that make no sense, TypeError for a model in FSDP's first form,
+    MachineError when the folder can't be made. The first `update` raises UsageError when the folder
+    holds another run's snapshots, and ValueError when a tensor can't be saved.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class PostHocEMA:
             )
         if not re.fullmatch(r"[^./\\\0][^/\\\0]*", prefix):
             raise ValueError(f"prefix {prefix!r}: give the start of a file name, without a folder")
+        unwrap(model)  # raises for what can't be tracked
         self.model = model
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
@@ -184,7 +186,10 @@ class PostHocEMA:
             return self._movers
         live = dict(zip(self._live.names, self._live.tensors, strict=True))
         if not live:
-            raise ValueError(f"nothing to average in {type(unwrap(self.model)).__name__}")
+            raise ValueError(
+                f"{type(unwrap(self.model)).__name__} has nothing to average"
+                + (f" with a name that fits include={self._include}" if self._include else "")
+            )
         if self._averages:
             _check_same(live, self._averages[0])
             self._averages = [
@@ -272,12 +277,7 @@ class PostHocEMA:
                 continue
             average = averages.get(self._live.alias.get(name, ""))
             value = local(tensor) if average is None else average
-            dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
-            if dtype is torch.complex128:
-                dtype = torch.complex64  # the one complex dtype that the format has
-            if dtype not in DTYPES:
-                raise ValueError(f"tensor {name!r} is {dtype}, which safetensors doesn't have")
-            entries[name] = Entry(value, dtype, tensor)
+            entries[name] = Entry(value, self._saved_as(name, tensor), tensor)
         width = self.sigma_rels[index]
         metadata = {
             "format": "pt",  # some libraries load nothing without it
@@ -289,6 +289,17 @@ class PostHocEMA:
         # No known convention has such a name, so that none can read something else into it.
         name = f"{self.prefix}-step{self.step:08d}-{_decimals(width)}{ENDING}"
         return self.folder / name, entries, metadata
+
+    def _saved_as(self, name: str, tensor: Tensor) -> torch.dtype:
+        dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
+        if dtype is torch.complex128:
+            dtype = torch.complex64  # the one complex dtype that the format has
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"tensor {name!r} is {dtype}, which safetensors doesn't have; leave it out: "
+                "include= takes the names to save"
+            )
+        return dtype
 
     def _write_behind(self, jobs: list[_Job]) -> None:
         try:
@@ -336,7 +347,14 @@ class PostHocEMA:
         ]
 
     def _claim(self) -> None:
-        """Refuse a folder that holds another run's snapshots: together they would make no EMA."""
+        """Refuse what would only fail, or do harm, at a checkpoint hours later.
+
+        That is a tensor that can't be saved, and a folder with another run's snapshots: together
+        with ours they would make no EMA.
+        """
+        for name, tensor in named_tensors(self.model).items():
+            if self._included(name):
+                self._saved_as(name, tensor)
         others = [
             path.name
             for path, metadata in (_folder_metadata(self.folder) if _writes() else ())

@@ -633,6 +633,24 @@ def test_a_folder_that_cannot_be_made_says_so_at_once(tmp_path: Path) -> None:
         PostHocEMA(small(), folder=tmp_path / "file" / "folder")
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_what_cannot_be_tracked_is_refused_before_training(tmp_path: Path) -> None:
+    class FullyShardedDataParallel(nn.Linear):
+        """Looks like the one of torch.distributed."""
+
+    sharded = nn.Sequential(FullyShardedDataParallel(2, 2))
+    for make in (PostHocEMA, KarrasEMA):
+        with pytest.raises(TypeError, match="fully_shard"):
+            make(sharded, (0.1, 0.2) if make is PostHocEMA else 0.1)
+    model = small()
+    model.register_buffer("small", torch.zeros(2, dtype=torch.float32).to(torch.complex32))
+    with pytest.raises(ValueError, match=r"'small' is torch.complex32.*include="):
+        PostHocEMA(model, folder=tmp_path).update()
+    PostHocEMA(model, folder=tmp_path, include=("0.*",)).update()
+    with pytest.raises(ValueError, match="nothing to average with a name"):
+        PostHocEMA(model, folder=tmp_path, include=("2.*",)).update()
+
+
 def test_a_state_of_other_profiles_is_refused(tmp_path: Path) -> None:
     ema = PostHocEMA(small(), folder=tmp_path)
     with pytest.raises(ValueError, match="profiles that the run began with"):
