@@ -106,11 +106,12 @@ def _read_metadata(metadata: Mapping[str, str]) -> Reading | None:
         gamma, sigma_rel = (number[0], None) if key == "gamma" else (None, number[0])
         steps = range(step, step + 1)
         readings.append(Reading("metadata", step, steps, gamma, sigma_rel, rounding=number[1]))
-    one, other = (_checked("", reading, "metadata") for reading in (readings[0], readings[-1]))
-    if not any(
-        reading.agrees_with(step, identity.sigma_rel)
-        for reading, identity in ((readings[0], other), (readings[-1], one))
-    ):
+    one = _checked("", readings[0], "metadata")
+    agree = readings[-1].agrees_with(step, one.sigma_rel)
+    if not agree and one.gamma > 0:  # below, its width need not be that of any gamma above
+        other = _checked("", readings[-1], "metadata")
+        agree = readings[0].agrees_with(step, other.sigma_rel)
+    if not agree:
         raise SnapshotError(
             "",
             f"its metadata's gamma {texts['gamma']} is sigma_rel {one.sigma_rel:.4g}, "
@@ -126,8 +127,8 @@ def _checked(name: str, reading: Reading, source: str) -> Identity:
     gamma, sigma_rel = reading.gamma, reading.sigma_rel
     if not 0 < reading.step <= MAX_STEP:
         problem = f"its {where} says step {reading.step:.6g}, not one from 1 to 2^53"
-    elif gamma is not None and not 0 < gamma <= MAX_GAMMA:
-        problem = f"its {where} says gamma {gamma:g}, not above 0 and at most {MAX_GAMMA:g}"
+    elif gamma is not None and not -1 < gamma <= MAX_GAMMA:
+        problem = f"its {where} says gamma {gamma:g}, not above -1 and at most {MAX_GAMMA:g}"
     elif sigma_rel is not None and not MIN_SIGMA_REL <= sigma_rel < MAX_SIGMA_REL:
         problem = f"its {where} says sigma_rel {sigma_rel:g}, not between 0 and 12^-0.5 = 0.2887"
     elif gamma is not None:

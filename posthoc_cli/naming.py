@@ -24,7 +24,7 @@ _FIELDS = {
     "step": _WHOLE,
     "kimg": _WHOLE,
     "sigma_rel": _NUMBER.format("sigma_rel"),
-    "gamma": _NUMBER.format("gamma"),
+    "gamma": "-?" + _NUMBER.format("gamma"),
     "index": _WHOLE,
 }
 _END = r"(?ai:\.safetensors)"
@@ -41,6 +41,8 @@ SAME_WIDTH = 1e-3
 """Two values of sigma_rel that differ by less than this fraction are the same EMA, written down
 in two ways (sigma_rel 0.100 and gamma 6.94, which is 0.09997); three decimals that differ, differ
 by more."""
+
+_LEAST_GAMMA = -1 + 1e-9
 
 _SIGMA_REL_ROUNDING = 0.0005
 """sigma_rel is quoted with three decimals; `0.1` is 0.100 without its zeros, not 0.1 +- 0.05."""
@@ -72,8 +74,10 @@ class Reading:
         elif self.gamma is not None:
             if math.isinf(self.gamma + self.rounding):
                 return False
-            low = gamma_to_sigma_rel(self.gamma + self.rounding)  # falls as gamma grows
-            high = gamma_to_sigma_rel(max(self.gamma - self.rounding, 0.0))
+            # The width falls as gamma grows from 0; below, it rises first and falls again.
+            least = max(self.gamma - self.rounding, 0.0 if self.gamma >= 0 else _LEAST_GAMMA)
+            ends = least, self.gamma + self.rounding, self.gamma
+            low, *_, high = sorted(gamma_to_sigma_rel(gamma) for gamma in ends)
         else:
             return True
         return low * (1 - SAME_WIDTH) <= sigma_rel <= high * (1 + SAME_WIDTH)
@@ -152,7 +156,8 @@ def _regex(pieces: list[str], at: int, star: str) -> str:
     decimal = field in ("sigma_rel", "gamma")
     if not pieces[at - 1] and "*" in pieces[at - 2 : at - 1]:
         inside = r"(?<![0-9]\.)(?<![0-9][eE])(?<![0-9][eE][+-])" if decimal else ""
-        regex = "(?<![0-9])" + inside + regex
+        # After a star, a minus sign is the star's: what stands there is rather a hyphen.
+        regex = "(?<![0-9])" + inside + regex.replace(">-?", ">")
     if not pieces[at + 1] and "*" in pieces[at + 2 : at + 3]:
         regex += r"(?![0-9])" + (r"(?!\.[0-9])(?![eE][+-]?[0-9])" if decimal else "")
     return regex

@@ -297,7 +297,9 @@ def _duplicates(snapshots: Sequence[Snapshot]) -> Iterable[tuple[str, str]]:
     """Two of one step and profile: no weights could tell them apart."""
     for one, other in pairwise(snapshots):
         same_width = math.isclose(one.sigma_rel, other.sigma_rel, rel_tol=SAME_WIDTH)
-        if one.step == other.step and same_width:
+        # Below gamma 0 there are two of each width.
+        same_gamma = math.isclose(one.gamma + 1, other.gamma + 1, rel_tol=10 * SAME_WIDTH)
+        if one.step == other.step and same_width and same_gamma:
             yield (
                 other.file,
                 f"has the step ({other.step}) and profile (sigma_rel {other.sigma_rel:.4g}) of "

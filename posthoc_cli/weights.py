@@ -2,24 +2,31 @@
 
 Algorithm 3 of the paper: the weighted sum of the snapshots' profiles shall be as near to the
 target's profile as it can be in the L2 norm over training time. That is a linear system whose
-matrix holds the profiles' inner products.
+matrix holds the profiles' inner products. The other way, `blup`, is in kriging.py: the weighted sum
+of the snapshots shall be as near to the target as it can be expected to be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.profiles import Array, Profile, cosine, namespace, norm
 
-METHODS = ("edm2", "algorithm3")
-"""`edm2`: algorithm 3, rescaled to sum one, as the paper's official code does.
-`algorithm3`: not rescaled, as in the paper's text."""
+if TYPE_CHECKING:
+    from posthoc_cli.kriging import Trajectory
+
+PROFILE_METHODS = ("edm2", "algorithm3")
+"""Methods that go by the profiles alone. `edm2`: algorithm 3, rescaled to sum one, as the paper's
+official code does. `algorithm3`: not rescaled, as in the paper's text."""
+
+METHODS = (*PROFILE_METHODS, "blup")
+"""All methods. `blup` also goes by how the network moved, and how coarsely it was stored."""
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -31,8 +38,8 @@ class Solution:
     `weights` is [targets, snapshots]; `sum_of_weights`, `noise_gain` (2-norm of the weights: how
     much independent rounding noise of the snapshots is amplified) and `profile_error` (L2 distance
     between the wanted profile and the one the weights give, relative to the wanted one's norm) are
-    [targets]. `condition_number` is that of the matrix solved: inner products of the snapshots'
-    profiles, each scaled to norm one.
+    [targets]; the last is NaN where a profile has no norm (gamma <= -1/2). `condition_number` is
+    that of the matrix solved, scaled to a unit diagonal.
     """
 
     snapshots: tuple[Profile, ...]
@@ -50,20 +57,30 @@ def solve(
     targets: Sequence[Profile],
     method: str = "edm2",
     device: str = "cpu",
+    trajectory: Trajectory | None = None,
 ) -> Solution:
-    """Weights, [targets, snapshots], that rebuild each target from the snapshots (algorithm 3).
+    """Weights, [targets, snapshots], that rebuild each target from the snapshots.
 
     `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either.
+    `trajectory` is what kriging.fit gives; only `blup` needs it, and no other uses it.
 
-    Raises ValueError when a profile has no finite norm (gamma <= -1/2) or a snapshot was taken
-    after a target's step; SnapshotError when snapshots' profiles are too alike to be told apart.
+    Raises ValueError when a snapshot was taken after a target's step or `trajectory` is missing;
+    with the methods that go by the profiles alone, UsageError when one has no finite norm
+    (gamma <= -1/2) and SnapshotError when two are too alike to be told apart.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
-    if any(profile.gamma <= -0.5 for profile in (*snapshots, *targets)):
-        raise ValueError(f"method {method} needs gamma > -0.5")
     if max(s.step for s in snapshots) > min(t.step for t in targets):
         raise ValueError("a snapshot was taken after the target's step")
+    if method == "blup":
+        if trajectory is None:
+            raise ValueError("method blup needs a trajectory")
+        return _solve_blup(snapshots, targets, device, trajectory)
+    lowest = min(profile.gamma for profile in (*snapshots, *targets))
+    if lowest <= -0.5:
+        raise UsageError(
+            f"--method {method}", f"has no weights for gamma {lowest:g}", "use --method blup"
+        )
 
     xp, step_i, gamma_i = _columns(snapshots, device)
     _, step_r, gamma_r = _columns(targets, device)
@@ -81,16 +98,55 @@ def solve(
         weights = weights / total
         scaled = scaled / total
 
-    # |target - sum|^2 in units of |target|^2; rounding can leave a true zero just below it.
+    error = _profile_error(xp, gram, wanted, scaled)
+    return _solution(snapshots, targets, method, _to_numpy(weights.T), error, condition_number)
+
+
+def _solve_blup(
+    snapshots: Sequence[Profile], targets: Sequence[Profile], device: str, trajectory: Trajectory
+) -> Solution:
+    from posthoc_cli.kriging import predict  # only here: the other methods shall start without it
+
+    xp, step_i, gamma_i = _columns(snapshots, device)
+    _, step_r, gamma_r = _columns(targets, device)
+
+    def to_device(array: FloatArray) -> Array:
+        return xp.asarray(array, device=step_i.device)
+
+    solved, condition_number = predict(trajectory, snapshots, targets, xp, to_device)
+    error = np.full(len(targets), np.nan)
+    if min(profile.gamma for profile in (*snapshots, *targets)) > -0.5:
+        gram = cosine(step_i[:, None], gamma_i[:, None], step_i[None, :], gamma_i[None, :])
+        wanted = cosine(step_i[:, None], gamma_i[:, None], step_r[None, :], gamma_r[None, :])
+        norms = norm(step_i, gamma_i)[:, None] / norm(step_r, gamma_r)[None, :]
+        error = _profile_error(xp, gram, wanted, solved.T * norms)
+    return _solution(snapshots, targets, "blup", _to_numpy(solved), error, condition_number)
+
+
+def _profile_error(xp: Any, gram: Array, wanted: Array, scaled: Array) -> FloatArray:
+    """|target - sum| in units of |target|, [targets]; `scaled` [snapshots, targets]."""
     squared_error = 1 + xp.sum(scaled * (gram @ scaled - 2 * wanted), axis=0)
+    # Rounding can leave a true zero just below it.
+    error: FloatArray = np.sqrt(np.maximum(_to_numpy(squared_error), 0.0))
+    return error
+
+
+def _solution(
+    snapshots: Sequence[Profile],
+    targets: Sequence[Profile],
+    method: str,
+    weights: FloatArray,
+    profile_error: FloatArray,
+    condition_number: float,
+) -> Solution:
     return Solution(
         snapshots=tuple(snapshots),
         targets=tuple(targets),
         method=method,
-        weights=_to_numpy(weights.T),
-        sum_of_weights=_to_numpy(xp.sum(weights, axis=0)),
-        noise_gain=_to_numpy(xp.sqrt(xp.sum(weights**2, axis=0))),
-        profile_error=np.sqrt(np.maximum(_to_numpy(squared_error), 0.0)),
+        weights=weights,
+        sum_of_weights=weights.sum(axis=1),
+        noise_gain=np.sqrt((weights**2).sum(axis=1)),
+        profile_error=profile_error,
         condition_number=condition_number,
     )
 

@@ -61,7 +61,7 @@ def test_metadata_step_that_is_none(value: str) -> None:
     assert len(message) < 200
 
 
-@pytest.mark.parametrize("value", [*BAD, "1e13"])
+@pytest.mark.parametrize("value", [*(bad for bad in BAD if bad not in ("0", "0.0")), "1e13"])
 def test_metadata_gamma_that_is_none(value: str) -> None:
     message = refusal(f"a_1000_6.94{END}", {"step": "1000", "gamma": value})
     assert "metadata" in message
@@ -82,7 +82,7 @@ def test_metadata_sigma_rel_that_is_none(value: str) -> None:
     ("name", "says"),
     [
         ("a_0_6.94", "step 0"),
-        ("a_1000_0", "gamma 0"),
+        ("a_1000_-1", "gamma -1"),
         ("a_1000_1e400", "gamma inf"),
         ("a-0000000-0.050", "step 0"),
         ("a-0000134-0.000", "sigma_rel 0"),
@@ -111,6 +111,35 @@ def test_file_that_nothing_can_be_read_from(metadata: dict[str, str], problem: s
     assert "--pattern" in message
 
 
+@given(st.integers(1, 2**53), st.floats(-0.999, 0))
+def test_gamma_down_to_minus_one(step: int, gamma: float) -> None:
+    width = float(gamma_to_sigma_rel(gamma))  # may be above 12^-0.5, or that of another gamma
+    both = {"step": str(step), "gamma": str(gamma), "sigma_rel": str(width)}
+    identity, warnings = identify(f"x{END}", both)
+    assert (identity.step, identity.gamma, identity.sigma_rel) == (step, gamma, width)
+    assert not warnings
+
+
+def test_gamma_below_zero_that_contradicts_its_width() -> None:
+    message = refusal(f"x{END}", {"step": "9", "gamma": "-0.3", "sigma_rel": "0.1"})
+    assert "gamma -0.3 is sigma_rel 0.2995" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "gamma"),
+    [
+        ("x1000_-0.3", "x{step}_{gamma}.safetensors", -0.3),
+        ("x1000--0.3", "x{step}-{gamma}.safetensors", -0.3),
+        ("x1000-0.3", "x{step}-{gamma}.safetensors", 0.3),
+        ("x1000-0.3", "x{step}*{gamma}.safetensors", 0.3),
+        ("x_1000_-0.3", None, -0.3),
+    ],
+)
+def test_minus_signs_and_hyphens(name: str, pattern: str | None, gamma: float) -> None:
+    identity, _ = identify(name + END, {}, compile_pattern(pattern) if pattern else None)
+    assert (identity.step, identity.gamma) == (1000, gamma)
+
+
 def test_index_takes_its_width_from_the_profiles() -> None:
     identity, _ = identify(f"1.200{END}", {}, None, (0.05, 0.1))
     assert (identity.step, identity.sigma_rel, identity.source) == (200, 0.1, "name")
@@ -137,6 +166,8 @@ def test_index_past_the_profiles_matters_only_where_the_name_decides() -> None:
         ("0.1000", {"step": "1000", "gamma": "6.94"}, True),
         ("model", {"step": "1000", "gamma": "6.94"}, False),
         ("a_0_0", {"step": "1000", "gamma": "6.94"}, True),
+        ("a_1000_-0.3", {"step": "1000", "gamma": "-0.3"}, False),
+        ("a_1000_-0.3", {"step": "1000", "gamma": "-0.6"}, True),
     ],
 )
 def test_metadata_wins_over_the_name(name: str, metadata: dict[str, str], warned: bool) -> None:
@@ -158,7 +189,7 @@ def test_metadata_wins_over_the_name(name: str, metadata: dict[str, str], warned
         ({"step": "2000", "gamma": "6.94"}, "its metadata step 2000, gamma 6.94"),
         ({"step": "1000", "sigma_rel": "0.05"}, "its metadata step 1000, sigma_rel 0.05"),
         ({"step": "1000", "gamma": "nan"}, "its metadata's gamma is 'nan'"),
-        ({"step": "1000", "gamma": "0"}, "its metadata says gamma 0"),
+        ({"step": "1000", "gamma": "-1"}, "its metadata says gamma -1"),
         ({"step": "1000"}, None),
         ({"step": "2000"}, "its metadata step 2000 and no profile"),
         ({"step": "epoch 3"}, None),

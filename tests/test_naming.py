@@ -313,7 +313,7 @@ def test_neighbours_of_three_decimals_never_agree(thousandths: int) -> None:
         ("1e99999", None),
         ("nan", None),
         ("inf", None),
-        ("-1", None),
+        ("-1", (-1.0, 0.5)),
         ("+1", None),
         (" 1", None),
         ("1_0", None),

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.kriging import Trajectory, expect
 from posthoc_cli.profiles import Profile, sigma_rel_to_gamma
-from posthoc_cli.weights import METHODS, solve
+from posthoc_cli.weights import PROFILE_METHODS, solve
 
 CASES = json.loads((Path(__file__).parent / "reference_weights.json").read_text())["cases"]
 TARGETS = [(case, target) for case in CASES for target in case["targets"]]
@@ -51,7 +52,7 @@ def test_the_reference_numbers(case: dict, target: dict, device: str) -> None:
 def test_several_targets_are_each_what_they_are_alone() -> None:
     snapshots = pairs(8)
     targets = [profile(8000, s) for s in (0.03, 0.07, 0.2)] + [profile(9000, 0.1)]
-    for method in METHODS:
+    for method in PROFILE_METHODS:
         together = solve(snapshots, targets, method)
         assert together.weights.shape == (4, 16)
         for k, target in enumerate(targets):
@@ -62,7 +63,7 @@ def test_several_targets_are_each_what_they_are_alone() -> None:
 
 def test_a_target_that_is_a_snapshot_is_that_snapshot() -> None:
     snapshots = pairs(4)
-    for method in METHODS:
+    for method in PROFILE_METHODS:
         solution = solve(snapshots, [snapshots[6]], method)
         assert np.allclose(solution.weights[0], np.eye(8)[6], rtol=0, atol=1e-12)
         assert solution.profile_error[0] < 1e-7
@@ -77,7 +78,7 @@ def test_diagnostics_are_those_of_the_weights() -> None:
         inside = (p.gamma + 1) / p.step * (grid / p.step) ** p.gamma
         return np.where(grid < p.step, inside, 0)
 
-    for method in METHODS:
+    for method in PROFILE_METHODS:
         solution = solve(snapshots, [target], method)
         weights = solution.weights[0]
         difference = density(target) - weights @ np.array([density(p) for p in snapshots])
@@ -126,7 +127,39 @@ def test_profiles_too_alike_are_named() -> None:
 def test_what_cannot_be_solved() -> None:
     with pytest.raises(ValueError, match="after the target's step"):
         solve(pairs(3), [profile(2500, 0.07)])
-    with pytest.raises(ValueError, match=r"gamma > -0\.5"):
-        solve([*pairs(2), Profile(1500, -0.6)], [profile(2000, 0.07)])
+    for method in PROFILE_METHODS:
+        with pytest.raises(UsageError, match=f"--method {method}: has no weights for gamma -0.6"):
+            solve([*pairs(2), Profile(1500, -0.6)], [profile(2000, 0.07)], method)
+    with pytest.raises(ValueError, match="needs a trajectory"):
+        solve(pairs(2), [profile(2000, 0.07)], "blup")
     with pytest.raises(ValueError, match="unknown method"):
         solve(pairs(2), [profile(2000, 0.07)], "magic")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blup_is_one_more_method(device: str) -> None:
+    snapshots, target = pairs(8), [profile(8000, 0.03), profile(8000, 0.2)]
+    device = device.removeprefix("torch-") + (":0" if device.startswith("torch-") else "")
+    edges, rates = np.arange(9) * 1000.0, np.linspace(2, 1, 8)
+    trajectory = Trajectory(edges, rates, np.full(16, 1e-3), 1.0)
+    blup = solve(snapshots, target, "blup", device, trajectory)
+    assert isinstance(blup.weights, np.ndarray)
+    assert blup.method == "blup"
+    assert np.allclose(blup.sum_of_weights, 1, rtol=0, atol=1e-12)
+    assert np.allclose(blup.noise_gain, np.linalg.norm(blup.weights, axis=1))
+    assert np.allclose(
+        blup.weights, solve(snapshots, target, "blup", "cpu", trajectory).weights, atol=1e-7
+    )
+    # The profile it gives is not the nearest there is: that is algorithm 3's.
+    nearest = solve(snapshots, target, "algorithm3")
+    assert (blup.profile_error > nearest.profile_error).all()
+    expected = expect(trajectory, snapshots, target, blup.weights).total
+    assert (expected < expect(trajectory, snapshots, target, nearest.weights).total).all()
+
+
+def test_blup_takes_profiles_without_a_norm() -> None:
+    snapshots = [*pairs(3), Profile(3000, -0.7)]
+    trajectory = Trajectory(np.arange(4) * 1000.0, np.ones(3), np.zeros(7), 1.0)
+    blup = solve(snapshots, [Profile(3000, -0.8), Profile(3000, 3.0)], "blup", "cpu", trajectory)
+    assert np.allclose(blup.sum_of_weights, 1)
+    assert np.isnan(blup.profile_error).all()
