@@ -103,7 +103,7 @@ def test_unusual_names_that_fit(name: str, step: int, gamma: float) -> None:
         f"a_1000_{END}",
         f"a_1000_nan{END}",
         f"a_1000_inf{END}",
-        f"a_1000_-1{END}",
+        f"a_1000_--1{END}",
         f"a_-1000_6.94{END}",
         f"a_1_000_.5{END}",
         f"a_1000_6.{END}",
@@ -169,7 +169,7 @@ def test_pattern_reads(
     [
         ("{step}_{gamma}.safetensors", f"12_7{END}x"),
         ("{step}_{gamma}.safetensors", f"x12_7{END}"),
-        ("{step}_{gamma}.safetensors", f"12_-7{END}"),
+        ("{step}_{gamma}.safetensors", f"12_--7{END}"),
         ("{step}_{gamma}.safetensors", "12_7xsafetensors"),
         ("{step}_{gamma}.safetensors", f"12_7{END}\n"),
         ("{step}_{gamma}.safetensors", "12_7.SAFETENSORS"),
