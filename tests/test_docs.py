@@ -1,0 +1,103 @@
+"""The documentation is tested: its help is the program's, and its examples run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from posthoc_cli.profiles import sigma_rel_to_gamma
+
+from .command import ENVIRONMENT, ROOT
+from .support import write_tensors
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with what the examples speak of: `snapshots`, and `other` with names of its own."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("examples")
+    for name in ("snapshots", "other"):
+        (folder / name).mkdir()
+    rng = np.random.default_rng(0)
+    for step in range(1000, 9000, 1000):
+        for sigma_rel in (0.05, 0.10):
+            tensors = {"w": rng.standard_normal(50).astype(np.float16)}
+            gamma = sigma_rel_to_gamma(sigma_rel)
+            write_tensors(
+                folder / "snapshots" / f"net-step{step:08d}-{sigma_rel:.3f}.safetensors",
+                tensors,
+                {"step": str(step), "gamma": str(gamma), "sigma_rel": str(sigma_rel)},
+            )
+            write_tensors(folder / "other" / f"run7_{step}_{sigma_rel}.safetensors", tensors)
+    return folder
+
+
+def examples_of_help() -> list[str]:
+    reference = (DOCS / "commands.md").read_text(encoding="utf-8")
+    return re.findall(r"^    (posthoc .*)$", reference, re.MULTILINE)
+
+
+def examples_of_pages() -> list[str]:
+    found = []
+    for page in PAGES:
+        blocks = re.findall(r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        found += [
+            line.removeprefix("$ ")
+            for block in blocks
+            for line in block.splitlines()
+            if line.startswith("$ posthoc")
+        ]
+    return found
+
+
+def test_every_example_runs(folder: Path) -> None:
+    """In the order in which a reader meets them; later ones may use what earlier ones made."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), ENVIRONMENT["PATH"]])
+    examples = [e for e in (*examples_of_pages(), *examples_of_help()) if "demo" not in e]
+    assert len(examples) > 12
+    for example in dict.fromkeys(examples):
+        if "synthesize" in example:
+            example += " --force"  # two examples may write the same file
+        done = subprocess.run(
+            example,
+            shell=True,
+            cwd=folder,
+            env=ENVIRONMENT | {"PATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (example, done.stderr)
+        assert "posthoc:" not in done.stderr, (example, done.stderr)
+
+
+def test_the_command_reference_is_what_the_program_says() -> None:
+    sys.path.insert(0, str(DOCS))
+    try:
+        import generate
+    finally:
+        sys.path.pop(0)
+    written = (DOCS / "commands.md").read_text(encoding="utf-8")
+    assert written == generate.command_reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_picture_asks_nothing_of_the_network() -> None:
+    picture = (DOCS / "terminal.svg").read_text(encoding="utf-8")
+    assert "@font-face" not in picture
+    assert "posthoc&#160;synthesize" in picture
