@@ -266,7 +266,7 @@ def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:
 def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, ...]]:
     """Equal-shaped tensors in pieces of at most `size` elements, where their memory allows."""
     first = tensors[0]
-    if first.numel() <= size or any(each.stride() != first.stride() for each in tensors):
+    if first.numel() <= size:
         return [tuple(tensors)]
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
     dense = [each.permute(order) for each in tensors]

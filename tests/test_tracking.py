@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import inspect
 import multiprocessing
@@ -247,18 +248,44 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert all(torch.equal(average, torch.full((10,), 0.75)) for average in averages[0])
 
 
-def test_replaced_parameters_are_followed(tmp_path: Path) -> None:
+def test_a_first_update_does_not_read_the_averages() -> None:
+    averages = [[torch.full((3,), float("nan"))]]
+    Mover([torch.ones(3)], averages)([1.0])
+    assert torch.equal(averages[0][0], torch.ones(3))
+
+
+@pytest.mark.parametrize("how", ["data", "parameter", "layer"])
+def test_replaced_parameters_are_followed(how: str, tmp_path: Path) -> None:
     model = small()
     ema = PostHocEMA(model, folder=tmp_path, checkpoint_every=None)
     ema.update()
-    model[0].weight.data = torch.full((5, 3), 7.0)  # as module.to() does
-    model[1].bias = nn.Parameter(torch.full((2,), 8.0))
     before = [{k: v.clone() for k, v in each.items()} for each in ema.state_dict()["averages"]]
+    if how == "data":  # as module.to() does
+        model[0].bias.data = torch.full((5,), 7.0)
+    elif how == "parameter":
+        model[0].bias = nn.Parameter(torch.full((5,), 7.0))
+    else:
+        model[0] = nn.Linear(3, 5)
+        nn.init.constant_(model[0].bias, 7.0)
     ema.update()
     for gamma, old, new in zip(ema.gammas, before, ema.state_dict()["averages"], strict=True):
         weight = 1 - 0.5 ** (1 + gamma)
-        for name, value in (("0.weight", 7.0), ("1.bias", 8.0)):
-            torch.testing.assert_close(new[name], old[name] + weight * (value - old[name]))
+        expected = old["0.bias"] + weight * (7.0 - old["0.bias"])
+        torch.testing.assert_close(new["0.bias"], expected)
+
+
+def test_a_checkpoint_catches_up_with_the_step(tmp_path: Path) -> None:
+    model = Counter()
+    ema = PostHocEMA(
+        model, gammas=(2.0, 5.0), folder=tmp_path, checkpoint_every=None, update_every=10
+    )
+    for step in range(1, 16):
+        model.set(step)
+        ema.update()
+    ema.checkpoint()
+    for gamma, averages in zip((2.0, 5.0), ema.state_dict()["averages"], strict=True):
+        beta = (1 - 5 / 15) ** (1 + gamma)
+        assert averages["weight"].item() == pytest.approx(10 * beta + 15 * (1 - beta))
 
 
 def test_live_tensors_hold_each_tied_tensor_once() -> None:
@@ -465,7 +492,34 @@ def test_keep_removes_only_this_runs_oldest(tmp_path: Path) -> None:
     ]
 
 
+def test_keep_spares_what_an_abandoned_future_left(tmp_path: Path) -> None:
+    ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=4, keep=1)
+    train(ema.model, ema, 2)
+    state = copy.deepcopy(ema.state_dict())
+    train(ema.model, ema, 6)
+    resumed = PostHocEMA(small(), folder=tmp_path, checkpoint_every=1, keep=1)
+    resumed.load_state_dict(state)
+    train(resumed.model, resumed, 2)
+    assert {each.step for each in read_folder(tmp_path).usable()} == {4, 8}
+
+
 # Stopping, resuming, failing
+
+
+def test_a_loaded_state_is_a_copy_and_its_folder_is_looked_at_anew(tmp_path: Path) -> None:
+    one = PostHocEMA(small(), folder=tmp_path / "a", checkpoint_every=1)
+    train(one.model, one, 2)
+    other = PostHocEMA(small(), folder=tmp_path / "b", checkpoint_every=1)
+    train(other.model, other, 1)
+    before = copy.deepcopy(one.state_dict()["averages"])
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(UsageError, match="another run's"):
+        other.update()
+    other.folder = tmp_path / "c"
+    other.folder.mkdir()
+    train(other.model, other, 2)
+    for was, now in zip(before, one.state_dict()["averages"], strict=True):
+        assert all(torch.equal(was[name], now[name]) for name in was)
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -512,10 +566,12 @@ def test_outputs_of_posthoc_in_the_folder_are_nobodys_snapshots(tmp_path: Path) 
 
 
 def test_background_writes_what_was_true_at_the_time(tmp_path: Path) -> None:
-    ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=None, background=True)
+    ema = PostHocEMA(
+        small(), folder=tmp_path, checkpoint_every=None, background=True, dtype=torch.float32
+    )
     train(ema.model, ema, 3)
     expected = [
-        {name: value.half() for name, value in each.items()}
+        {name: value.clone() for name, value in each.items()}
         for each in ema.state_dict()["averages"]
     ]
     paths = ema.checkpoint()
