@@ -1,9 +1,9 @@
 """The errors a user can meet, each with its exit code.
 
-    PosthocError
-    ├── MachineError    1  the machine failed: disk full, permission, device out of memory
-    ├── UsageError      2  the command line is wrong
-    └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
+PosthocError
+├── MachineError    1  the machine failed: disk full, permission, device out of memory
+├── UsageError      2  the command line is wrong
+└── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
 """
 
 from __future__ import annotations
