@@ -179,7 +179,7 @@ def _too_alike(snapshots: Sequence[Profile], gram: FloatArray) -> SnapshotError:
     return SnapshotError(
         f"snapshots at {a} and {b}",
         "their profiles are too alike to be told apart",
-        "leave one of them out with --only",
+        "leave one of them out with --only, or use --method blup",
     )
 
 

@@ -19,7 +19,7 @@ from tests.command import Posthoc, on_terminal, visible, write_snapshot
 def test_json_and_csv_say_what_the_library_does(
     posthoc: Posthoc, posthoc_here: Posthoc, snapshots: Path, check_json
 ) -> None:
-    arguments = ["solve", "snapshots", "--sigma-rel", "0.07,0.2", "--gamma", "3"]
+    arguments = ["solve", "snapshots", "--sigma-rel", "0.07,0.2", "--gamma", "3", "-q"]
     run = posthoc(*arguments, "--json")
     assert (run.code, run.err) == (0, "")
     check_json("solve", run.json)
@@ -137,7 +137,9 @@ def test_on_a_terminal(snapshots: Path) -> None:
     [
         ([], 2, "--sigma-rel: no target is given; .*"),
         (["--sigma-rel", "0.3"], 2, "--sigma-rel: 0.3 is out of bounds; .*0.2887"),
-        (["--gamma", "-0.5"], 2, "--gamma: -0.5 is out of bounds; .*"),
+        (["--gamma", "-1"], 2, "--gamma: -1 is out of bounds; .*"),
+        (["--gamma", "-0.5"], 2, "--method edm2: has no weights for gamma -0.5; use --method blup"),
+        (["--gamma", "3", "--diagnose", "--csv"], 2, "--csv: doesn't go with --diagnose; .*"),
         (["--gamma", "3", "--json", "--csv"], 2, "--csv: doesn't go with --json; .*"),
         (["--gamma", "3", "--method", "x"], 2, "--method: 'x' is not known; choose edm2.*"),
         (["--gamma", "3", "--step", "4001"], 2, "--step: 4001 is after the last .*"),

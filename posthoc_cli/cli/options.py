@@ -71,7 +71,7 @@ GammaOption = Annotated[
     typer.Option(
         metavar="LIST",
         rich_help_panel=_TARGETS,
-        help="The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5.",
+        help="The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5; with blup, above -1.",
     ),
 ]
 StepOption = Annotated[
@@ -90,7 +90,8 @@ MethodOption = Annotated[
         rich_help_panel=_TARGETS,
         autocompletion=_methods,
         help="edm2: the weights sum to one, as in the paper's code. algorithm3: not rescaled, as "
-        "in the paper's text.",
+        "in the paper's text. blup: the least error to be expected, by a sample of the snapshots' "
+        "values.",
     ),
 ]
 DeviceOption = Annotated[
@@ -152,11 +153,11 @@ def read_targets(sigma_rel: Sequence[str] | None, gamma: Sequence[str] | None) -
         targets.append(Target("--sigma-rel", shortest(value), width, exponent))
     for value in dict.fromkeys(read_list("--gamma", gamma or ())):
         exponent = float(value)
-        if not -0.5 < exponent <= MAX_GAMMA:
+        if not -1 < exponent <= MAX_GAMMA:
             raise UsageError(
                 "--gamma",
                 f"{shortest(value)} is out of bounds",
-                f"give values above -0.5, and up to {MAX_GAMMA:g}",
+                f"give values above -1, and up to {MAX_GAMMA:g}",
             )
         width = float(gamma_to_sigma_rel(exponent))
         targets.append(Target("--gamma", shortest(value), width, exponent))

@@ -13,6 +13,7 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
+    note,
     plain_table,
     print_json,
     print_table,
@@ -25,6 +26,8 @@ from posthoc_cli.errors import SnapshotError, UsageError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posthoc_cli.kriging import Expected, Trajectory
+    from posthoc_cli.sampling import Measures
     from posthoc_cli.snapshots import Snapshot
     from posthoc_cli.weights import Solution
 
@@ -32,9 +35,21 @@ TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
 
 
+FAR_OFF = 0.05
+"""Of a profile error or an expected one: what is beyond it is said without being asked."""
+
+LOUD = 4
+"""The noise gain beyond which snapshots of half precision don't give half precision."""
+
+HALF = frozenset({"F16", "BF16"})
+
+
 @dataclass(frozen=True)
 class Solved:
-    """The snapshots used, the targets, and the weights between them."""
+    """The snapshots used, the targets, and the weights between them.
+
+    The last three are there when a sample of the snapshots was read.
+    """
 
     folder: str
     snapshots: list[Snapshot]
@@ -42,6 +57,9 @@ class Solved:
     step: int
     device: str
     solution: Solution
+    measures: Measures | None = None
+    trajectory: Trajectory | None = None
+    expected: Expected | None = None
 
 
 def solve(
@@ -61,6 +79,14 @@ def solve(
             help="Show negligible weights too, and a table for each target however many there are.",
         ),
     ] = False,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose",
+            help="Read a sample of the values, and show how far off each method's EMA is to be "
+            "expected.",
+        ),
+    ] = False,
     as_json: options.JsonOption = False,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print the weights as CSV, a line for each.")
@@ -69,9 +95,10 @@ def solve(
 ) -> None:
     """Show the weights that rebuild an EMA from the snapshots in FOLDER.
 
-    Nothing is written: it reads the files' headers only, so it is a quick way to see how well a
-    target can be had. The profile error says how far the EMA that the weights give is from the one
-    that is wanted; the noise gain, how much rounding noise of the snapshots is amplified.
+    Nothing is written: it reads the files' headers, and a sample of the values for --method blup
+    and --diagnose, so it is a quick way to see how well a target can be had. The profile error says
+    how far the EMA that the weights give is from the one that is wanted; the noise gain, how much
+    rounding noise of the snapshots is amplified.
 
     \b
     Examples:
@@ -79,9 +106,12 @@ def solve(
       posthoc solve snapshots --sigma-rel 0.02,0.03,...,0.25
       posthoc solve snapshots --gamma 16.97,6.94 --step 2000 --json
       posthoc solve snapshots --sigma-rel 0.07 --csv > weights.csv
+      posthoc solve snapshots --sigma-rel 0.03,0.07,0.20 --diagnose
     """
     if as_json and as_csv:
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
+    if diagnose and as_csv:
+        raise UsageError("--csv", "doesn't go with --diagnose", "use --json, which has all")
     solved = solve_folder(
         folder,
         options.read_targets(sigma_rel, gamma),
@@ -90,7 +120,19 @@ def solve(
         device=device,
         reading=(pattern, profiles, only),
         quiet=quiet,
+        sample=diagnose,
     )
+    if diagnose:
+        from posthoc_cli.cli import diagnose as shown
+
+        verdicts = shown.compare_methods(solved)
+        if as_json:
+            diagnosis = shown.describe_diagnosis(solved, verdicts)
+            print_json(describe(solved) | {"diagnosis": diagnosis})
+        else:
+            shown.draw_diagnosis(stdout_console(), solved, verdicts)
+        return
+    say_what_is_doubtful(solved, quiet)
     if as_json:
         print_json(describe(solved))
     elif as_csv:
@@ -108,8 +150,12 @@ def solve_folder(
     device: str,
     reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None],
     quiet: bool,
+    sample: bool = False,
 ) -> Solved:
-    """Read `folder` (`reading`: --pattern, --profiles, --only), warn of what is odd, and solve."""
+    """Read `folder` (`reading`: --pattern, --profiles, --only), warn of what is odd, and solve.
+
+    With `sample`, and for blup, the values of the snapshots are sampled too.
+    """
     from posthoc_cli.snapshots import select
     from posthoc_cli.weights import METHODS, solve
 
@@ -118,18 +164,80 @@ def solve_folder(
     inventory = options.read_snapshots(folder, *reading)
     warn(inventory.warnings, quiet)
     snapshots, step = select(inventory.usable(), step)
-    solution = solve(
-        [snapshot.profile for snapshot in snapshots],
-        options.at_step(targets, step),
-        method=method,
-        device=device,
-    )
+    own = [snapshot.profile for snapshot in snapshots]
+    wanted = options.at_step(targets, step)
+    measures = trajectory = expected = None
+    if sample or method == "blup":
+        from posthoc_cli.diagnosis import observe
+
+        measures, trajectory = observe(snapshots)
+        if measures.broken:
+            share = f"{measures.broken:,} of {measures.sampled:,} sampled values"
+            warn([f"{share} are NaN or infinite in some snapshot, and left out"], quiet)
+    solution = solve(own, wanted, method=method, device=device, trajectory=trajectory)
     for target, total in zip(targets, solution.weights.sum(axis=1), strict=True):
         if not abs(total) < float("inf"):
             raise SnapshotError(
                 folder, f"no weights give {target}", "use more snapshots, or another target"
             )
-    return Solved(folder, snapshots, targets, step, device, solution)
+    if trajectory is not None:
+        from posthoc_cli.kriging import expect
+
+        expected = expect(trajectory, own, wanted, solution.weights)
+    return Solved(
+        folder, snapshots, targets, step, device, solution, measures, trajectory, expected
+    )
+
+
+def say_what_is_doubtful(solved: Solved, quiet: bool) -> None:
+    """One line on stderr for targets out of reach, and one for rounding that is blown up."""
+    if quiet:
+        return
+    if solved.expected is not None:
+        off = solved.expected.relative
+        if far := [at for at in range(len(solved.targets)) if off[at] > FAR_OFF]:
+            worst = max(far, key=lambda at: float(off[at]))
+            note(
+                f"{_listed(solved, far)}: an error of up to {percent(off[worst])} of the distance "
+                "between EMA and network is to be expected (see --diagnose)",
+                quiet,
+            )
+        return
+    errors, gains = solved.solution.profile_error, solved.solution.noise_gain
+    if far := [at for at in range(len(solved.targets)) if errors[at] > FAR_OFF]:
+        worst = max(far, key=lambda at: float(errors[at]))
+        note(
+            f"{_listed(solved, far)}: out of reach, with a profile error of up to "
+            f"{percent(errors[worst])}; {_reach(solved)}",
+            quiet,
+        )
+    half = sorted(HALF & {dtype for snapshot in solved.snapshots for dtype in snapshot.dtypes})
+    if half and (loud := [at for at in range(len(solved.targets)) if gains[at] > LOUD]):
+        note(
+            f"{_listed(solved, loud)}: the rounding of {' and '.join(half)} snapshots comes out up "
+            f"to {gains[loud].max():.3g} times as large; --method blup weighs that",
+            quiet,
+        )
+
+
+def _listed(solved: Solved, which: Sequence[int]) -> str:
+    """The targets `which`, in short: `sigma_rel 0.2, 0.25 and 3 more`."""
+    first = solved.targets[which[0]]
+    alike = [solved.targets[at] for at in which if solved.targets[at].option == first.option]
+    shown = [str(first), *(target.text for target in alike[1:3])]
+    more = len(which) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _reach(solved: Solved) -> str:
+    from posthoc_cli.reach import reachable
+
+    profiles = [snapshot.profile for snapshot in solved.snapshots]
+    ranges = reachable(profiles, solved.step, FAR_OFF)
+    if not ranges:
+        return f"nothing is within {FAR_OFF:.0%} at step {solved.step}"
+    spans = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)
+    return f"within {FAR_OFF:.0%}, these snapshots reach sigma_rel {spans}"
 
 
 def describe(solved: Solved) -> dict[str, Any]:
@@ -148,6 +256,7 @@ def describe(solved: Solved) -> dict[str, Any]:
                 "sum_of_weights": float(solution.sum_of_weights[at]),
                 "noise_gain": float(solution.noise_gain[at]),
                 "profile_error": float(solution.profile_error[at]),
+                **_describe_expected(solved, at),
                 "weights": [
                     {
                         "file": snapshot.file,
@@ -161,6 +270,15 @@ def describe(solved: Solved) -> dict[str, Any]:
             }
             for at, target in enumerate(solved.targets)
         ],
+    }
+
+
+def _describe_expected(solved: Solved, at: int) -> dict[str, float]:
+    if solved.expected is None:
+        return {}
+    return {
+        "expected_error": float(solved.expected.total[at]),
+        "relative_error": float(solved.expected.relative[at]),
     }
 
 
@@ -200,7 +318,7 @@ def _draw(console: Console, solved: Solved, everything: bool) -> None:
         if at:
             console.print()
         console.print(
-            f"{_title(target)} at step {solved.step}, "
+            f"{title(target)} at step {solved.step}, "
             f"from {counted(len(solved.snapshots), 'snapshot')} ({solved.solution.method})",
             style="bold",
         )
@@ -214,7 +332,7 @@ def _draw(console: Console, solved: Solved, everything: bool) -> None:
         _draw_totals(console, solved, at)
 
 
-def _title(target: options.Target) -> str:
+def title(target: options.Target) -> str:
     if target.option == "--gamma":
         return f"{target} (sigma_rel {target.sigma_rel:.4g})"
     return f"{target} (gamma {target.gamma:.4g})"

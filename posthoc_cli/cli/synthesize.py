@@ -23,9 +23,9 @@ from posthoc_cli.cli.console import (
 )
 from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.outputs import make_folder, output_paths
-from posthoc_cli.cli.solve import Solved, solve_folder
+from posthoc_cli.cli.solve import Solved, say_what_is_doubtful, solve_folder
 from posthoc_cli.cli.solve import describe as describe_solved
-from posthoc_cli.errors import UsageError, printable
+from posthoc_cli.errors import SnapshotError, UsageError, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.plan import Plan
@@ -67,6 +67,16 @@ def synthesize(
     step: options.StepOption = None,
     method: options.MethodOption = "edm2",
     device: options.DeviceOption = "cpu",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            rich_help_panel="Targets",
+            show_default=False,
+            help="Write nothing when a larger error is to be expected, relative to how far the EMA "
+            "is from the network: 0.05 is 5%.",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -122,6 +132,8 @@ def synthesize(
     if force and skip_existing:
         raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
     options.check_choice("--dtype", dtype, _dtypes())
+    if max_error is not None and not 0 < max_error < float("inf"):
+        raise UsageError("--max-error", f"{max_error:g} is out of bounds", "give, say, 0.05 for 5%")
     solved = solve_folder(
         folder,
         options.read_targets(sigma_rel, gamma),
@@ -130,7 +142,10 @@ def synthesize(
         device=device,
         reading=(pattern, profiles, only),
         quiet=quiet,
+        sample=max_error is not None,
     )
+    if max_error is not None:
+        _check_error(solved, max_error)
     paths = output_paths(output, folder, solved.targets, solved.step)
     kept = {path for path in paths if skip_existing and path.exists()}
     for path in paths:
@@ -140,12 +155,27 @@ def synthesize(
     from posthoc_cli.plan import make_plan
 
     plan = make_plan(solved.snapshots, dtype=dtype, copy=copy or (), drop=drop or ())
+    say_what_is_doubtful(solved, quiet)
     make_folder(output)
     written = _write(plan, solved, paths, kept, force, progress=not quiet)
     if as_json:
         print_json(_describe(solved, written))
     else:
         _draw(solved, written)
+
+
+def _check_error(solved: Solved, most: float) -> None:
+    """Raise SnapshotError for the first target that is to be expected further off than `most`."""
+    assert solved.expected is not None
+    for target, error in zip(solved.targets, solved.expected.relative.tolist(), strict=True):
+        if not error <= most:
+            known = f"{percent(error)}, more than" if error == error else "unknown, so not within"
+            better = "" if solved.solution.method == "blup" else "use --method blup, or "
+            raise SnapshotError(
+                str(target),
+                f"its expected error is {known} --max-error {percent(most)}",
+                f"{better}see solve --diagnose for what these snapshots can give",
+            )
 
 
 def _write(

@@ -1,0 +1,52 @@
+"""How far off a synthesized EMA is to be expected, for each method: what `--diagnose` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.kriging import Expected, Trajectory, expect, fit
+from posthoc_cli.profiles import Profile
+from posthoc_cli.sampling import Measures, measure
+from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.weights import METHODS, Solution, solve
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One method's weights and their expected errors; or the `problem` why it has none."""
+
+    method: str
+    solution: Solution | None
+    expected: Expected | None
+    problem: str = ""
+
+
+def observe(snapshots: Sequence[Snapshot]) -> tuple[Measures, Trajectory]:
+    """Measure a sample of the snapshots' values, and fit how the network moved.
+
+    Raises what sampling.measure does.
+    """
+    measures = measure(snapshots)
+    profiles = [snapshot.profile for snapshot in snapshots]
+    return measures, fit(profiles, measures.differences, measures.rounding, measures.squares)
+
+
+def compare(
+    snapshots: Sequence[Profile],
+    targets: Sequence[Profile],
+    trajectory: Trajectory,
+    device: str = "cpu",
+) -> list[Verdict]:
+    """Every method's weights for the targets, with their expected errors."""
+    verdicts = []
+    for method in METHODS:
+        try:
+            solution = solve(snapshots, targets, method, device, trajectory)
+        except (SnapshotError, UsageError) as error:
+            verdicts.append(Verdict(method, None, None, f"{error.subject}: {error.problem}"))
+            continue
+        expected = expect(trajectory, snapshots, targets, solution.weights)
+        verdicts.append(Verdict(method, solution, expected))
+    return verdicts
