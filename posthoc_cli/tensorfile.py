@@ -182,7 +182,7 @@ class AtomicFile:
         self.size = size
         self.overwrite = overwrite
         self._lock = threading.Lock()
-        self._temporary = path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.posthoc-tmp")
+        self._temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.posthoc-tmp")
 
     def __enter__(self) -> AtomicFile:
         if not self.overwrite and os.path.lexists(self.path):
@@ -277,12 +277,12 @@ def _flush_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where a folder can be flushed."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems refuse
+    with contextlib.suppress(OSError):  # some network file systems refuse
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager

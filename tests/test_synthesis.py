@@ -20,6 +20,7 @@ from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.plan import make_plan
 from posthoc_cli.recipe import KEY
 from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.summing import TorchSumming
 from posthoc_cli.tensorfile import read_layout
 
 from .support import STORED, read_tensors, snapshot_of, write_tensors
@@ -376,6 +377,55 @@ def test_a_disk_that_fails_to_read_or_write_is_told(
             with pytest.raises(MachineError, match="Input/output error"):
                 synthesize(snapshots, np.ones(2), tmp_path)
         assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it", "out of memory"),
+        (
+            "CUDA error: an illegal memory access\nMore of it",
+            "CUDA error: an illegal memory access",
+        ),
+    ],
+)
+def test_a_device_that_fails_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+) -> None:
+    snapshots = two_snapshots(tmp_path)
+    before = files(tmp_path)
+
+    def failing(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(synthesis, "TorchSumming", failing)
+    with pytest.raises(MachineError, match=rf"^--device cuda:1: {told}; free some.*--device cpu$"):
+        synthesize(snapshots, np.ones(2), tmp_path, device="cuda:1")
+    assert files(tmp_path) == before
+
+
+def test_the_device_path_gives_what_the_cpu_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine around the torch sums, with torch's own CPU in place of a GPU."""
+    monkeypatch.setattr(synthesis, "TorchSumming", lambda *sizes: TorchSumming(*sizes[:-1], "cpu"))
+    contents = random_contents("F16", 20, SHAPES)
+    for tensors in contents:
+        tensors["same"] = np.arange(9, dtype=np.float16)
+        tensors["n"] = np.array([len(contents)])
+    snapshots = make_snapshots(tmp_path, contents)
+    weights = np.random.default_rng(4).standard_normal((2, 20))
+    for dtype in ("same", "float32"):
+        here = synthesize(snapshots, weights, tmp_path / f"c{dtype}", dtype=dtype)
+        there = synthesize(
+            snapshots, weights, tmp_path / f"d{dtype}", dtype=dtype, device="cuda", row_bytes=512
+        )
+        for cpu, device in zip(map(read_tensors, here), map(read_tensors, there), strict=True):
+            for name, expected in cpu.items():
+                unit = spacing(expected.astype(np.float64), "F16" if dtype == "same" else "F32")
+                exact = name in ("same", "n")
+                difference = np.abs(expected.astype(np.float64) - device[name].astype(np.float64))
+                assert np.all(difference <= (0 if exact else unit))
 
 
 def test_short_reads_and_writes_are_gone_on_with(

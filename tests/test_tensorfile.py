@@ -140,6 +140,13 @@ def test_every_dtype_of_the_library_has_its_place_in_the_order() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
+    for name in ("x" * 255, "\N{GRINNING FACE}" * 63):  # bytes are what is limited
+        with AtomicFile(tmp_path / name, 1) as file:
+            file.write_at(0, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
 class Trouble(Exception):
     pass
 
