@@ -14,7 +14,6 @@ is the whole process less that of the same command on snapshots of 1 kB.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -150,8 +149,9 @@ def floor_of(paths: Sequence[Path], written: int, scratch: Path) -> list[Command
 class Bench:
     """The folder, the sizes and the tables of one run of this script."""
 
-    def __init__(self, folder: Path, parameters: int, rounds: int, peers: bool) -> None:
-        self.folder, self.parameters, self.rounds, self.peers = folder, parameters, rounds, peers
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.parameters, self.rounds = folder, options.parameters, options.rounds
+        self.peers, self.plot = options.peers, options.plot
         make_snapshots(folder / "tiny", 16, 500, tensors=4)
 
     def work(self, title: str, folder: Path, paths: Sequence[Path], targets: str, limit: float):
@@ -282,7 +282,7 @@ class Bench:
             shutil.rmtree(self.folder / "out")
 
     def scaling(self) -> None:
-        """Seconds for 4, 16 and 64 snapshots and 1 to 16 targets; as JSON too, for the plot."""
+        """Seconds for 4, 16 and 64 snapshots and 1 to 16 targets."""
         self.head("Cost by snapshots and targets")
         folder = self.folder / "scaling"
         make_snapshots(folder, 16, self.parameters // 4)
@@ -308,8 +308,8 @@ class Bench:
         for count in folders:
             row = " | ".join(f"{commands[count, n].median:.2f}" for n in targets)
             print(f"| {count} | {row} |")
-        data = {f"{c},{n}": command.median for (c, n), command in commands.items()}
-        print(f"\n<!-- {json.dumps(data)} -->")
+        if self.plot:
+            _plot_scaling({key: c.median for key, c in commands.items()}, size, self.plot)
         for path in [folder, *folders.values(), *(c.writes[0] for c in commands.values())]:
             shutil.rmtree(path)
 
@@ -352,6 +352,37 @@ class Bench:
         shutil.rmtree(self.folder / "out")
 
 
+def _plot_scaling(seconds: dict[tuple[int, int], float], size: int, file: str) -> None:
+    """Whole-process seconds by number of snapshots, a line for each number of targets."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    counts = sorted({count for count, _ in seconds})
+    targets = sorted({n for _, n in seconds})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    colours = plt.get_cmap("viridis")
+    for at, n in enumerate(targets):
+        label = f"{n} target{'s' if n > 1 else ''}"
+        times = [seconds[count, n] for count in counts]
+        axes[0].plot(counts, times, "o-", color=colours(at / len(targets)), label=label)
+    for at, count in enumerate(counts):
+        times = [seconds[count, n] for n in targets]
+        colour = colours(at / len(counts))
+        axes[1].plot(targets, times, "o-", color=colour, label=f"{count} snapshots")
+    axes[0].set_xlabel(f"snapshots of {size / 1e6:.0f} MB")
+    axes[1].set_xlabel("targets in one pass")
+    for axis, ticks in zip(axes, (counts, targets), strict=True):
+        axis.set_xticks(ticks)
+        axis.set_ylabel("seconds, whole process")
+        axis.set_ylim(bottom=0)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(file)
+
+
 _NAMES = ("--pattern", "s{step}-{sigma_rel}.safetensors", "--quiet")
 
 
@@ -381,6 +412,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to put the data")
     parser.add_argument("--parameters", type=int, default=268_000_000, help="of a large snapshot")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plot", metavar="FILE", help="draw the scaling section's table")
     parser.add_argument("--peers", action="store_true", help="install and measure other tools too")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
@@ -391,7 +423,7 @@ def main() -> None:
         f"medians of {options.rounds} alternating rounds"
     )
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="posthoc-bench-") as folder:
-        bench = Bench(Path(folder), options.parameters, options.rounds, options.peers)
+        bench = Bench(Path(folder), options)
         for section in options.sections or SECTIONS:
             getattr(bench, section)()
 
