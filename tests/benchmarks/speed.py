@@ -14,6 +14,7 @@ is the whole process less that of the same command on snapshots of 1 kB.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
 import shutil
@@ -83,20 +84,29 @@ def alternate(commands: Sequence[Command], rounds: int, before: Callable[[], Non
 
 
 def make_snapshots(
-    folder: Path,
-    count: int,
-    parameters: int,
-    dtype: str = "float16",
-    tensors: int = 64,
-    seed: int = 0,
+    folder: Path, count: int, parameters: int, dtype: str = "float16", tensors: int = 64
 ) -> list[Path]:
-    """`count` snapshots of `parameters` random numbers in `tensors` tensors of unequal sizes."""
+    """`count` snapshots of `parameters` random numbers in `tensors` tensors of unequal sizes.
+
+    Made in a process of its own: a command's peak memory is counted from that of the process which
+    starts it, so this one has to stay small.
+    """
+    maker = multiprocessing.get_context("spawn").Process(
+        target=_make_snapshots, args=(folder, count, parameters, dtype, tensors)
+    )
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        sys.exit("could not make the snapshots")
+    return sorted(folder.iterdir())
+
+
+def _make_snapshots(folder: Path, count: int, parameters: int, dtype: str, tensors: int) -> None:
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shares = rng.uniform(0.5, 1.5, tensors)
     sizes = np.maximum((shares / shares.sum() * parameters).astype(int), 1)
     pool = rng.standard_normal(1 << 22).astype(np.float32) * 0.02
-    paths = []
     for k in range(count):
         # Slices of one pool at shifting places: random enough, and quick to make.
         moved = pool + 0.001 * np.float32(k)
@@ -106,9 +116,8 @@ def make_snapshots(
             values = np.resize(np.roll(moved, -start), size).astype(STORED[dtype][0])
             content[f"blocks.{t:04d}.weight"] = values
         step, sigma_rel = 1000 * (k // 2 + 1), PROFILES[k % 2]
-        paths.append(folder / f"s{step:06d}-{sigma_rel:.2f}.safetensors")
-        _write(paths[-1], content, {"step": str(step), "sigma_rel": str(sigma_rel)})
-    return paths
+        path = folder / f"s{step:06d}-{sigma_rel:.2f}.safetensors"
+        _write(path, content, {"step": str(step), "sigma_rel": str(sigma_rel)})
 
 
 def _write(path: Path, content: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
@@ -127,7 +136,17 @@ def synthesize(folder: Path, targets: str, output: Path, *more: str) -> Command:
     count = targets.count(",") + 1
     return Command(
         f"posthoc, {count} target{'s' if count > 1 else ''}",
-        [POSTHOC, "synthesize", str(folder), "--sigma-rel", targets, "-o", f"{output}/", *more],
+        [
+            POSTHOC,
+            "synthesize",
+            str(folder),
+            "--sigma-rel",
+            targets,
+            "-o",
+            f"{output}/",
+            "-q",
+            *more,
+        ],
         [output],
     )
 
@@ -198,7 +217,7 @@ class Bench:
             synthesize(folder, "0.07", self.folder / "out"),
             synthesize(folder, EIGHT, self.folder / "out8"),
         ]
-        others = [self.plain_script(folder), *(self.peer_commands(folder) if self.peers else [])]
+        others = [*self.plain_scripts(folder), *(self.peer_commands(folder) if self.peers else [])]
         alternate([*ours, *others], max(self.rounds // 2, 2))
         print("\n| whole process | seconds | posthoc is faster by | for eight | peak |")
         print("| --- | --- | --- | --- | --- |")
@@ -211,21 +230,21 @@ class Bench:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(folder)
 
-    def plain_script(self, folder: Path) -> Command:
+    def plain_scripts(self, folder: Path) -> list[Command]:
         weights = self.folder / "weights.json"
         solved = subprocess.run(
-            [POSTHOC, "solve", str(folder), "--sigma-rel", "0.07", "--json"],
+            [POSTHOC, "solve", str(folder), "--sigma-rel", "0.07", "--json", "-q"],
             capture_output=True,
             check=True,
         )
         weights.write_bytes(solved.stdout)
-        output = self.folder / "plain.safetensors"
-        script = str(HERE / "plain_script.py")
-        return Command(
-            "plain script (safe_open, a dict of float32, save_file)",
-            [sys.executable, script, str(folder), str(weights), str(output)],
-            [output],
-        )
+        commands = []
+        for name, option in (("plain script", ""), ("plain script, in-place adds", "--in-place")):
+            output = self.folder / f"plain{option}.safetensors"
+            script = [sys.executable, str(HERE / "plain_script.py")]
+            arguments = [*script, str(folder), str(weights), str(output), *option.split()]
+            commands.append(Command(name, arguments, [output]))
+        return commands
 
     def peer_commands(self, folder: Path) -> list[Command]:
         from peers import prepare
@@ -383,7 +402,7 @@ def _plot_scaling(seconds: dict[tuple[int, int], float], size: int, file: str) -
     figure.savefig(file)
 
 
-_NAMES = ("--pattern", "s{step}-{sigma_rel}.safetensors", "--quiet")
+_NAMES = ("--pattern", "s{step}-{sigma_rel}.safetensors")
 
 
 def _multiply(folder: Path, count: int) -> None:
