@@ -80,3 +80,35 @@ def _bisect(
         else:
             bad = middle
     return float(good)
+
+
+MOST_STEPS = 256
+"""Of a plan with more steps than this every second, third, ... is looked at: it reaches a little
+more than is said then."""
+
+EXTRA_WIDTHS = (0.01, 0.02, 0.03, 0.15, 0.20, 0.25)
+"""Profiles that a plan could have besides those it has."""
+
+
+def planned(
+    steps: int, every: int, widths: Sequence[float], at: int | None = None
+) -> list[Profile]:
+    """The snapshots there will be at step `at` (by default the last) of a run of `steps` steps."""
+    last = (steps if at is None else at) // every * every
+    stride = every * -(-last // every // MOST_STEPS)
+    gammas = [float(sigma_rel_to_gamma(width)) for width in widths]
+    return [
+        Profile(step, gamma) for step in range(last, 0, -max(stride, every)) for gamma in gammas
+    ]
+
+
+def best_extra_width(steps: int, every: int, widths: Sequence[float], within: float) -> float:
+    """The one of EXTRA_WIDTHS that widens most, on a log scale, what a plan reaches."""
+
+    def span(width: float) -> float:
+        snapshots = planned(steps, every, [*widths, width])
+        ranges = reachable(snapshots, snapshots[0].step, within)
+        return float(sum(np.log(high / low) for low, high in ranges))
+
+    new = [width for width in EXTRA_WIDTHS if all(abs(width / one - 1) > 0.1 for one in widths)]
+    return max(new, key=span)

@@ -66,7 +66,7 @@ def test_every_example_runs(folder: Path) -> None:
     examples = [e for e in (*examples_of_pages(), *examples_of_help()) if "demo" not in e]
     assert len(examples) > 12
     for example in dict.fromkeys(examples):
-        if "synthesize" in example:
+        if "synthesize" in example or "plot" in example:
             example += " --force"  # two examples may write the same file
         done = subprocess.run(
             example,
@@ -77,7 +77,10 @@ def test_every_example_runs(folder: Path) -> None:
             text=True,
         )
         assert done.returncode == 0, (example, done.stderr)
-        assert "posthoc:" not in done.stderr, (example, done.stderr)
+        notes = [line for line in done.stderr.splitlines() if line.startswith("posthoc:")]
+        # The examples' snapshots are few: some targets are out of their reach, and it is said.
+        told = ("out of reach", "the rounding of", "is to be expected", "drawn")
+        assert all(any(each in note for each in told) for note in notes), (example, notes)
 
 
 def test_the_command_reference_is_what_the_program_says() -> None:

@@ -11,6 +11,8 @@ from posthoc_cli import __version__
 from posthoc_cli.cli.demo import demo
 from posthoc_cli.cli.helptext import Command, Group
 from posthoc_cli.cli.inspect import inspect
+from posthoc_cli.cli.plan import plan
+from posthoc_cli.cli.plot import plot
 from posthoc_cli.cli.solve import solve
 from posthoc_cli.cli.synthesize import synthesize
 from posthoc_cli.errors import UsageError
@@ -26,6 +28,8 @@ app = typer.Typer(
 app.command(cls=Command, short_help="Show which snapshots a folder holds.")(inspect)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
+app.command(cls=Command, short_help="Draw profiles and weights.")(plot)
+app.command(cls=Command, short_help="Show, before training, what it will give.")(plan)
 app.command(cls=Command, short_help="Try it all on a network trained here.")(demo)
 
 

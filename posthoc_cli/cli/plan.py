@@ -1,0 +1,203 @@
+"""`posthoc plan`: what a training run will leave room for, before it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import in_bytes, note, plain_table, print_json, print_table
+from posthoc_cli.cli.console import stdout_console as console_of
+from posthoc_cli.errors import UsageError
+
+WITHIN = (0.01, 0.05)
+"""The profile errors that a range is given for."""
+
+_UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
+
+Ranges = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What there is at a step of a run: how many snapshots, and what they reach, by error."""
+
+    label: str
+    step: int
+    every: int
+    widths: tuple[float, ...]
+    snapshots: int
+    reach: tuple[Ranges, ...]
+
+
+def plan(
+    steps: Annotated[int, typer.Option(metavar="N", help="Steps of the run.", show_default=False)],
+    every: Annotated[
+        int, typer.Option(metavar="K", help="Steps between snapshots.", show_default=False)
+    ],
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIST",
+            help="The sigma_rel values that are tracked.  [default: 0.05,0.10]",
+        ),
+    ] = None,
+    bytes_per_snapshot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default=False,
+            help="Of one file, such as 1.2GB: to say how much disk the run takes.",
+        ),
+    ] = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Show, before training, which EMA lengths its snapshots will give.
+
+    For each moment, the widths that can be had within 1% and 5% profile error; then what twice as
+    many snapshots, or one more profile, would buy, at the end of the run.
+
+    \b
+    Examples:
+      posthoc plan --steps 100000 --every 2000
+      posthoc plan --steps 100000 --every 2000 --profiles 0.05,0.10,0.20
+      posthoc plan --steps 1000000 --every 8000 --bytes-per-snapshot 1.2GB --json
+    """
+    widths = _read_widths(profiles)
+    size = None if bytes_per_snapshot is None else read_size(bytes_per_snapshot)
+    if not 1 <= every <= steps:
+        raise UsageError("--every", f"{every} is not from 1 to {steps}", "give fewer than --steps")
+    if steps > 2**53:
+        raise UsageError("--steps", f"{steps} is above 2^53", "give fewer")
+    run = [
+        _outlook(share, steps, every, widths, round(steps * fraction))
+        for share, fraction in (("a quarter", 0.25), ("half", 0.5), ("end", 1.0))
+        if round(steps * fraction) >= every
+    ]
+    choices = _alternatives(steps, every, widths)
+    if left := steps % every:
+        note(
+            f"--every {every}: the last snapshot is {left} steps before the end; "
+            "save one more there, or choose a divisor of --steps",
+            quiet,
+        )
+    if as_json:
+        print_json(_describe(steps, size, run, choices))
+    else:
+        _draw(size, run, choices)
+
+
+def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
+    from posthoc_cli.identity import MIN_SIGMA_REL
+    from posthoc_cli.profiles import MAX_SIGMA_REL
+
+    values = options.read_list("--profiles", profiles or ["0.05,0.10"])
+    widths = tuple(sorted({float(value) for value in values}))
+    for width in widths:
+        if not MIN_SIGMA_REL <= width < MAX_SIGMA_REL:
+            raise UsageError(
+                "--profiles",
+                f"{width:g} is out of bounds",
+                "give values above 0 and below 12^-0.5 = 0.2887",
+            )
+    if len(widths) > 16:
+        raise UsageError("--profiles", f"{len(widths)} of them", "give up to 16")
+    return widths
+
+
+def read_size(text: str) -> int:
+    """`1.2GB`, `300 MB`, `1GiB` or a number of bytes. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]i?)?b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise UsageError("--bytes-per-snapshot", f"'{text}' is no size", "give, say, 1.2GB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _outlook(label: str, steps: int, every: int, widths: tuple[float, ...], at: int) -> Outlook:
+    from posthoc_cli.reach import planned, reachable
+
+    snapshots = planned(steps, every, widths, at)
+    step = int(snapshots[0].step)
+    ranges = tuple(reachable(snapshots, step, within) for within in WITHIN)
+    return Outlook(label, step, every, widths, step // every * len(widths), ranges)
+
+
+def _alternatives(steps: int, every: int, widths: tuple[float, ...]) -> list[Outlook]:
+    from posthoc_cli.reach import best_extra_width
+
+    choices = []
+    if every > 1:
+        denser = -(-every // 2)
+        choices.append(_outlook(f"every {denser} steps", steps, denser, widths, steps))
+    extra = best_extra_width(steps, every, widths, WITHIN[0])
+    more = tuple(sorted((*widths, extra)))
+    choices.append(_outlook(f"and sigma_rel {extra:g}", steps, every, more, steps))
+    if every > 1:
+        choices.append(_outlook("both", steps, denser, more, steps))
+    return choices
+
+
+def _describe(
+    steps: int, size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]
+) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+
+    def describe(one: Outlook) -> dict[str, Any]:
+        return {
+            "step": one.step,
+            "every": one.every,
+            "profiles": list(one.widths),
+            "snapshots": one.snapshots,
+            "bytes": None if size is None else size * one.snapshots,
+            "reachable": [
+                {
+                    "profile_error": within,
+                    "sigma_rel": [{"from": low, "to": high} for low, high in ranges],
+                }
+                for within, ranges in zip(WITHIN, one.reach, strict=True)
+            ],
+        }
+
+    return {
+        "steps": steps,
+        "run": [describe(one) for one in run],
+        "alternatives": [describe(one) for one in choices],
+    }
+
+
+def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) -> None:
+    console = console_of()
+    table = plain_table()
+    table.add_column("", no_wrap=True)
+    headings = ["step", "snapshots", *(["disk"] if size else []), "within 1%", "within 5%"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+
+    def add(one: Outlook) -> None:
+        disk = [in_bytes(size * one.snapshots)] if size else []
+        spans = [_spans(ranges) for ranges in one.reach]
+        table.add_row(one.label, str(one.step), str(one.snapshots), *disk, *spans)
+
+    for one in run:
+        add(one)
+    table.add_section()
+    table.add_row(*[""] * len(table.columns))
+    for one in choices:
+        add(one)
+    widths = ", ".join(f"{width:g}" for width in run[-1].widths)
+    console.print(
+        f"sigma_rel that can be had from {widths} saved every {run[-1].every} steps", style="bold"
+    )
+    print_table(console, table)
+    console.print()
+    console.print("posthoc solve --diagnose will tell the error itself", style="dim")
+
+
+def _spans(ranges: Ranges) -> str:
+    return ", ".join(f"{low:.3g}-{high:.3g}" for low, high in ranges) or "nothing"

@@ -1,0 +1,157 @@
+"""Pictures of a solve: what was wanted, what the weights give, and the weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import UsageError
+from posthoc_cli.profiles import Profile
+from posthoc_cli.tensorfile import writing_to
+
+FloatArray = npt.NDArray[np.float64]
+
+FORMATS = (".png", ".svg", ".pdf")
+
+# Okabe and Ito's colours, which all kinds of eyes can tell apart.
+_METHODS = {"algorithm3": "#009E73", "edm2": "#0072B2", "blup": "#D55E00"}
+_WIDTHS = ("#56B4E9", "#E69F00", "#CC79A7", "#000000", "#F0E442")
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "posthoc",
+}
+
+
+def check_matplotlib() -> None:
+    """Raise UsageError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "posthoc plot", "matplotlib is not installed", "pip install 'posthoc-cli[plot]'"
+        )
+
+
+def density(profile: Profile, at: FloatArray) -> FloatArray:
+    """`p(u)` of a profile at the steps `at` > 0 (eq. 121)."""
+    inside = at <= profile.step
+    share = np.where(inside, at / profile.step, 1.0)
+    value: FloatArray = np.where(
+        inside, (profile.gamma + 1) / profile.step * share**profile.gamma, 0.0
+    )
+    return value
+
+
+def draw(
+    snapshots: Sequence[Profile],
+    targets: Sequence[Profile],
+    titles: Sequence[str],
+    weights: Mapping[str, FloatArray],
+    shown: str,
+    path: Path,
+) -> None:
+    """Draw a column for each target to the PNG, SVG or PDF file at `path`.
+
+    `weights` maps each method to its weights [targets, snapshots]; the stems are those of the
+    method `shown`. Raises MachineError when the file can't be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        columns = len(targets)
+        figure = Figure(figsize=(max(1.2 + 2.7 * columns, 4.6), 5.4), layout="constrained")
+        axes = figure.subplots(
+            3, columns, sharex="col", squeeze=False, gridspec_kw={"height_ratios": [3, 1.4, 1.8]}
+        )
+        for at, (target, title) in enumerate(zip(targets, titles, strict=True)):
+            given = {method: each[at] for method, each in weights.items()}
+            _draw_profiles(axes[0, at], axes[1, at], snapshots, target, given)
+            _draw_weights(axes[2, at], snapshots, given[shown])
+            axes[0, at].set_title(title)
+            axes[2, at].set_xlabel("training step")
+        axes[0, 0].set_ylabel("profile, p(t) \N{MULTIPLICATION SIGN} T")
+        axes[1, 0].set_ylabel("given \N{MINUS SIGN} wanted")
+        axes[2, 0].set_ylabel(f"weights ({shown})")
+        axes[0, 0].legend(loc="upper left", handlelength=1.6, borderaxespad=0.2)
+        axes[2, 0].legend(
+            loc="lower left", handlelength=1.0, borderaxespad=0.2, title=r"$\sigma_{\mathrm{rel}}$"
+        )
+        figure.align_ylabels(axes[:, 0])
+        # The date would make every run's file another one.
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+        with writing_to(path):
+            figure.savefig(path, dpi=200, metadata=metadata)
+
+
+def _draw_profiles(
+    above: Any,
+    below: Any,
+    snapshots: Sequence[Profile],
+    target: Profile,
+    weights: Mapping[str, FloatArray],
+) -> None:
+    """The profile that is wanted and those that are given; their differences below."""
+    steps = sorted({float(each.step) for each in snapshots if each.step <= target.step})
+    # Densities jump where a snapshot ends: points on both sides of it, and many between.
+    edges = np.unique([0.0, *steps, float(target.step)])
+    fine = max(400 // len(edges), 8)
+    at = np.concatenate(
+        [
+            np.append(high * 1e-9 + low, np.linspace(low, high, fine + 1)[1:])
+            for low, high in pairwise(edges.tolist())
+        ]
+    )
+    wanted = density(target, at) * target.step
+    basis = np.stack([density(each, at) for each in snapshots]) * target.step
+    above.plot(at, wanted, color="0.1", linewidth=2.4, alpha=0.25, label="wanted")
+    for method, row in weights.items():
+        colour = _METHODS.get(method, "0.5")
+        given = row @ basis
+        # Mostly one lies over the other: the first is wider, so that it can be seen below it.
+        wide = 1.5 if method == next(iter(weights)) else 0.7
+        above.plot(at, given, color=colour, linewidth=wide, label=method)
+        below.plot(at, given - wanted, color=colour, linewidth=wide)
+    below.axhline(0, color="0.1", linewidth=0.5)
+    top = float(np.quantile(wanted, 0.999)) * 1.15
+    above.set_ylim(min(-0.02 * top, 0), top)
+    above.set_xlim(0, target.step * 1.03)
+    _short_steps(below)
+
+
+def _draw_weights(axis: Any, snapshots: Sequence[Profile], weights: FloatArray) -> None:
+    """A stem for each snapshot, those of one width in one colour."""
+    widths = sorted({round(each.sigma_rel, 6) for each in snapshots})
+    steps = np.array([float(each.step) for each in snapshots])
+    own = np.array([round(each.sigma_rel, 6) for each in snapshots])
+    apart = min(float(np.diff(np.unique([0.0, *steps])).min()), 0.06 * float(steps.max()))
+    for at, width in enumerate(widths):
+        colour = _WIDTHS[at % len(_WIDTHS)]
+        mine = own == width
+        # Beside each other, not over each other.
+        x = steps[mine] + apart * 0.3 * (at - (len(widths) - 1) / 2) / max(len(widths) - 1, 1)
+        axis.vlines(x, 0, weights[mine], color=colour, linewidth=1.0)
+        axis.plot(x, weights[mine], "o", color=colour, markersize=2.4, label=f"{width:.3g}")
+    axis.axhline(0, color="0.1", linewidth=0.5)
+    axis.margins(y=0.1)
+
+
+def _short_steps(axis: Any) -> None:
+    """Ticks such as 20k: five-digit steps don't fit beside each other."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
