@@ -42,6 +42,9 @@ still, and the writes get too short: with eight targets 2 MB took a third longer
 MAX_WORKERS = 16
 """Each worker has buffers of its own; so many can fill any machine's memory bandwidth."""
 
+FLUSH_EVERY = 0.1
+"""Seconds between flushes of what was written meanwhile."""
+
 Progress = Callable[[int], None]
 
 
@@ -98,7 +101,7 @@ def execute(
         for file, header in zip(files, headers, strict=True):
             file.write_at(0, header)
         job = _Job(plan, weights, inputs, files, [len(h) for h in headers], progress)
-        with _device_errors(device):
+        with _device_errors(device), _flushed_behind(files):
             _share(plan.chunks(elements), job.sum_chunk, summing, workers or _default_workers())
             _share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         inputs.check_unchanged()
@@ -299,6 +302,29 @@ def _share(
             stop.set()
     for task in tasks:
         task.result()
+
+
+@contextlib.contextmanager
+def _flushed_behind(files: Sequence[AtomicFile]) -> Iterator[None]:
+    """Flush what is written to disk while the work goes on.
+
+    Left to itself the system gathers gigabytes, and the flush at the end waits for all of them
+    while the processors have nothing to do.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(FLUSH_EVERY):
+            for file in files:
+                file.flush()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
+        task = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+    task.result()
 
 
 def _default_workers() -> int:

@@ -205,6 +205,11 @@ class AtomicFile:
                 written = self._write_some(view, offset)
                 view, offset = view[written:], offset + written
 
+    def flush(self) -> None:
+        """Wait until what was written so far is on the disk."""
+        with writing_to(self.path):
+            getattr(os, "fdatasync", os.fsync)(self._fd)
+
     def _write_some(self, view: memoryview, offset: int) -> int:
         if hasattr(os, "pwrite"):
             return os.pwrite(self._fd, view, offset)

@@ -379,6 +379,24 @@ def test_a_disk_that_fails_to_read_or_write_is_told(
         assert files(tmp_path) == before
 
 
+def test_a_disk_that_fails_to_flush_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots = two_snapshots(tmp_path)
+    before = files(tmp_path)
+    flushed = threading.Event()
+
+    def broken(_: int) -> None:
+        flushed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    monkeypatch.setattr(synthesis, "FLUSH_EVERY", 0)
+    with pytest.raises(MachineError, match=r"out0\.safetensors: cannot be written \(Input"):
+        synthesize(snapshots, np.ones(2), tmp_path, progress=lambda _: flushed.wait(10))
+    assert files(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
