@@ -102,8 +102,13 @@ def planned(
     ]
 
 
-def best_extra_width(steps: int, every: int, widths: Sequence[float], within: float) -> float:
-    """The one of EXTRA_WIDTHS that widens most, on a log scale, what a plan reaches."""
+def best_extra_width(
+    steps: int, every: int, widths: Sequence[float], within: float
+) -> float | None:
+    """The one of EXTRA_WIDTHS that widens most, on a log scale, what a plan reaches.
+
+    None when the plan has something like each of them.
+    """
 
     def span(width: float) -> float:
         snapshots = planned(steps, every, [*widths, width])
@@ -111,4 +116,4 @@ def best_extra_width(steps: int, every: int, widths: Sequence[float], within: fl
         return float(sum(np.log(high / low) for low, high in ranges))
 
     new = [width for width in EXTRA_WIDTHS if all(abs(width / one - 1) > 0.1 for one in widths)]
-    return max(new, key=span)
+    return max(new, key=span, default=None)

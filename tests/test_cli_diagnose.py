@@ -116,12 +116,29 @@ def test_max_error_has_bounds(posthoc_here: Posthoc, walked: tuple, value: str) 
     posthoc_here(*arguments).failed(2, rf"--max-error: {value} is out of bounds; .*")
 
 
+def test_blup_says_what_it_expects(posthoc_here: Posthoc, walked: tuple) -> None:
+    run = posthoc_here("solve", "walked", "--sigma-rel", "0.07", "--method", "blup")
+    assert re.search(r"^expected error +\d\S*% +of how far the EMA is", run.out, re.MULTILINE)
+
+
+def test_many_targets_get_a_line_each(posthoc_here: Posthoc, walked: tuple, tmp_path: Path) -> None:
+    arguments = ["solve", "walked", "--gamma", "-0.9,-0.7,1,9", "--method", "blup", "-q"]
+    lines = visible(on_terminal(arguments, tmp_path))
+    assert "expected error" in lines[0]
+    assert max(map(len, lines)) <= 80
+    assert len([line for line in lines if "1.000000" in line]) == 4
+    single = posthoc_here(*arguments, "--only", "walk-800-0.05*")
+    assert single.code == 0
+    assert single.out.count("unknown") == 4
+
+
 def test_a_single_snapshot_is_no_evidence(posthoc_here: Posthoc, walked: tuple, check_json) -> None:
     only = ["--only", "walk-800-0.05*", "--gamma", "3"]
     run = posthoc_here("solve", "walked", *only, "--method", "blup", "--json")
     check_json("solve", run.json)
     assert run.json["targets"][0]["expected_error"] is None
     assert "unknown" in posthoc_here("solve", "walked", *only, "--diagnose").out
+    assert "unknown" in posthoc_here("solve", "walked", *only, "--method", "blup").out
     refused = posthoc_here("synthesize", "walked", *only, "-o", "x", "--max-error", "0.5")
     refused.failed(3, "gamma 3: its expected error is unknown, .*")
 

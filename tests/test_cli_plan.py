@@ -55,6 +55,15 @@ def test_run_that_ends_between_snapshots(posthoc_here: Posthoc) -> None:
     assert posthoc_here("plan", "--steps", "1000", "--every", "300", "-q").err == ""
 
 
+def test_plans_that_have_all_there_is(posthoc_here: Posthoc, check_json) -> None:
+    every = ["plan", "--steps", "50", "--profiles", "0.01,0.02,0.03,0.15,0.20,0.25", "--json"]
+    run = posthoc_here(*every, "--every", "1")
+    check_json("plan", run.json)
+    assert run.json["alternatives"] == []
+    assert len(posthoc_here(*every, "--every", "2").json["alternatives"]) == 1
+    assert posthoc_here(*every[:-1], "--every", "1").code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -83,11 +83,11 @@ def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]
             errors = (verdict.expected.total, verdict.expected.approximation)
             table.add_row(
                 verdict.method,
-                *(_share(float(error[at]) / scale) for error in errors),
-                _share(float(verdict.expected.rounding[at]) / scale),
+                *(percent(float(error[at]) / scale) for error in errors),
+                percent(float(verdict.expected.rounding[at]) / scale),
                 f"{verdict.solution.sum_of_weights[at]:.4f}",
                 f"{verdict.solution.noise_gain[at]:.3f}",
-                _share(float(verdict.solution.profile_error[at])),
+                percent(float(verdict.solution.profile_error[at])),
             )
         print_table(console, table)
         for problem in problems:
@@ -100,9 +100,3 @@ def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]
         style="dim",
         soft_wrap=True,
     )
-
-
-def _share(fraction: float) -> str:
-    if not math.isfinite(fraction):
-        return "unknown"
-    return percent(fraction) if fraction < 10 else f"{100 * fraction:,.0f}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -123,4 +124,8 @@ def signed(weight: float) -> str:
 def percent(fraction: float) -> str:
     """`3.42%`: three digits that count."""
     value = 100 * fraction
+    if not math.isfinite(value):
+        return "unknown"
+    if value >= 999.5:
+        return f"{value:,.0f}%"
     return f"{value:.3g}%" if value >= 1e-3 else "<0.001%"

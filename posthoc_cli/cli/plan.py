@@ -136,6 +136,8 @@ def _alternatives(steps: int, every: int, widths: tuple[float, ...]) -> list[Out
         denser = -(-every // 2)
         choices.append(_outlook(f"every {denser} steps", steps, denser, widths, steps))
     extra = best_extra_width(steps, every, widths, WITHIN[0])
+    if extra is None:
+        return choices
     more = tuple(sorted((*widths, extra)))
     choices.append(_outlook(f"and sigma_rel {extra:g}", steps, every, more, steps))
     if every > 1:
@@ -186,8 +188,8 @@ def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) 
 
     for one in run:
         add(one)
-    table.add_section()
-    table.add_row(*[""] * len(table.columns))
+    if choices:
+        table.add_row(*[""] * len(table.columns))
     for one in choices:
         add(one)
     widths = ", ".join(f"{width:g}" for width in run[-1].widths)

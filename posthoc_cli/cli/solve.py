@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -342,12 +343,16 @@ def _draw_totals(console: Console, solved: Solved, at: int) -> None:
     solution = solved.solution
     table = plain_table()
     table.show_header = False
-    for total, value, meaning in (
+    totals = [
         ("sum of weights", f"{solution.sum_of_weights[at]:.6f}", ""),
         ("noise gain", f"{solution.noise_gain[at]:.4g}", "times the snapshots' rounding noise"),
         ("profile error", percent(solution.profile_error[at]), "off the profile that is wanted"),
         ("condition number", f"{solution.condition_number:.3g}", ""),
-    ):
+    ]
+    if solved.expected is not None:
+        error = percent(float(solved.expected.relative[at]))
+        totals.insert(0, ("expected error", error, "of how far the EMA is from the network"))
+    for total, value, meaning in totals:
         table.add_row(total, value, meaning)
     table.columns[2].style = "dim"
     console.print()
@@ -358,19 +363,22 @@ def _draw_lines(console: Console, solved: Solved) -> None:
     """A line a target: how well each can be had."""
     solution = solved.solution
     table = plain_table()
-    for heading in ("sigma_rel", "gamma", "sum of weights", "noise gain", "profile error"):
+    kind, errors = "profile error", solution.profile_error.tolist()
+    if solved.expected is not None:  # then it is known what comes of the profile error
+        kind, errors = "expected error", solved.expected.relative.tolist()
+    for heading in ("sigma_rel", "gamma", "sum of weights", "noise gain", kind):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-    errors = solution.profile_error.tolist()
-    bars = Bars(errors, 14, console.encoding)
+    lengths = [error if math.isfinite(error) else 0.0 for error in errors]
+    bars = Bars(lengths, 13, console.encoding)
     for at, (target, error) in enumerate(zip(solved.targets, errors, strict=True)):
         table.add_row(
             f"{target.sigma_rel:.4f}",
             f"{target.gamma:.2f}",
             f"{solution.sum_of_weights[at]:.6f}",
             f"{solution.noise_gain[at]:.3f}",
-            f"{100 * error:.2f}%",
-            bars.draw(error),
+            f"{100 * error:.2f}%" if math.isfinite(error) else "unknown",
+            bars.draw(lengths[at]),
         )
     print_table(console, table)
     console.print()
