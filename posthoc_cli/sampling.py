@@ -25,7 +25,9 @@ from posthoc_cli.summing import FLOAT8
 from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, reason
 
 BLOCKS = 1024
-"""Places that are read in each snapshot."""
+"""Places that are read in each snapshot; half as many in each of very many snapshots."""
+
+VERY_MANY = 128
 
 BLOCK = 256
 """Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
@@ -91,12 +93,16 @@ class _Piece:
         return tensors[self.name].start + self.first * DTYPE_BITS[self.dtype] // 8
 
 
-def measure(snapshots: Sequence[Snapshot], *, blocks: int = BLOCKS, block: int = BLOCK) -> Measures:
+def measure(
+    snapshots: Sequence[Snapshot], *, blocks: int | None = None, block: int = BLOCK
+) -> Measures:
     """Measure a consistent set of snapshots on some `blocks * block` of their elements.
 
     Raises SnapshotError when no sampled element is finite in all snapshots or a file changed
     since its header was read, MachineError when one can't be read.
     """
+    if blocks is None:
+        blocks = BLOCKS if len(snapshots) <= VERY_MANY else BLOCKS // 2
     pieces = _choose(snapshots[-1].layout.tensors, blocks, block)
     most = max(_HELD_BYTES // (8 * len(snapshots)), block)
     sums = _Sums(len(snapshots))

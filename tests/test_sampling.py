@@ -189,6 +189,14 @@ def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
         measure(snapshots)
 
 
+def test_very_many_snapshots_are_sampled_less(tmp_path: Path) -> None:
+    path = tmp_path / "x_1000_6.94.safetensors"
+    write_tensors(path, {"a": np.arange(300_000, dtype=np.float32)})
+    (snapshot,) = read_folder(tmp_path).usable()
+    assert measure([snapshot] * 2).sampled == sampling.BLOCKS * sampling.BLOCK
+    assert 10**5 < measure([snapshot] * 129).sampled == sampling.BLOCKS // 2 * sampling.BLOCK
+
+
 def test_torch_is_not_imported() -> None:
     import subprocess
 
