@@ -23,12 +23,14 @@ class Verdict:
     problem: str = ""
 
 
-def observe(snapshots: Sequence[Snapshot]) -> tuple[Measures, Trajectory]:
+def observe(
+    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
+) -> tuple[Measures, Trajectory]:
     """Measure a sample of the snapshots' values, and fit how the network moved.
 
-    Raises what sampling.measure does.
+    `leave_out` are globs of tensors that won't be averaged. Raises what sampling.measure does.
     """
-    measures = measure(snapshots)
+    measures = measure(snapshots, leave_out=leave_out)
     profiles = [snapshot.profile for snapshot in snapshots]
     return measures, fit(profiles, measures.differences, measures.rounding, measures.squares)
 

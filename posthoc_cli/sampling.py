@@ -9,6 +9,7 @@ time, so neither the snapshots' size nor their number costs memory.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -94,16 +95,26 @@ class _Piece:
 
 
 def measure(
-    snapshots: Sequence[Snapshot], *, blocks: int | None = None, block: int = BLOCK
+    snapshots: Sequence[Snapshot],
+    *,
+    leave_out: Sequence[str] = (),
+    blocks: int | None = None,
+    block: int = BLOCK,
 ) -> Measures:
     """Measure a consistent set of snapshots on some `blocks * block` of their elements.
 
-    Raises SnapshotError when no sampled element is finite in all snapshots or a file changed
-    since its header was read, MachineError when one can't be read.
+    `leave_out` are globs of tensors that won't be averaged, and so shall not count. Raises
+    SnapshotError when no sampled element is finite in all snapshots or a file changed since its
+    header was read, MachineError when one can't be read.
     """
     if blocks is None:
         blocks = BLOCKS if len(snapshots) <= VERY_MANY else BLOCKS // 2
-    pieces = _choose(snapshots[-1].layout.tensors, blocks, block)
+    tensors = {
+        name: info
+        for name, info in snapshots[-1].layout.tensors.items()
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
+    }
+    pieces = _choose(tensors, blocks, block)
     most = max(_HELD_BYTES // (8 * len(snapshots)), block)
     sums = _Sums(len(snapshots))
     for group in _groups(pieces, most):

@@ -440,6 +440,7 @@ class PostHocEMA:
         out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
         # Only here: training itself doesn't need what compiles kernels.
+        from posthoc_cli.diagnosis import observe
         from posthoc_cli.plan import make_plan
         from posthoc_cli.synthesis import execute
 
@@ -453,7 +454,8 @@ class PostHocEMA:
         chosen, target_step = select(read_folder(self.folder, only=only).usable(), step)
         target = Profile(target_step, gamma)
         profiles = [each.profile for each in chosen]
-        weights = solve(profiles, [target], method).weights
+        trajectory = observe(chosen)[1] if method == "blup" else None
+        weights = solve(profiles, [target], method, trajectory=trajectory).weights
         recipe = make_recipe(method, target, [each.file for each in chosen], profiles, weights[0])
         own = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
         exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())

@@ -13,7 +13,7 @@ from posthoc_cli import sampling
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.sampling import measure
 from posthoc_cli.snapshots import Snapshot, read_folder
-from tests.support import STORED, Tensors, write_tensors
+from tests.support import STORED, Tensors, snapshot_of, write_tensors
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
 
@@ -202,3 +202,19 @@ def test_torch_is_not_imported() -> None:
 
     code = "import sys, posthoc_cli.sampling; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tensors_that_will_not_be_averaged_do_not_count(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    snapshots = []
+    for step in (1, 2, 3):
+        tensors = {
+            "w": rng.standard_normal(500).astype(np.float32),
+            "running_var": 1e4 * rng.standard_normal(500).astype(np.float32),
+        }
+        write_tensors(tmp_path / f"{step}.safetensors", tensors)
+        snapshots.append(snapshot_of(tmp_path / f"{step}.safetensors", step))
+    every, some = measure(snapshots), measure(snapshots, leave_out=["running*"])
+    assert every.differences.max() > 1e7
+    assert some.differences.max() < 10
+    assert (every.sampled, some.sampled) == (1000, 500)

@@ -22,7 +22,9 @@ from torch import nn
 
 from posthoc_cli import KarrasEMA, PostHocEMA, averaging, tensorfile
 from posthoc_cli.averaging import LiveTensors, Mover
+from posthoc_cli.diagnosis import observe
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.kriging import expect
 from posthoc_cli.profiles import Profile, sigma_rel_to_gamma
 from posthoc_cli.snapshots import read_folder
 from posthoc_cli.tensorfile import read_layout
@@ -189,6 +191,15 @@ def test_synthesis_agrees_with_an_ema_tracked_at_the_target(tmp_path: Path) -> N
     bound = (deviations**2).sum(0).sqrt() * error * norm
     assert torch.all((made - walk.ema_model.weight).abs() <= bound)
     assert (made - model.weight).abs().mean() > 10 * (made - walk.ema_model.weight).abs().mean()
+
+    # And blup is off by as much as it expects to be.
+    by_blup = ema.synthesize(sigma_rel=0.07, method="blup")["weight"]
+    profiles = [each.profile for each in snapshots]
+    _, trajectory = observe(snapshots)
+    weights = solve(profiles, [target], "blup", trajectory=trajectory).weights
+    expected = expect(trajectory, profiles, [target], weights).total[0]
+    off = (by_blup - walk.ema_model.weight).square().mean().sqrt()
+    assert expected / 2 < off < 2 * expected
 
 
 # The arithmetic

@@ -34,9 +34,9 @@ class Command(TyperCommand):
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         arguments = [
-            param.metavar or param.name.upper()
+            str(param.metavar or param.name)
             if param.required
-            else f"[{param.metavar or param.name.upper()}]"
+            else f"[{param.metavar or param.name}]"
             for param in self.get_params(ctx)
             if param.param_type_name == "argument"
         ]

@@ -152,10 +152,12 @@ def solve_folder(
     reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None],
     quiet: bool,
     sample: bool = False,
+    leave_out: Sequence[str] = (),
 ) -> Solved:
     """Read `folder` (`reading`: --pattern, --profiles, --only), warn of what is odd, and solve.
 
-    With `sample`, and for blup, the values of the snapshots are sampled too.
+    With `sample`, and for blup, the values of the snapshots are sampled too, but for those of the
+    tensors that the globs `leave_out` fit.
     """
     from posthoc_cli.snapshots import select
     from posthoc_cli.weights import METHODS, solve
@@ -171,7 +173,7 @@ def solve_folder(
     if sample or method == "blup":
         from posthoc_cli.diagnosis import observe
 
-        measures, trajectory = observe(snapshots)
+        measures, trajectory = observe(snapshots, leave_out)
         if measures.broken:
             share = f"{measures.broken:,} of {measures.sampled:,} sampled values"
             warn([f"{share} are NaN or infinite in some snapshot, and left out"], quiet)

@@ -143,6 +143,7 @@ def synthesize(
         reading=(pattern, profiles, only),
         quiet=quiet,
         sample=max_error is not None,
+        leave_out=(*(copy or ()), *(drop or ())),
     )
     if max_error is not None:
         _check_error(solved, max_error)
