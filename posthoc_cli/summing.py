@@ -33,64 +33,71 @@ class Summing(Protocol):
     Both are multiples of kernels.STRIDE elements.
     """
 
-    def begin(self, dtype: str, elements: int) -> None:
-        """Start the sums of `elements` elements stored as `dtype`, at zero."""
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
+        """Start the sums of `elements` elements stored as `dtype`, to be rounded to `out_dtype`."""
 
     def staging(self) -> list[memoryview]:
         """Rows to read the next snapshots into, as bytes, each long enough for the chunk."""
 
-    def add(self, weights: Weights) -> None:
-        """Add the rows last staged; `weights` is [rows, targets], C-contiguous."""
+    def add(self, weights: Weights, *, last: bool) -> None:
+        """Add the rows last staged; `weights` is [rows, targets], C-contiguous.
 
-    def result(self, target: int, dtype: str) -> memoryview:
-        """The bytes of one target's sums, rounded to `dtype`; good until the next call."""
+        `last` tells that these are the last, after which `result` may be called.
+        """
+
+    def result(self, target: int) -> memoryview:
+        """The bytes of one target's sums, rounded; good until the next call of any method."""
 
 
 class CpuSumming:
-    """Sums on the CPU, by the kernels compiled for it."""
+    """Sums on the CPU, by the kernels compiled for it.
+
+    As long as all snapshots fit in one group, sums never leave the registers.
+    """
 
     def __init__(self, row_bytes: int, capacity: int, targets: int, group: int) -> None:
         self._rows = np.zeros((group, row_bytes), np.uint8)
         self._views = [row.data for row in self._rows]
         self._addresses = np.array([row.ctypes.data for row in self._rows], np.uintp)
         self._sums = np.zeros((targets, capacity))
-        self._narrowed = np.zeros(capacity * 8, np.uint8)
+        self._out = np.zeros((targets, capacity * 8), np.uint8)
         self._wide = np.zeros((0, 0), np.float32)
-        self._dtype = ""
+        self._dtype = self._out_dtype = ""
         self._elements = 0
+        self._begun = False
 
-    def begin(self, dtype: str, elements: int) -> None:
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         if dtype != self._dtype and dtype in FLOAT8:
             self._table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
             self._wide = np.zeros(self._rows.shape, np.float32)
             self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
-        self._dtype = dtype
-        self._elements = elements
-        self._sums[:, : -(-elements // kernels.STRIDE) * kernels.STRIDE] = 0.0
+        self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
+        self._begun = False
 
     def staging(self) -> list[memoryview]:
         return self._views
 
-    def add(self, weights: Weights) -> None:
+    def add(self, weights: Weights, *, last: bool) -> None:
         dtype, addresses = self._dtype, self._addresses
         if dtype in FLOAT8:
             for stored, wide in zip(self._rows[: len(weights)], self._wide, strict=False):
                 np.take(self._table, stored[: self._elements], out=wide[: self._elements])
             dtype, addresses = "F32", self._wide_addresses
-        kernels.accumulate(dtype, addresses, weights, self._sums, self._elements)
+        before = self._sums if self._begun else None
+        out, out_dtype = self._sums.view(np.uint8), "F64"
+        if last and self._out_dtype not in FLOAT8:
+            out, out_dtype = self._out, self._out_dtype
+        kernels.accumulate(dtype, addresses, weights, before, out, out_dtype, self._elements)
+        self._begun = True
 
-    def result(self, target: int, dtype: str) -> memoryview:
-        sums = self._sums[target]
-        if dtype == "F64":
-            narrowed = sums.view(np.uint8)
-        elif dtype in FLOAT8:
+    def result(self, target: int) -> memoryview:
+        row = self._out[target]
+        if self._out_dtype in FLOAT8:
             with np.errstate(all="ignore"):
-                narrowed = sums[: self._elements].astype(_float8(dtype)).view(np.uint8)
-        else:
-            narrowed = self._narrowed
-            kernels.narrow(dtype, sums, narrowed, self._elements)
-        row: memoryview = narrowed.data[: self._elements * DTYPE_BITS[dtype] // 8]
-        return row
+                sums = self._sums[target, : self._elements]
+                row = sums.astype(_float8(self._out_dtype)).view(np.uint8)
+        data: memoryview = row.data[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
+        return data
 
 
 def _float8(dtype: str) -> Any:
@@ -136,11 +143,11 @@ class TorchSumming:
         self._received = torch.empty(group, row_bytes, dtype=torch.uint8, **on_device)
         self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
         self._out = torch.empty(capacity * 8, **on_host)
-        self._dtype = ""
+        self._dtype = self._out_dtype = ""
         self._elements = self._bytes = 0
 
-    def begin(self, dtype: str, elements: int) -> None:
-        self._dtype, self._elements = dtype, elements
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
+        self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
         self._bytes = elements * DTYPE_BITS[dtype] // 8
         with self._on_stream():
             self._sums[:, :elements] = 0.0
@@ -151,7 +158,7 @@ class TorchSumming:
             self._free[self._turn].synchronize()
         return [row.data for row in self._buffers[self._turn].numpy()]
 
-    def add(self, weights: Weights) -> None:
+    def add(self, weights: Weights, *, last: bool) -> None:
         rows = len(weights)
         with self._on_stream():
             received = self._received[:rows, : self._bytes]
@@ -164,10 +171,10 @@ class TorchSumming:
                 for sums, weight in zip(self._sums, row_weights, strict=True):
                     sums[: self._elements].add_(values, alpha=weight)
 
-    def result(self, target: int, dtype: str) -> memoryview:
+    def result(self, target: int) -> memoryview:
         with self._on_stream():
-            narrowed = self._sums[target, : self._elements].to(self._dtypes[dtype])
-            out = self._out[: self._elements * DTYPE_BITS[dtype] // 8]
+            narrowed = self._sums[target, : self._elements].to(self._dtypes[self._out_dtype])
+            out = self._out[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
             out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
         if self._cuda:
             self._stream.synchronize()

@@ -27,23 +27,22 @@ from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
 from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, lay_out, reason
 
-GROUP = 8
-"""Snapshots that are read before they are summed: memory does not grow with their number."""
+GROUP = 16
+"""Snapshots that are read before they are summed: memory does not grow with their number. Where
+all fit in one group, no sum ever goes through memory."""
 
-ROW_BYTES = {"cpu": 1 << 18, "device": 1 << 21}
-"""Bytes read from a snapshot at a time. On the CPU, GROUP rows have to stay in a worker's cache
-until they are summed; larger ones cost more there than fewer calls save. A device wants large
-copies."""
+ROW_BYTES = {"cpu": 1 << 19, "device": 1 << 21}
+"""Bytes read from a snapshot at a time. A worker's rows should stay in the processor's last cache
+until they are summed; much smaller ones cost more in calls, and write the outputs in bits."""
 
-SUM_BYTES = {"cpu": 1 << 23, "device": 1 << 26}
-"""The most that a worker's float64 sums may take; with many targets, chunks get smaller. Smaller
-still, and the writes get too short: with eight targets 2 MB took a third longer than 8 MB."""
-
-MAX_WORKERS = 16
-"""Each worker has buffers of its own; so many can fill any machine's memory bandwidth."""
+SUM_BYTES = {"cpu": 1 << 24, "device": 1 << 26}
+"""The most that a worker's float64 sums may take; with many targets, chunks get smaller."""
 
 FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
+
+MAX_WORKERS = 16
+"""Each worker has buffers of its own; so many can fill any machine's memory bandwidth."""
 
 Progress = Callable[[int], None]
 
@@ -138,7 +137,7 @@ class _Job:
         size = chunk.bytes_each
         unsettled = self._unsettled_tensors(chunk)
         reference = b""
-        summing.begin(run.dtype, chunk.elements)
+        summing.begin(run.dtype, run.out_dtype, chunk.elements)
         snapshots = range(len(self._plan.snapshots))
         for group in (snapshots[i : i + GROUP] for i in snapshots[::GROUP]):
             rows = summing.staging()
@@ -147,23 +146,24 @@ class _Job:
             if unsettled:
                 reference = reference or bytes(rows[0][:size])
                 self._compare(chunk, unsettled, reference, rows[: len(group)])
-            summing.add(self._weights[group.start : group.stop])
+            last = group.stop == snapshots.stop
+            summing.add(self._weights[group.start : group.stop], last=last)
             self._report(len(group) * size)
         for t in range(len(self._files)):
-            self._write(chunk, t, summing.result(t, run.out_dtype))
+            self._write(chunk, t, summing.result(t))
 
     def copy_chunk(self, chunk: Chunk, summing: Summing) -> None:
         """Take a chunk from the newest snapshot, for every output, in the dtype of the output."""
         run, newest, size = chunk.run, self._plan.newest, chunk.bytes_each
         converted = run.dtype != run.out_dtype
         if converted:
-            summing.begin(run.dtype, chunk.elements)
+            summing.begin(run.dtype, run.out_dtype, chunk.elements)
         row = summing.staging()[0][:size]
         self._inputs.read(newest, self._input_offset(chunk, newest), row)
         if converted:
-            summing.add(np.ones((1, len(self._files))))
+            summing.add(np.ones((1, len(self._files))), last=True)
         for t in range(len(self._files)):
-            self._write(chunk, t, summing.result(t, run.out_dtype) if converted else row)
+            self._write(chunk, t, summing.result(t) if converted else row)
         self._report(0 if run.averaged else size)
 
     def constant_chunks(self, elements: Callable[[str], int]) -> Iterator[Chunk]:

@@ -23,25 +23,36 @@ def rows_of(dtype: str, snapshots: int, count: int, seed: int = 0) -> np.ndarray
     return rng.standard_normal((snapshots, count)).astype(STORED[dtype])
 
 
-def accumulate(dtype: str, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def padded(rows: np.ndarray) -> np.ndarray:
+    """`rows` [any, count] with as many columns as the kernels demand."""
+    capacity = -(-rows.shape[1] // kernels.STRIDE) * kernels.STRIDE
+    wide = np.zeros((len(rows), capacity), rows.dtype)
+    wide[:, : rows.shape[1]] = rows
+    return wide
+
+
+def accumulate(
+    dtype: str,
+    rows: np.ndarray,
+    weights: np.ndarray,
+    out_dtype: str = "F64",
+    before: np.ndarray | None = None,
+) -> np.ndarray:
     """`rows` [snapshots, count], `weights` [snapshots, targets] -> sums [targets, count]."""
-    count = rows.shape[1]
-    capacity = -(-count // kernels.STRIDE) * kernels.STRIDE
-    padded = np.zeros((len(rows), capacity), rows.dtype)
-    padded[:, :count] = rows
-    addresses = np.array([row.ctypes.data for row in padded], np.uintp)
-    sums = np.zeros((weights.shape[1], capacity))
-    kernels.accumulate(dtype, addresses, np.ascontiguousarray(weights), sums, count)
-    return sums[:, :count]
+    count, targets = rows.shape[1], weights.shape[1]
+    rows = padded(rows)
+    addresses = np.array([row.ctypes.data for row in rows], np.uintp)
+    sums = None if before is None else padded(before)
+    out = np.zeros((targets, rows.shape[1] * 8), np.uint8)
+    weights = np.ascontiguousarray(weights)
+    kernels.accumulate(dtype, addresses, weights, sums, out, out_dtype, count)
+    return out.view(STORED[out_dtype])[:, :count]
 
 
 def narrow(dtype: str, values: np.ndarray) -> np.ndarray:
-    capacity = -(-len(values) // kernels.STRIDE) * kernels.STRIDE
-    padded = np.zeros(capacity)
-    padded[: len(values)] = values
-    out = np.zeros(capacity * 4, np.uint8)
-    kernels.narrow(dtype, padded, out, len(values))
-    return out.view(STORED[dtype])[: len(values)]
+    """`values`, with a negative zero added, which changes no value, rounded to `dtype`."""
+    rows, weights = np.zeros((1, len(values))), np.full((1, 1), -1.0)
+    return accumulate("F64", rows, weights, dtype, before=values[None, :])[0]
 
 
 @pytest.mark.parametrize("dtype", STORED)
@@ -72,15 +83,27 @@ def test_a_sum_does_not_depend_on_its_position_or_on_other_targets() -> None:
             assert np.array_equal(alone[0], together[target, start:])
 
 
-def test_sums_go_on_from_one_group_of_snapshots_to_the_next() -> None:
-    rows = rows_of("F32", 10, 128)
-    weights = np.random.default_rng(1).standard_normal((10, 2))
-    whole = accumulate("F32", rows, weights)
+@pytest.mark.parametrize("out_dtype", STORED)
+@pytest.mark.parametrize("targets", [1, 3, 9])
+def test_sums_go_on_from_one_group_of_snapshots_to_the_next(out_dtype: str, targets: int) -> None:
+    rows = rows_of("F32", 10, 100)
+    weights = np.random.default_rng(1).standard_normal((10, targets))
+    whole = accumulate("F32", rows, weights, out_dtype)
+    first = accumulate("F32", rows[:3], weights[:3])
+    both = accumulate("F32", rows[3:], weights[3:], out_dtype, before=first)
+    assert both.tobytes() == whole.tobytes()
+    assert np.array_equal(whole, accumulate("F32", rows, weights).astype(STORED[out_dtype]))
+
+
+def test_sums_may_be_written_where_they_were_read() -> None:
+    rows = rows_of("F16", 4, 128)
+    weights = np.random.default_rng(1).standard_normal((4, 2))
     sums = np.zeros((2, 128))
-    for part in (slice(0, 3), slice(3, 10)):
-        addresses = np.array([row.ctypes.data for row in rows[part]], np.uintp)
-        kernels.accumulate("F32", addresses, weights[part], sums, 128)
-    assert np.array_equal(sums, whole)
+    addresses = np.array([row.ctypes.data for row in rows], np.uintp)
+    for k in range(4):
+        part = addresses[k : k + 1], weights[k : k + 1], sums if k else None
+        kernels.accumulate("F16", *part, sums.view(np.uint8), "F64", 128)
+    assert np.array_equal(sums, accumulate("F16", rows, weights))
 
 
 def nearest(value: float, dtype: str) -> float:

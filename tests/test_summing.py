@@ -32,15 +32,15 @@ def sums_of(
 ) -> list[np.ndarray]:
     """Go through `rows` [snapshots, elements] by groups, as the workers do."""
     elements = rows.shape[1]
-    summing.begin(dtype, elements)
+    summing.begin(dtype, out_dtype, elements)
     for first in range(0, len(rows), GROUP):
         part = rows[first : first + GROUP]
         for staged, row in zip(summing.staging(), part, strict=False):
             staged[: row.nbytes] = row.tobytes()
-        summing.add(np.ascontiguousarray(weights[first : first + GROUP]))
+        last = first + GROUP >= len(rows)
+        summing.add(np.ascontiguousarray(weights[first : first + GROUP]), last=last)
     return [
-        np.frombuffer(bytes(summing.result(t, out_dtype)), STORED[out_dtype])
-        for t in range(weights.shape[1])
+        np.frombuffer(bytes(summing.result(t)), STORED[out_dtype]) for t in range(weights.shape[1])
     ]
 
 
