@@ -41,8 +41,8 @@ SUM_BYTES = {"cpu": 1 << 24, "device": 1 << 26}
 FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
 
-MAX_WORKERS = 16
-"""Each worker has buffers of its own; so many can fill any machine's memory bandwidth."""
+MAX_WORKERS = 8
+"""Each worker has buffers of its own, up to 40 MB of them."""
 
 Progress = Callable[[int], None]
 
