@@ -55,19 +55,25 @@ class Command:
     peak: float = 0.0
 
     def run(self, warm_up: bool = False) -> None:
-        for path in self.writes:
-            if path.is_dir():
-                shutil.rmtree(path)
-            path.unlink(missing_ok=True)
         begin = time.perf_counter()
         process = subprocess.Popen(self.arguments, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
+        self.clean_up()
         if status:
             sys.exit(f"{self.name} failed: {' '.join(map(str, self.arguments))}")
         if not warm_up:
             self.seconds.append(seconds)
             self.peak = max(self.peak, usage.ru_maxrss / 1024)
+
+    def clean_up(self) -> None:
+        """Remove what was written, and let the disk come to rest: the next command starts equal."""
+        for path in self.writes:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        os.sync()
 
     @property
     def median(self) -> float:
@@ -182,8 +188,6 @@ class Bench:
         idle = synthesize(self.folder / "tiny", targets, self.folder / "out-tiny")
         floor = floor_of(paths, size * count, scratch)
         alternate([ours, idle, *floor], self.rounds)
-        shutil.rmtree(output)
-        scratch.unlink()
         base = sum(command.median for command in floor)
         work = ours.median - idle.median
         print(
@@ -225,9 +229,6 @@ class Bench:
             one, eight = command.median / ours[0].median, 8 * command.median / ours[1].median
             ratios = "| |" if command in ours else f"{one:.1f} times | {eight:.1f} times |"
             print(f"| {command.name} | {command.median:.2f} | {ratios} {command.peak:.0f} MB |")
-        for command in [*ours, *others]:
-            for path in command.writes:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(folder)
 
     def plain_scripts(self, folder: Path) -> list[Command]:
@@ -298,7 +299,6 @@ class Bench:
                     flush=True,
                 )
             shutil.rmtree(folder)
-            shutil.rmtree(self.folder / "out")
 
     def scaling(self) -> None:
         """Seconds for 4, 16 and 64 snapshots and 1 to 16 targets."""
@@ -329,7 +329,7 @@ class Bench:
             print(f"| {count} | {row} |")
         if self.plot:
             _plot_scaling({key: c.median for key, c in commands.items()}, size, self.plot)
-        for path in [folder, *folders.values(), *(c.writes[0] for c in commands.values())]:
+        for path in [folder, *folders.values()]:
             shutil.rmtree(path)
 
     def start(self) -> None:
@@ -368,7 +368,6 @@ class Bench:
             "times (to meet: 1.3)"
         )
         shutil.rmtree(folder)
-        shutil.rmtree(self.folder / "out")
 
 
 def _plot_scaling(seconds: dict[tuple[int, int], float], size: int, file: str) -> None:
