@@ -121,7 +121,9 @@ def _install(python: Path, package: str, module: str, *more: str) -> str | None:
         ask = f"import {module}, importlib.metadata as m; print(m.version({package!r}))"
         done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True)
     if done.returncode:
-        why = [line for line in done.stderr.splitlines() if "rror" in line] or ["no reason given"]
+        why = [line for line in done.stderr.splitlines() if "ERROR" in line or "Error" in line] or [
+            "no reason given"
+        ]
         print(f"{package} left out: it can't be installed with this torch: {why[-1].strip()}")
         return None
     return done.stdout.split()[-1]
