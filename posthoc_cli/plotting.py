@@ -88,7 +88,7 @@ def draw(
         axes[2, 0].set_ylabel(f"weights ({shown})")
         axes[0, 0].legend(loc="upper left", handlelength=1.6, borderaxespad=0.2)
         axes[2, 0].legend(
-            loc="lower left", handlelength=1.0, borderaxespad=0.2, title=r"$\sigma_{\mathrm{rel}}$"
+            loc="upper left", handlelength=1.0, borderaxespad=0.2, title=r"$\sigma_{\mathrm{rel}}$"
         )
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.

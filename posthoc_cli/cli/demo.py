@@ -62,24 +62,29 @@ def demo(
         final, tracked = train(base, steps, progress)
     snapshots, output = base / "snapshots", base / "synthesized"
     targets = ",".join(map(str, TRUE_PROFILES))
-    template = str(output / "sigma-{sigma_rel}.safetensors")
     _run(console, "inspect", str(snapshots))
     _run(console, "solve", str(snapshots), "--sigma-rel", str(_SHOWN))
     output.mkdir()
-    _run(console, "synthesize", str(snapshots), "--sigma-rel", targets, "-o", template)
+    made: dict[tuple[str, float], Mapping[str, Tensor]] = {}
+    for method in ("edm2", "blup"):
+        template = str(output / method) + "-{sigma_rel}.safetensors"
+        chosen = () if method == "edm2" else ("--method", method)
+        wanted = ("--sigma-rel", targets, *chosen)
+        _run(console, "synthesize", str(snapshots), *wanted, "-o", template, "-q")
+        for sigma_rel in TRUE_PROFILES:
+            made[method, sigma_rel] = load_file(output / f"{method}-{sigma_rel}.safetensors")
 
-    synthesized = {
-        sigma_rel: load_file(output / f"sigma-{sigma_rel}.safetensors")
-        for sigma_rel in TRUE_PROFILES
-    }
     table = plain_table()
-    table.add_column("sigma_rel", justify="right")
-    for heading in ("off the tracked EMA", "its loss", "the tracked EMA's"):
+    for heading in ("sigma_rel", "edm2 off by", "blup off by", "loss of edm2's", "of the tracked"):
         table.add_column(heading, justify="right")
-    for sigma_rel, mine in synthesized.items():
-        truth = tracked[sigma_rel]
-        error = distance(mine, truth) / distance(truth, final)
-        table.add_row(str(sigma_rel), percent(error), f"{score(mine):.4f}", f"{score(truth):.4f}")
+    for sigma_rel, truth in tracked.items():
+        away = distance(truth, final)
+        table.add_row(
+            str(sigma_rel),
+            *(percent(distance(made[m, sigma_rel], truth) / away) for m in ("edm2", "blup")),
+            f"{score(made['edm2', sigma_rel]):.4f}",
+            f"{score(truth):.4f}",
+        )
     console.print("How near the synthesized EMAs come to EMAs that were really tracked:\n")
     print_table(console, table)
     console.print(
@@ -92,7 +97,7 @@ def demo(
         {
             "final weights": sample(final),
             f"tracked EMA, {_SHOWN}": sample(tracked[_SHOWN]),
-            f"synthesized, {_SHOWN}": sample(synthesized[_SHOWN]),
+            f"synthesized, {_SHOWN}": sample(made["edm2", _SHOWN]),
         },
     )
 
