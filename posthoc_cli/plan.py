@@ -53,11 +53,11 @@ class Run:
         return elements * DTYPE_BITS[self.out_dtype] // 8
 
     def chunks(
-        self, most: Callable[[str], int], first: int = 0, last: int | None = None
+        self, most: Callable[[Run], int], first: int = 0, last: int | None = None
     ) -> Iterator[Chunk]:
-        """Elements `first` to `last` of the run, at most `most(dtype)` at a time."""
+        """Elements `first` to `last` of the run, at most `most(run)` at a time."""
         last = self.bounds[-1] if last is None else last
-        step = most(self.dtype)
+        step = most(self)
         for start in range(first, last, step):
             yield Chunk(self, start, min(start + step, last))
 
@@ -108,8 +108,8 @@ class Plan:
         """Bytes of each output's data section."""
         return sum(run.out_size_of(run.bounds[-1]) for run in self.runs)
 
-    def chunks(self, most: Callable[[str], int]) -> Iterator[Chunk]:
-        """All the work, in the outputs' order, at most `most(dtype)` elements at a time."""
+    def chunks(self, most: Callable[[Run], int]) -> Iterator[Chunk]:
+        """All the work, in the outputs' order, at most `most(run)` elements of each at a time."""
         for run in self.runs:
             yield from run.chunks(most)
 

@@ -22,7 +22,7 @@ import numpy as np
 from posthoc_cli import recipe
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.kernels import STRIDE
-from posthoc_cli.plan import Chunk, Plan
+from posthoc_cli.plan import Chunk, Plan, Run
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
 from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, lay_out, reason
@@ -35,8 +35,9 @@ ROW_BYTES = {"cpu": 1 << 19, "device": 1 << 21}
 """Bytes read from a snapshot at a time. A worker's rows should stay in the processor's last cache
 until they are summed; much smaller ones cost more in calls, and write the outputs in bits."""
 
-SUM_BYTES = {"cpu": 1 << 24, "device": 1 << 26}
-"""The most that a worker's float64 sums may take; with many targets, chunks get smaller."""
+WORKER_BYTES = {"cpu": 12 << 20, "device": 128 << 20}
+"""The most that a worker's rows, sums and results may take together: with many targets, or more
+snapshots than one group has, chunks get smaller."""
 
 FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
@@ -75,14 +76,16 @@ def execute(
     headers = [lay_out(plan.tensors, _metadata(newest, entry))[0] for entry in recipes]
     where = "cpu" if device == "cpu" else "device"
     row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
-    most = max(SUM_BYTES[where] // (8 * len(outputs)), STRIDE)
-
-    def elements(dtype: str) -> int:
-        """Elements of a chunk: as many as fit in a row and in the sums."""
-        return min(row_bytes * 8 // DTYPE_BITS[dtype], most) // STRIDE * STRIDE
-
-    capacity = max((elements(run.dtype) for run in plan.runs), default=STRIDE)
     group = min(GROUP, len(plan.snapshots))
+    sums = 8 * len(outputs) if group < len(plan.snapshots) or where == "device" else 0
+
+    def elements(run: Run) -> int:
+        """Elements of a chunk: as many as fit in a row, and in all that a worker may take."""
+        stored, result = DTYPE_BITS[run.dtype] // 8 or 1, DTYPE_BITS[run.out_dtype] // 8 or 1
+        most = WORKER_BYTES[where] // (group * stored + sums + len(outputs) * result)
+        return max(min(row_bytes // stored, most) // STRIDE, 1) * STRIDE
+
+    capacity = max(map(elements, plan.runs), default=STRIDE)
 
     def summing() -> Summing:
         if device == "cpu":
@@ -166,7 +169,7 @@ class _Job:
             self._write(chunk, t, summing.result(t) if converted else row)
         self._report(0 if run.averaged else size)
 
-    def constant_chunks(self, elements: Callable[[str], int]) -> Iterator[Chunk]:
+    def constant_chunks(self, elements: Callable[[Run], int]) -> Iterator[Chunk]:
         """The chunks of those tensors that are the same in all snapshots.
 
         Weights that sum to one give them back only up to rounding, and `algorithm3`'s not even
