@@ -183,7 +183,7 @@ class Bench:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.parameters, self.rounds = folder, options.parameters, options.rounds
-        self.peers, self.plot = options.peers, options.plot
+        self.peers, self.plot, self.tensors = options.peers, options.plot, options.tensors
         make_snapshots(folder / "tiny", 16, 500, tensors=4)
 
     def work(self, title: str, folder: Path, paths: Sequence[Path], targets: str, limit: float):
@@ -219,7 +219,7 @@ class Bench:
     def half(self) -> None:
         """float16: one target and eight, against the floor, the plain script and the peers."""
         folder = self.folder / "half"
-        paths = make_snapshots(folder, 16, self.parameters)
+        paths = make_snapshots(folder, 16, self.parameters, tensors=self.tensors)
         self.head("float16 snapshots")
         self.floor_head()
         self.work("one target", folder, paths, "0.07", 1.5)
@@ -445,6 +445,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--folder", help="where to put the data")
     parser.add_argument("--parameters", type=int, default=268_000_000, help="of a large snapshot")
+    parser.add_argument("--tensors", type=int, default=64, help="of a snapshot, in section half")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plot", metavar="FILE", help="draw the scaling section's table")
     parser.add_argument("--peers", action="store_true", help="install and measure other tools too")
