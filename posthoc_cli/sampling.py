@@ -23,7 +23,7 @@ from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.plan import AVERAGED
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import FLOAT8
-from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, reason
+from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, changed, reason
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -233,8 +233,8 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     squares = np.einsum("ij,ij->i", values, values)
     constant_squares = reference**2
     values -= reference
-    changed = values.any(axis=0)
-    varying = np.logical_or.reduceat(changed, parts)
+    moved = values.any(axis=0)
+    varying = np.logical_or.reduceat(moved, parts)
     lengths = np.diff([*parts, elements])
     still = np.repeat(~varying, lengths)
     sums.products += values @ values.T
@@ -280,11 +280,7 @@ def _read(
             for start, end in ranges:
                 file.seek(snapshot.layout.data_start + start)
                 if not _fill(file, into[: end - start]):
-                    raise SnapshotError(
-                        str(path),
-                        "changed while it was read",
-                        "wait until it is written, or leave it out with --only",
-                    )
+                    raise changed(path)
                 into = into[end - start :]
     except OSError as error:
         raise MachineError(

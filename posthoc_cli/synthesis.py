@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli import recipe
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.kernels import STRIDE
 from posthoc_cli.plan import Chunk, Plan, Run
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
-from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, lay_out, reason
+from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, changed, lay_out, reason
 
 GROUP = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
@@ -252,7 +252,7 @@ class _Inputs:
             while into:
                 count = self._read_some(snapshot, offset, into)
                 if count == 0:
-                    raise _changed(self._snapshots[snapshot])
+                    raise changed(self._snapshots[snapshot].layout.path)
                 into, offset = into[count:], offset + count
 
     def _read_some(self, snapshot: int, offset: int, into: memoryview) -> int:
@@ -271,7 +271,7 @@ class _Inputs:
             status = os.fstat(fd)
             layout = snapshot.layout
             if (status.st_size, status.st_mtime_ns) != (layout.size, layout.modified):
-                raise _changed(snapshot)
+                raise changed(snapshot.layout.path)
 
 
 def _share(
@@ -371,20 +371,12 @@ def _raise_file_limit(files: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _changed(snapshot: Snapshot) -> SnapshotError:
-    return SnapshotError(
-        str(snapshot.layout.path),
-        "changed while it was read",
-        "wait until it is written, or leave it out with --only",
-    )
-
-
 @contextlib.contextmanager
 def _reading(snapshot: Snapshot) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise _changed(snapshot) from None
+        raise changed(snapshot.layout.path) from None
     except OSError as error:
         raise MachineError(
             str(snapshot.layout.path),

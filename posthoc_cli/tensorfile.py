@@ -114,6 +114,15 @@ def _corrupt(path: Path, detail: str) -> SnapshotError:
     )
 
 
+def changed(path: Path) -> SnapshotError:
+    """The error for a file that is no longer what its header said when it was read."""
+    return SnapshotError(
+        str(path),
+        "changed while it was read",
+        "wait until it is written, or leave it out with --only",
+    )
+
+
 def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
     """The `__metadata__` of a header, and the rest of the header as bytes that ignore it.
 
