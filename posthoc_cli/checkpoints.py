@@ -248,6 +248,12 @@ def _read_pickle(source: Source) -> Any:
     rules = _Rules(source.path)
 
     def load_from_bytes(args: tuple[Any, ...]) -> Any:
+        if args and isinstance(args[0], Call):  # text that was bytes, before protocol 3
+            raise SnapshotError(
+                str(source.path),
+                "a pickle of tensors with protocol 2, which can't be read in place",
+                "save it again with pickle protocol 3 or newer",
+            )
         (span,) = _expect(source.path, args, Span)
         inner = Source(source.path, source.file, span.offset, span.offset + span.length)
         return _read_storage(inner, allowance)
@@ -298,7 +304,9 @@ def _read_legacy(source: Source, allowance: Allowance) -> Any:
         return _Storage(dtype, 0, elements * _itemsize(path, dtype))
 
     rules = _Rules(path)
+    before = allowance.opcodes, allowance.held
     unpickle(source, rules, rules.build, claim, allowance)
+    allowance.opcodes, allowance.held = before
     keys = plain()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise corrupt(path, "its list of storages is not a list of names")
@@ -653,20 +661,31 @@ _PLAIN_CLASSES = {
     ("torch.nn.parameter", "Buffer"),
 }
 
-_INERT = (
+_CONTAINERS = ("ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential")
+_NUMPY = (
+    ("core.multiarray", "_reconstruct"),
+    ("core.multiarray", "scalar"),
+    ("core.numeric", "_frombuffer"),
+)
+
+_INERT = frozenset(
     {("torch", name) for name in _STORAGES}
     | {("torch.cuda", name) for name in _STORAGES}
     | {("torch.storage", name) for name in ("UntypedStorage", "TypedStorage")}
-    | {("torch", name) for name in (*_DTYPES, *_SIZES, "complex32", "Tensor", "device")}
+    | {("torch", name) for name in (*_DTYPES, *_SIZES, "complex32", "device")}
+    | {(module, "Tensor") for module in ("torch", "torch._tensor")}
+    | {("torch.nn.modules.container", name) for name in _CONTAINERS}
+    | {(f"numpy.{module}", name) for module, name in _NUMPY}
+    | {(f"numpy._{module}", name) for module, name in _NUMPY}
+    | {("numpy", "ndarray"), ("numpy", "dtype")}
+    | {("builtins", name) for name in ("bytearray", "complex", "dict", "float", "int", "list")}
     | {
         ("_codecs", "encode"),
-        ("torch._tensor", "Tensor"),
         ("torch.serialization", "_get_layout"),
-        ("builtins", "bytearray"),
-        ("builtins", "complex"),
-        ("builtins", "list"),
-        ("builtins", "dict"),
-        ("builtins", "int"),
-        ("builtins", "float"),
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"),
     }
 )
+"""What may be named besides what `_Rules` makes: kept as a name, or as a call of it.
+
+It is what `torch.load(weights_only=True)` allows, numpy's arrays and numbers, and EDM2's modules.
+"""

@@ -14,9 +14,8 @@ from posthoc_cli.unpickling import Call, corrupt, shown
 
 _PERSISTENT = ("torch_utils.persistence", "_reconstruct_persistent_obj")
 _VERSION = 6
-_MAX_MODULES = 1_000_000
-_MAX_NAMES = 64 << 20
-_MAX_DEPTH = 1000
+_MAX_WORK = 8 << 20
+"""Characters in all names of a network's modules and tensors, and one for each."""
 
 
 def is_edm2(checkpoint: Checkpoint) -> bool:
@@ -39,26 +38,19 @@ def network_state(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     if not is_edm2(checkpoint):
         raise SnapshotError(str(path), "is not an EDM2 pickle", "read it with --from torch")
     state: dict[str, StoredTensor] = {}
-    names = 0
-    pending = [("", 0, checkpoint.root["ema"])]
-    for _ in range(_MAX_MODULES):
-        if not pending:
-            break
-        prefix, depth, module = pending.pop()
+    pending = [("", checkpoint.root["ema"])]
+    work = 0
+    while pending:
+        prefix, module = pending.pop()
         attributes = _attributes(checkpoint, module)
-        for name, tensor in _own_tensors(checkpoint, attributes):
-            names += len(prefix) + len(name)
-            state[prefix + name] = tensor
-        inner = _entries(checkpoint, attributes, "_modules")
-        names += sum(len(prefix) + len(name) for name, _ in inner)
-        # A module that contains itself has no end, and doubled names grow without one.
-        if depth > _MAX_DEPTH or names > _MAX_NAMES or len(pending) > _MAX_MODULES:
-            break
-        pending += [(f"{prefix}{name}.", depth + 1, module) for name, module in reversed(inner)]
-    else:
-        pending.append(("", 0, None))
-    if pending:
-        raise corrupt(path, "its network has too many modules")
+        tensors = _own_tensors(checkpoint, attributes)
+        modules = _entries(checkpoint, attributes, "_modules")
+        # A module that contains itself has no end, and shared ones may have very many names.
+        work += sum(len(prefix) + len(name) + 1 for name, _ in (*tensors, *modules)) + 1
+        if work > _MAX_WORK:
+            raise corrupt(path, "its network has too many modules")
+        state.update((prefix + name, tensor) for name, tensor in tensors)
+        pending += [(f"{prefix}{name}.", inner) for name, inner in reversed(modules)]
     if not state:
         raise SnapshotError(str(path), "its network has no tensors", "leave it out")
     return state
@@ -100,8 +92,9 @@ def _own_tensors(
     unsaved = attributes.get("_non_persistent_buffers_set", [])
     if not isinstance(unsaved, list | tuple):
         raise corrupt(checkpoint.path, "a module of its network is broken")
+    left_out = {name for name in unsaved if isinstance(name, str)}
     buffers = _entries(checkpoint, attributes, "_buffers")
-    kept = [(name, tensor) for name, tensor in buffers if name not in unsaved]
+    kept = [(name, tensor) for name, tensor in buffers if name not in left_out]
     tensors = _entries(checkpoint, attributes, "_parameters") + kept
     for name, tensor in tensors:
         if not isinstance(tensor, StoredTensor):
