@@ -211,7 +211,7 @@ def _listed(names: list[str], most: int = 8) -> str:
 
 
 def _read(source: Source) -> Any:
-    start = _peek(source, 512)
+    start = source.peek(512)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _read_zip(source, Allowance())
     if start[257:262] == b"ustar":
@@ -228,12 +228,6 @@ def _read(source: Source) -> Any:
 
 
 _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
-
-
-def _peek(source: Source, length: int) -> bytes:
-    data = source.take(min(length, source.end - source.position))
-    source.position -= len(data)
-    return data
 
 
 def _unsupported(path: Path, what: str) -> SnapshotError:
@@ -268,7 +262,7 @@ def _read_pickle(source: Source) -> Any:
 
 def _read_storage(source: Source, allowance: Allowance) -> Any:
     """A storage as it lies in a plain pickle: as a file of `torch.save` of its own."""
-    if _peek(source, 4) == b"PK\x03\x04":
+    if source.peek(4) == b"PK\x03\x04":
         return _read_zip(source, allowance)
     return _read_legacy(source, allowance)
 
@@ -466,7 +460,7 @@ def _entry_data(source: Source, entry: _Entry, what: str) -> tuple[int, int]:
         raise _unsupported(path, f"a zip archive whose {what} is compressed or encrypted")
     if entry.header + _LOCAL.size > source.end:
         raise corrupt(path, f"{what} lies outside of it")
-    local = Source(path, source.file, entry.header, source.end)
+    local = Source(path, source.file, entry.header, entry.header + _LOCAL.size)
     fields = _LOCAL.unpack(local.take(_LOCAL.size))
     if fields[0] != b"PK\x03\x04":
         raise corrupt(path, f"{what} is not where its directory says")

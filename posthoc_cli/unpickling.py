@@ -93,49 +93,74 @@ class Source:
     def __init__(self, path: Path, file: BinaryIO, start: int, end: int) -> None:
         self.path = path
         self.file = file
-        self.position = start
         self.end = end
         self._window = b""
-        self._base = start
+        self._base = start  # of the window, in the file
+        self._at = 0  # in the window, or beyond it
+
+    @property
+    def position(self) -> int:
+        """The byte of the file that comes next; to be set only to where it has been."""
+        return self._base + self._at
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._window, self._base, self._at = b"", position, 0
+
+    def byte(self) -> int:
+        """The next byte. Raises SnapshotError when the source has ended."""
+        at = self._at
+        if at >= len(self._window):
+            self._refill(1)
+            at = 0
+        self._at = at + 1
+        return self._window[at]
 
     def take(self, length: int) -> bytes:
         """The next `length` bytes. Raises SnapshotError when the source ends before them."""
-        at = self.position - self._base
-        piece = self._window[at : at + length]
-        if len(piece) != length:
-            piece = self._refill(length)
-        self.position += length
+        at = self._at
+        end = at + length
+        if end > len(self._window):
+            self._refill(length)
+            at, end = 0, length
+        self._at = end
+        return self._window[at:end]
+
+    def peek(self, length: int) -> bytes:
+        """At most the next `length` bytes, which stay the next."""
+        piece = self.take(min(length, self.end - self.position))
+        self._at -= len(piece)
         return piece
 
     def skip(self, length: int) -> Span:
         """Go past the next `length` bytes without reading them. Raises SnapshotError as `take`."""
-        self._check(length)
+        self.check(length)
         span = Span(self.position, length)
-        self.position += length
+        self._at += length
         return span
 
     def line(self) -> bytes:
         """The next bytes up to a newline, which is left out. Raises SnapshotError as `take`."""
-        size = min(_MAX_NAME, self.end - self.position)
-        text, newline, _ = self.take(size).partition(b"\n")
-        self.position -= size - len(text) - len(newline)
+        text, newline, _ = self.peek(_MAX_NAME).partition(b"\n")
         if not newline:
             raise corrupt(self.path, "a name without an end")
+        self._at += len(text) + 1
         return text
 
-    def _check(self, length: int) -> None:
+    def check(self, length: int) -> None:
+        """Raises SnapshotError when fewer than `length` bytes are left."""
         if length > self.end - self.position:
             raise corrupt(self.path, "it ends too early")
 
-    def _refill(self, length: int) -> bytes:
-        self._check(length)
-        wanted = min(max(length, _WINDOW), self.end - self.position)
-        self.file.seek(self.position)
-        self._base = self.position
+    def _refill(self, length: int) -> None:
+        """Move the window to the next byte, and make it hold at least `length`."""
+        self.check(length)
+        self._base, self._at = self.position, 0
+        wanted = min(max(length, _WINDOW), self.end - self._base)
+        self.file.seek(self._base)
         self._window = self.file.read(wanted)
         if len(self._window) != wanted:
             raise corrupt(self.path, "its length changed while it was read")
-        return self._window[:length]
 
 
 def unpickle(
@@ -191,9 +216,9 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        take, allowance = self.source.take, self.allowance
+        byte, allowance = self.source.byte, self.allowance
         while True:
-            code = take(1)[0]
+            code = byte()
             if code == _STOP:
                 return self.pop()
             allowance.opcodes -= 1
@@ -254,14 +279,12 @@ class _Machine:
     # Opcodes, one method each.
 
     def proto(self) -> None:
-        version = self.source.take(1)[0]
+        version = self.source.byte()
         if version > 5:
             raise self.broken(f"pickle protocol {version} is not known")
 
     def frame(self) -> None:
-        length = self.number(8)  # a hint for buffering; what it frames simply follows
-        if length > self.source.end - self.source.position:
-            raise self.broken("it ends too early")
+        self.source.check(self.number(8))  # a hint for buffering: what it frames simply follows
 
     def mark(self) -> None:
         self.allowance.held -= _LIST
@@ -290,7 +313,7 @@ class _Machine:
         self.push(False, _SLOT)
 
     def integer1(self) -> None:
-        self.push(self.source.take(1)[0], _SLOT)
+        self.push(self.source.byte(), _SLOT)
 
     def integer2(self) -> None:
         self.push(self.number(2), _NUMBER)
@@ -299,7 +322,7 @@ class _Machine:
         self.push(int.from_bytes(self.source.take(4), "little", signed=True), _NUMBER)
 
     def long1(self) -> None:
-        self._long(self.source.take(1)[0])
+        self._long(self.source.byte())
 
     def long4(self) -> None:
         self._long(self.number(4))
@@ -314,7 +337,7 @@ class _Machine:
         self.push(struct.unpack(">d", self.source.take(8))[0], _NUMBER)
 
     def text1(self) -> None:
-        self._text(self.number(1))
+        self._text(self.source.byte())
 
     def text4(self) -> None:
         self._text(self.number(4))
@@ -333,7 +356,7 @@ class _Machine:
         self.push(text, sys.getsizeof(text) + _SLOT)
 
     def bytes1(self) -> None:
-        self.push(self.source.skip(self.number(1)), _NODE)
+        self.push(self.source.skip(self.source.byte()), _NODE)
 
     def bytes4(self) -> None:
         self.push(self.source.skip(self.number(4)), _NODE)
@@ -459,7 +482,7 @@ class _Machine:
         self.push(self.persistent(identity), _NODE)
 
     def put1(self) -> None:
-        self._put(self.number(1))
+        self._put(self.source.byte())
 
     def put4(self) -> None:
         self._put(self.number(4))
@@ -472,7 +495,7 @@ class _Machine:
         self.memo[index] = self.top()
 
     def get1(self) -> None:
-        self._get(self.number(1))
+        self._get(self.source.byte())
 
     def get4(self) -> None:
         self._get(self.number(4))
