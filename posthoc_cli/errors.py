@@ -4,6 +4,8 @@ PosthocError
 ├── MachineError    1  the machine failed: disk full, permission, device out of memory
 ├── UsageError      2  the command line is wrong
 └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
+    ├── IncompleteError    ... a part of one isn't there: it may still be being written
+    └── UnknownError       ... nothing says the step and profile of one
 """
 
 from __future__ import annotations
@@ -19,6 +21,15 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in text
     )
+
+
+def in_bytes(count: float) -> str:
+    """`count` bytes for people: `512.0 MB`."""
+    power, units = 0, ("B", "kB", "MB", "GB", "TB", "PB")
+    while count >= 999.95 and power < len(units) - 1:
+        count /= 1000
+        power += 1
+    return f"{count:.{1 if power else 0}f} {units[power]}"
 
 
 class PosthocError(Exception):
@@ -52,3 +63,11 @@ class SnapshotError(PosthocError):
     """The snapshots are wrong: corrupt, inconsistent, none found, or without a profile."""
 
     exit_code = 3
+
+
+class IncompleteError(SnapshotError):
+    """A part of a snapshot isn't there: it may still be being written."""
+
+
+class UnknownError(SnapshotError):
+    """Nothing says the step and profile of a snapshot."""

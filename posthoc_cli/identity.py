@@ -3,16 +3,21 @@
 The first source that says both decides: --pattern, then the file's own metadata (`step` with
 `gamma` or `sigma_rel`), then its name by the known conventions. Where a second source says
 otherwise, a warning names both.
+
+Of a raw checkpoint (`--raw`) only the step is asked for, and many things may count it: `clues`
+gathers what one file says, `settle` what a folder's files have in common.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from posthoc_cli.errors import SnapshotError
-from posthoc_cli.naming import Pattern, Reading, read_name, read_number
+from posthoc_cli.errors import SnapshotError, UnknownError
+from posthoc_cli.naming import Pattern, Reading, read_counts, read_name, read_number
 from posthoc_cli.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
 
 MAX_STEP = 2**53
@@ -47,11 +52,7 @@ def identify(
     named = read_name(name, pattern, profiles)
     if pattern is not None:
         if named is None:
-            raise SnapshotError(
-                name,
-                f"its name doesn't fit --pattern '{pattern.text}'",
-                "leave it out with --only, or widen the pattern",
-            )
+            raise _not_fitting(name, pattern)
         return _checked(name, named, "pattern"), _doubts(named, metadata, "the pattern")
     stated = _read_metadata(metadata)
     if stated is not None:
@@ -61,14 +62,24 @@ def identify(
         return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
     if named is not None:
         return _checked(name, named, "name"), _doubts(named, metadata, "the name")
+    raise _nothing_said(name, metadata)
+
+
+def _nothing_said(name: str, metadata: Mapping[str, str]) -> UnknownError:
+    """That a step and a profile are missing; where there is a step, it may be a raw checkpoint."""
     found = [key for key in ("step", "gamma", "sigma_rel") if key in metadata]
-    raise SnapshotError(
-        name,
-        f"its metadata has only {' and '.join(found)}, and its name says nothing"
-        if found
-        else "neither its name nor its metadata says its step and profile",
-        "give --pattern, or leave it out with --only",
-    )
+    remedy = "give --pattern, or leave it out with --only"
+    counted = _counted(name, metadata)
+    if counted and found in ([], ["step"]):
+        remedy = f"if it is a plain checkpoint and not an EMA, add --raw; else {remedy}"
+    if found:
+        problem = f"its metadata has only {' and '.join(found)}, and its name says nothing"
+    elif counted:
+        step, _, where = next(iter(counted.values()))
+        problem = f"its {where} says {step}, but nothing says its profile"
+    else:
+        problem = "neither its name nor its metadata says its step and profile"
+    return UnknownError(name, problem, remedy)
 
 
 def _doubts(named: Reading, metadata: Mapping[str, str], used: str) -> list[str]:
@@ -154,3 +165,129 @@ def _unusable(key: str, text: str, wanted: str) -> SnapshotError:
 def _whole(text: str) -> int | None:
     """A whole number; of no more digits than int() takes on any Python."""
     return int(text) if re.fullmatch("[0-9]{1,100}", text) else None
+
+
+# Raw checkpoints
+
+UNITS = ("step", "epoch", "number")
+"""What steps may be counted in, the best first. A name's bare number may be steps or epochs."""
+
+_KEYS = {"step": "step", "ss_steps": "step", "ss_epoch": "epoch"}
+"""What metadata counts them, ours and that of kohya's trainers, the first one first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clues:
+    """What a raw checkpoint says of its step, by unit: the step, its source, and who says so."""
+
+    steps: Mapping[str, tuple[int, str, str]]
+    warnings: list[str] = field(default_factory=list)
+
+
+def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None) -> Clues:
+    """All that the file `name` with `metadata` says of its step, and warnings.
+
+    Raises SnapshotError when the pattern doesn't fit, or metadata's `step` is no number.
+    """
+    warnings = []
+    if ema := _ema_said(name, metadata):
+        warnings.append(f"{ema}: an EMA, which --raw takes for plain weights")
+    if pattern is not None:
+        reading = read_name(name, pattern)
+        if reading is None:
+            raise _not_fitting(name, pattern)
+        said = _whole(metadata.get("step", ""))
+        if said is not None and said not in reading.steps:
+            warnings.append(
+                f"its name says {reading}, its metadata step {said}; the pattern is used"
+            )
+        return Clues({"step": (reading.step, "pattern", "name")}, warnings)
+    if "step" in metadata and _whole(metadata["step"]) is None:
+        raise _unusable("step", metadata["step"], "a whole number")
+    counted = _counted(name, metadata)
+    for unit, number in read_counts(name).items():
+        step, source, where = counted[unit]
+        if source == "metadata" and step != number:
+            warnings.append(
+                f"its name says {unit} {number}, its {where} {step}; the metadata is used"
+            )
+    return Clues(counted, warnings)
+
+
+def settle(
+    found: Mapping[str, Clues],
+) -> tuple[dict[str, tuple[Identity, list[str]]], list[SnapshotError]]:
+    """The identities and warnings of a folder's raw checkpoints, by name; and what is wrong.
+
+    All count in the same unit: the best of UNITS that all of them have, else the one that most of
+    them have, and the others are wrong.
+    """
+    having = Counter(unit for each in found.values() for unit in each.steps)
+    most = max(having.values(), default=0)
+    unit = next((unit for unit in UNITS if having[unit] == most), UNITS[0])
+    settled, wrong = {}, []
+    for name, each in found.items():
+        try:
+            if unit not in each.steps:
+                raise _not_counted(name, each, unit, having[unit])
+            step, source, where = each.steps[unit]
+            if not 0 < step <= MAX_STEP:
+                raise SnapshotError(
+                    name,
+                    f"its {where} says step {step:.6g}, not one from 1 to 2^53",
+                    "give --pattern, or leave it out with --only",
+                )
+        except SnapshotError as error:
+            wrong.append(error)
+            continue
+        settled[name] = Identity(step, math.inf, 0.0, source), each.warnings
+    return settled, wrong
+
+
+def _ema_said(name: str, metadata: Mapping[str, str]) -> str | None:
+    """Where a file is said to be an EMA: `its metadata says sigma_rel 0.05`."""
+    for key in ("sigma_rel", "gamma"):
+        if key in metadata:
+            return f"its metadata says {key} {metadata[key]}"
+    named = read_name(name)
+    # What sd-scripts' convention takes for a whole gamma may as well be a step.
+    if named and named.index is None and re.search(r"\.[0-9]+\Z", name.rpartition(".")[0]):
+        return f"its name says {str(named).partition(', ')[2]}"
+    return None
+
+
+def _counted(name: str, metadata: Mapping[str, str]) -> dict[str, tuple[int, str, str]]:
+    """What the metadata counts and then what the name does, by unit, the best first."""
+    counted: dict[str, tuple[int, str, str]] = {}
+    for key, unit in _KEYS.items():
+        number = _whole(metadata.get(key, ""))
+        # kohya's trainers write "None" for what they don't know, and others 0.
+        if unit not in counted and number is not None and (number or key == "step"):
+            counted[unit] = number, "metadata", f"metadata's {key}"
+    for unit, number in read_counts(name).items():
+        counted.setdefault(unit, (number, "name", "name"))
+    return {unit: counted[unit] for unit in UNITS if unit in counted}
+
+
+def _not_counted(name: str, each: Clues, unit: str, others: int) -> SnapshotError:
+    if not each.steps:
+        problem = "neither its name nor its metadata says its step"
+        return UnknownError(
+            name, problem, "put its step at the end of its name, or leave it out with --only"
+        )
+    _, (step, _, where) = next(iter(each.steps.items()))
+    counts = {"step": "steps", "epoch": "epochs", "number": "a bare number in the name"}
+    return SnapshotError(
+        name,
+        f"its {where} says {step}, but not in {counts[unit]}, as {others} other"
+        f"{'s do' if others != 1 else ' does'}",
+        "give --pattern, or leave it out with --only",
+    )
+
+
+def _not_fitting(name: str, pattern: Pattern) -> UnknownError:
+    return UnknownError(
+        name,
+        f"its name doesn't fit --pattern '{pattern.text}'",
+        "leave it out with --only, or widen the pattern",
+    )

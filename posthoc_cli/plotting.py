@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.atomicfile import writing_to
 from posthoc_cli.errors import UsageError
 from posthoc_cli.profiles import Profile
-from posthoc_cli.tensorfile import writing_to
 
 FloatArray = npt.NDArray[np.float64]
 
 FORMATS = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's colours, which all kinds of eyes can tell apart.
-_METHODS = {"algorithm3": "#009E73", "edm2": "#0072B2", "blup": "#D55E00"}
+_METHODS = {"algorithm3": "#009E73", "edm2": "#0072B2", "share": "#0072B2", "blup": "#D55E00"}
 _WIDTHS = ("#56B4E9", "#E69F00", "#CC79A7", "#000000", "#F0E442")
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -55,6 +55,14 @@ def density(profile: Profile, at: FloatArray) -> FloatArray:
     return value
 
 
+def share_before(profile: Profile, at: FloatArray) -> FloatArray:
+    """The share of a profile's average that lies before the steps `at`: the density summed up."""
+    if profile.raw:
+        return np.where(at < profile.step, 0.0, 1.0)
+    share: FloatArray = np.minimum(at / profile.step, 1.0) ** (profile.gamma + 1)
+    return share
+
+
 def draw(
     snapshots: Sequence[Profile],
     targets: Sequence[Profile],
@@ -65,6 +73,7 @@ def draw(
 ) -> None:
     """Draw a column for each target to the PNG, SVG or PDF file at `path`.
 
+    The density of raw checkpoints is a spike at each: of them the share before each step is drawn.
     `weights` maps each method to its weights [targets, snapshots]; the stems are those of the
     method `shown`. Raises MachineError when the file can't be written.
     """
@@ -83,13 +92,16 @@ def draw(
             _draw_weights(axes[2, at], snapshots, given[shown])
             axes[0, at].set_title(title)
             axes[2, at].set_xlabel("training step")
-        axes[0, 0].set_ylabel("profile, p(t) \N{MULTIPLICATION SIGN} T")
+        raw = any(each.raw for each in snapshots)
+        axes[0, 0].set_ylabel(
+            "share of the EMA before t" if raw else "profile, p(t) \N{MULTIPLICATION SIGN} T"
+        )
         axes[1, 0].set_ylabel("given \N{MINUS SIGN} wanted")
         axes[2, 0].set_ylabel(f"weights ({shown})")
         axes[0, 0].legend(loc="upper left", handlelength=1.6, borderaxespad=0.2)
-        axes[2, 0].legend(
-            loc="upper left", handlelength=1.0, borderaxespad=0.2, title=r"$\sigma_{\mathrm{rel}}$"
-        )
+        if not raw:
+            symbol = r"$\sigma_{\mathrm{rel}}$"
+            axes[2, 0].legend(loc="upper left", handlelength=1.0, borderaxespad=0.2, title=symbol)
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
@@ -115,8 +127,12 @@ def _draw_profiles(
             for low, high in pairwise(edges.tolist())
         ]
     )
-    wanted = density(target, at) * target.step
-    basis = np.stack([density(each, at) for each in snapshots]) * target.step
+    if any(each.raw for each in snapshots):
+        wanted = share_before(target, at)
+        basis = np.stack([share_before(each, at) for each in snapshots])
+    else:
+        wanted = density(target, at) * target.step
+        basis = np.stack([density(each, at) for each in snapshots]) * target.step
     above.plot(at, wanted, color="0.1", linewidth=2.4, alpha=0.25, label="wanted")
     for method, row in weights.items():
         colour = _METHODS.get(method, "0.5")

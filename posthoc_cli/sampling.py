@@ -12,18 +12,18 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import MachineError, SnapshotError
+from posthoc_cli.errors import SnapshotError
 from posthoc_cli.plan import AVERAGED
+from posthoc_cli.reading import Reader
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import FLOAT8
-from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, changed, reason
+from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -272,30 +272,12 @@ def _ranges(pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo]) -> list
 def _read(
     snapshot: Snapshot, ranges: Sequence[tuple[int, int]], raw: npt.NDArray[np.uint8]
 ) -> None:
-    """Fill `raw` with `ranges` of the data section, one after the other."""
-    path = snapshot.layout.path
-    try:
-        with open(path, "rb", buffering=0) as file:
-            into = raw.data
-            for start, end in ranges:
-                file.seek(snapshot.layout.data_start + start)
-                if not _fill(file, into[: end - start]):
-                    raise changed(path)
-                into = into[end - start :]
-    except OSError as error:
-        raise MachineError(
-            str(path), f"cannot be read ({reason(error)})", "check the disk and the permissions"
-        ) from error
-
-
-def _fill(file: FileIO, into: memoryview) -> bool:
-    """Read until `into` is full; False where the file ends before."""
-    while into:
-        count = file.readinto(into)
-        if not count:
-            return False
-        into = into[count:]
-    return True
+    """Fill `raw` with `ranges` of the snapshot's data, one after the other."""
+    with Reader(snapshot.layout) as reader:
+        into = raw.data
+        for start, end in ranges:
+            reader.read(start, into[: end - start])
+            into = into[end - start :]
 
 
 def _widened(dtype: str, bits: npt.NDArray[Any]) -> npt.NDArray[Any]:

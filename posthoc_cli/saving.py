@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posthoc_cli.atomicfile import AtomicFile
 from posthoc_cli.averaging import gather, is_sharded
-from posthoc_cli.tensorfile import AtomicFile, lay_out
+from posthoc_cli.tensorfile import lay_out
 
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",

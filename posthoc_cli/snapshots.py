@@ -5,6 +5,7 @@ Whatever is wrong with single files is collected, so that a user sees all of it 
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
 import os
@@ -15,15 +16,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
+from posthoc_cli.errors import (
+    IncompleteError,
+    MachineError,
+    PosthocError,
+    SnapshotError,
+    UnknownError,
+    UsageError,
+    printable,
+)
 from posthoc_cli.identity import MIN_SIGMA_REL, identify
 from posthoc_cli.naming import SAME_WIDTH, Pattern, compile_pattern, read_name
 from posthoc_cli.profiles import MAX_SIGMA_REL, Profile
 from posthoc_cli.recipe import read_recipe
-from posthoc_cli.tensorfile import Layout, TensorInfo, read_layout, reason
-
-ENDING = ".safetensors"
-"""Of the files that count, in capitals too."""
+from posthoc_cli.shards import ENDING, is_index, listed_in, network_in, open_layout
+from posthoc_cli.tensorfile import Cache, Layout, TensorInfo, reason
 
 _OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
 
@@ -112,7 +119,8 @@ class Inventory:
         if not self.snapshots:
             raise SnapshotError(
                 str(self.folder),
-                f"holds no snapshots: all {len(self.skipped)} files are left out",
+                f"holds no snapshots: all {len(self.skipped)} files are left out "
+                f"('{self.skipped[0][0]}': {self.skipped[0][1]})",
                 "give the folder that training wrote its snapshots to",
             )
         return self.snapshots
@@ -124,11 +132,13 @@ def read_folder(
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
     only: Sequence[str] = (),
+    skip_incomplete: bool = False,
 ) -> Inventory:
-    """Read the headers of the .safetensors files in `folder`, not in folders below it.
+    """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
     `pattern` is that of `compile_pattern`, `profiles` the sigma_rel values by index, `only` globs
-    for the names of the files to use: no other is opened. Names that start with a dot, as our
+    for the names of the files to use: no other is opened. With `skip_incomplete`, files whose end
+    is missing are left out instead of being problems. Names that start with a dot, as our
     unfinished outputs do, never count.
 
     Raises UsageError when an option or `folder` doesn't fit, SnapshotError when there is no
@@ -138,10 +148,10 @@ def read_folder(
     compiled = compile_pattern(pattern) if pattern is not None else None
     widths = _check_profiles(profiles, compiled)
     inventory = Inventory(folder)
-    names = _choose(_list(folder, inventory), only, compiled)
-    if widths and not any(_has_index(name, compiled) for name in names):
+    names = _choose(folder, _list(folder, inventory), only, compiled)
+    if widths and not any(_has_index(folder / name, compiled) for name in names):
         inventory.warnings.append("--profiles isn't used: no file name has an index")
-    headers: dict[bytes, Mapping[str, TensorInfo]] = {}
+    headers: Cache = {}
     shared: dict[int, Contents] = {}
     for name in names:
         try:
@@ -149,8 +159,15 @@ def read_folder(
             if recipe_of(layout) is not None:
                 inventory.skipped.append((name, "made by posthoc: it carries a recipe"))
                 continue
-            identity, warnings = identify(name, layout.metadata, compiled, widths)
+            title = _title(folder / name, compiled)
+            identity, warnings = identify(title, layout.metadata, compiled, widths)
         except SnapshotError as error:
+            if skip_incomplete and isinstance(error, IncompleteError):
+                inventory.skipped.append((name, printable(f"incomplete: {error.problem}")))
+                continue
+            if isinstance(error, UnknownError) and os.path.isdir(folder / name):
+                inventory.skipped.append((name, f"a folder, and {error.problem}"))
+                continue
             inventory.problems.append((name, printable(f"{error.problem}; {error.remedy}")))
             continue
         key = id(layout.tensors)
@@ -210,16 +227,47 @@ def _list(folder: Path, inventory: Inventory) -> list[str]:
         raise MachineError(
             str(folder), f"cannot be listed ({reason(error)})", "check the folder's permissions"
         ) from None
-    names = []
+    names, shards = [], set()
     for name in found:
-        if name.lower().endswith(ENDING):
-            if os.path.isdir(folder / name):
-                inventory.skipped.append((name, "a folder, not a file"))
-            else:
+        path = folder / name
+        if os.path.isdir(path):
+            held = _held_by(path)
+            if held is None:
                 names.append(name)
-    if not names:
+            elif held or name.lower().endswith(ENDING):
+                inventory.skipped.append((name, held or "a folder, not a file"))
+        elif is_index(name):
+            names.append(name)
+            with contextlib.suppress(PosthocError):  # what is wrong with it will be told
+                shards |= listed_in(path)
+        elif name.lower().endswith(ENDING):
+            names.append(name)
+    if not names and not inventory.skipped:
         raise _none_found(folder, found)
-    return names
+    return [name for name in names if name not in shards]
+
+
+def _held_by(folder: Path) -> str | None:
+    """Why a folder is no snapshot: None if it is one, "" if nothing in it looks like one."""
+    try:
+        if network_in(folder) is not None:
+            return None
+        count = sum(name.lower().endswith(ENDING) for name in os.listdir(folder))
+    except OSError as error:
+        return f"a folder that cannot be listed ({reason(error)})"
+    return f"a folder with {count} {ENDING} files and not one index" if count else ""
+
+
+def _title(path: Path, pattern: Pattern | None) -> str:
+    """The name that says a snapshot's step and profile: an index's without its own ending.
+
+    Folders have no ending: the conventions want one, a pattern of the user's is for what is there.
+    """
+    if is_index(path.name):
+        return path.name[: -len(".index.json")]
+    if pattern is None and not path.name.lower().endswith(ENDING):
+        return path.name + ENDING
+    return path.name
 
 
 def _none_found(folder: Path, names: Iterable[str]) -> SnapshotError:
@@ -229,17 +277,21 @@ def _none_found(folder: Path, names: Iterable[str]) -> SnapshotError:
             return SnapshotError(
                 str(folder),
                 f"holds no {ENDING} files, but {count} {ending} file{'s' if count > 1 else ''}",
-                "save them as safetensors first: posthoc never unpickles anything",
+                "make snapshots of them with posthoc convert",
             )
     return SnapshotError(
         str(folder),
         f"holds no {ENDING} files",
-        "give the folder that they lie in: folders below it are not searched",
+        "give the folder that they lie in",
     )
 
 
-def _choose(names: list[str], only: Sequence[str], pattern: Pattern | None) -> list[str]:
+def _choose(
+    folder: Path, names: list[str], only: Sequence[str], pattern: Pattern | None
+) -> list[str]:
     """Those of `names` that a glob of --only fits; raises UsageError for options that fit none."""
+    if not names:
+        return names
     example = f"none of {len(names)} {ENDING} files, such as '{names[0]}'"
     for glob in only:
         if not fnmatch.filter(names, glob):
@@ -249,7 +301,8 @@ def _choose(names: list[str], only: Sequence[str], pattern: Pattern | None) -> l
     if only:
         names = [name for name in names if any(fnmatch.fnmatch(name, glob) for glob in only)]
         example = f"none of {len(names)} {ENDING} files, such as '{names[0]}'"
-    if pattern and not any(pattern.greedy.fullmatch(name) for name in names):
+    titles = [_title(folder / name, pattern) for name in names]
+    if pattern and not any(pattern.greedy.fullmatch(title) for title in titles):
         raise UsageError(
             "--pattern",
             f"'{pattern.text}' fits {example}",
@@ -274,17 +327,17 @@ def _check_profiles(profiles: Sequence[float] | None, pattern: Pattern | None) -
     return profiles
 
 
-def _has_index(name: str, pattern: Pattern | None) -> bool:
+def _has_index(path: Path, pattern: Pattern | None) -> bool:
     if pattern is not None:
         return True  # --profiles would have been refused without {index}
-    reading = read_name(name)
+    reading = read_name(_title(path, None))
     return reading is not None and reading.index is not None
 
 
-def _open(path: Path, headers: dict[bytes, Mapping[str, TensorInfo]]) -> Layout:
+def _open(path: Path, headers: Cache) -> Layout:
     if os.path.islink(path) and not os.path.exists(path):
         raise SnapshotError(path.name, "a link that leads nowhere", "restore the file or remove it")
-    layout = read_layout(path, headers)
+    layout = open_layout(path, headers)
     if not layout.tensors:
         raise SnapshotError(path.name, "holds no tensors", "leave it out with --only")
     return layout

@@ -13,19 +13,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from posthoc_cli import recipe
+from posthoc_cli.atomicfile import AtomicFile, together
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.kernels import STRIDE
 from posthoc_cli.plan import Chunk, Plan, Run
+from posthoc_cli.reading import Reader
+from posthoc_cli.shards import index_path, made_by_posthoc, make_index, replaced, shard_paths, split
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
-from posthoc_cli.tensorfile import DTYPE_BITS, AtomicFile, changed, lay_out, reason
+from posthoc_cli.tensorfile import DTYPE_BITS, Part, lay_out, spans
 
 GROUP = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
@@ -45,6 +48,9 @@ FLUSH_EVERY = 0.1
 MAX_WORKERS = 8
 """Each worker has buffers of its own, up to 40 MB of them."""
 
+_OTHER_FILES = 64
+"""Files that a process has open besides snapshots and outputs, at the most."""
+
 Progress = Callable[[int], None]
 
 
@@ -56,6 +62,7 @@ def execute(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    shard_bytes: int | None = None,
     workers: int | None = None,
     row_bytes: int | None = None,
     progress: Progress | None = None,
@@ -63,17 +70,21 @@ def execute(
     """Write one output for each row of `weights` [targets, snapshots]; returns their sizes, bytes.
 
     All outputs come out of the same single pass over the snapshots. Each lands whole or not at
-    all; when anything fails none does. The bytes written do not depend on `workers` (default: one
-    a processor) nor on `row_bytes`. `progress` is called, from any thread, with the number of input
-    bytes just read.
+    all; when anything fails none does. One with more than `shard_bytes` of data becomes several
+    files of at most so much, and an index. The bytes written do not depend on `workers` (default:
+    one a processor) nor on `row_bytes`. `progress` is called, from any thread, with the number of
+    input bytes just read.
 
     Raises UsageError when an output exists and `overwrite` is false or when it is one of the
     snapshots; SnapshotError when a snapshot changed meanwhile; MachineError when the disk or the
     device fails.
     """
-    _refuse_inputs(plan.snapshots, outputs)
-    newest = plan.snapshots[plan.newest]
-    headers = [lay_out(plan.tensors, _metadata(newest, entry))[0] for entry in recipes]
+    wanted = [
+        _output(plan, path, _metadata(plan, entry), shard_bytes, overwrite)
+        for path, entry in zip(outputs, recipes, strict=True)
+    ]
+    files = [file for output in wanted for file in output.files]
+    _refuse_inputs(plan.snapshots, [file.path for file in files])
     where = "cpu" if device == "cpu" else "device"
     row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
     group = min(GROUP, len(plan.snapshots))
@@ -93,21 +104,74 @@ def execute(
         return TorchSumming(row_bytes, capacity, len(outputs), group, device)
 
     with contextlib.ExitStack() as stack:
-        inputs = stack.enter_context(_Inputs(plan.snapshots))
-        files = [
-            stack.enter_context(
-                AtomicFile(path, len(header) + plan.bytes_to_write, overwrite=overwrite)
-            )
-            for path, header in zip(outputs, headers, strict=True)
+        keep_open = _raise_file_limit(sum(len(s.layout.parts) for s in plan.snapshots) + len(files))
+        readers = [
+            stack.enter_context(Reader(snapshot.layout, keep_open=keep_open))
+            for snapshot in plan.snapshots
         ]
-        for file, header in zip(files, headers, strict=True):
-            file.write_at(0, header)
-        job = _Job(plan, weights, inputs, files, [len(h) for h in headers], progress)
+        stack.enter_context(together(files, [path for out in wanted for path in out.stale]))
+        for output in wanted:
+            output.write_headers()
+        job = _Job(plan, weights, readers, wanted, progress)
         with _device_errors(device), _flushed_behind(files):
             _share(plan.chunks(elements), job.sum_chunk, summing, workers or _default_workers())
             _share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
-        inputs.check_unchanged()
-    return [len(header) + plan.bytes_to_write for header in headers]
+        for reader in readers:
+            reader.check_unchanged()
+    return [sum(file.size for file in output.files) for output in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """The files of one output, in the order in which they land, and the places of its data.
+
+    Of one in shards the index comes last, and has no part. `stale` are files that contradict it.
+    """
+
+    files: Sequence[AtomicFile]
+    contents: Sequence[bytes]
+    parts: Sequence[Part]
+    stale: Sequence[Path]
+
+    def write_headers(self) -> None:
+        """Write what stands at the beginning of each file."""
+        for file, content in zip(self.files, self.contents, strict=True):
+            file.write_at(0, content)
+
+    def write(self, start: int, data: memoryview) -> None:
+        """Write `data` from byte `start` of the output's data on."""
+        for at, offset, count in spans(self.parts, start, len(data)):
+            self.files[at].write_at(offset, data[:count])
+            data = data[count:]
+
+
+def _output(
+    plan: Plan,
+    path: Path,
+    metadata: Mapping[str, str],
+    shard_bytes: int | None,
+    overwrite: bool,
+) -> _Output:
+    """One output: a file, or shards with an index where one would hold more than `shard_bytes`."""
+    places = lay_out(plan.tensors, {})[1]
+    shards = [list(places)] if shard_bytes is None else split(places, shard_bytes)
+    if len(shards) > 1:
+        metadata = {"format": "pt", **metadata}  # without it transformers loads no shard
+    paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
+    stale = replaced(path, paths, overwrite)
+    files, contents, parts = [], [], []
+    for name, names in zip(paths, shards, strict=True):
+        header, _ = lay_out({tensor: plan.tensors[tensor] for tensor in names}, metadata)
+        first, last = places[names[0]].start, places[names[-1]].end
+        size = len(header) + last - first
+        files.append(AtomicFile(name, size, overwrite=overwrite or name in stale))
+        contents.append(header)
+        parts.append(Part(name, first, last - first, len(header), size))
+    if len(shards) > 1:
+        index = make_index(list(zip(paths, shards, strict=True)), plan.bytes_to_write)
+        files.append(AtomicFile(index_path(path), len(index), overwrite=overwrite))
+        contents.append(index)
+    return _Output(files, contents, parts, [old for old in stale if old not in paths])
 
 
 class _Job:
@@ -117,16 +181,14 @@ class _Job:
         self,
         plan: Plan,
         weights: Weights,
-        inputs: _Inputs,
-        files: Sequence[AtomicFile],
-        data_starts: Sequence[int],
+        readers: Sequence[Reader],
+        outputs: Sequence[_Output],
         progress: Progress | None,
     ) -> None:
         self._plan = plan
         self._weights = np.ascontiguousarray(weights.T)  # [snapshots, targets]
-        self._inputs = inputs
-        self._files = files
-        self._data_starts = data_starts
+        self._readers = readers
+        self._outputs = outputs
         self._progress = progress
         # For each tensor of each averaged run, whether two snapshots were seen to differ in it.
         self._varies = {id(run): bytearray(len(run.names)) for run in plan.runs if run.averaged}
@@ -145,14 +207,14 @@ class _Job:
         for group in (snapshots[i : i + GROUP] for i in snapshots[::GROUP]):
             rows = summing.staging()
             for row, i in zip(rows, group, strict=False):
-                self._inputs.read(i, self._input_offset(chunk, i), row[:size])
+                self._readers[i].read(self._input_offset(chunk, i), row[:size])
             if unsettled:
                 reference = reference or bytes(rows[0][:size])
                 self._compare(chunk, unsettled, reference, rows[: len(group)])
             last = group.stop == snapshots.stop
             summing.add(self._weights[group.start : group.stop], last=last)
             self._report(len(group) * size)
-        for t in range(len(self._files)):
+        for t in range(len(self._outputs)):
             self._write(chunk, t, summing.result(t))
 
     def copy_chunk(self, chunk: Chunk, summing: Summing) -> None:
@@ -162,10 +224,10 @@ class _Job:
         if converted:
             summing.begin(run.dtype, run.out_dtype, chunk.elements)
         row = summing.staging()[0][:size]
-        self._inputs.read(newest, self._input_offset(chunk, newest), row)
+        self._readers[newest].read(self._input_offset(chunk, newest), row)
         if converted:
-            summing.add(np.ones((1, len(self._files))), last=True)
-        for t in range(len(self._files)):
+            summing.add(np.ones((1, len(self._outputs))), last=True)
+        for t in range(len(self._outputs)):
             self._write(chunk, t, summing.result(t) if converted else row)
         self._report(0 if run.averaged else size)
 
@@ -204,74 +266,15 @@ class _Job:
 
     def _input_offset(self, chunk: Chunk, snapshot: int) -> int:
         start = chunk.run.starts[self._plan.layouts[snapshot]]
-        data_start = self._plan.snapshots[snapshot].layout.data_start
-        return data_start + start + chunk.run.size_of(chunk.first)
+        return start + chunk.run.size_of(chunk.first)
 
     def _write(self, chunk: Chunk, target: int, data: memoryview) -> None:
-        offset = chunk.run.out_start + chunk.run.out_size_of(chunk.first)
-        self._files[target].write_at(self._data_starts[target] + offset, data)
+        start = chunk.run.out_start + chunk.run.out_size_of(chunk.first)
+        self._outputs[target].write(start, data)
 
     def _report(self, read: int) -> None:
         if self._progress is not None and read:
             self._progress(read)
-
-
-class _Inputs:
-    """The snapshots' files, open for reading."""
-
-    def __init__(self, snapshots: Sequence[Snapshot]) -> None:
-        self._snapshots = snapshots
-        self._fds: list[int] = []
-        self._locks = [threading.Lock() for _ in snapshots]
-
-    def __enter__(self) -> _Inputs:
-        _raise_file_limit(len(self._snapshots))
-        try:
-            for snapshot in self._snapshots:
-                flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-                with _reading(snapshot):
-                    self._fds.append(os.open(snapshot.layout.path, flags))
-            self.check_unchanged()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for fd in self._fds:
-            os.close(fd)
-
-    def read(self, snapshot: int, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of a snapshot's file from `offset` on."""
-        with _reading(self._snapshots[snapshot]):
-            while into:
-                count = self._read_some(snapshot, offset, into)
-                if count == 0:
-                    raise changed(self._snapshots[snapshot].layout.path)
-                into, offset = into[count:], offset + count
-
-    def _read_some(self, snapshot: int, offset: int, into: memoryview) -> int:
-        fd = self._fds[snapshot]
-        if hasattr(os, "preadv"):
-            return os.preadv(fd, [into], offset)
-        with self._locks[snapshot]:  # a file has one position, which the threads share
-            os.lseek(fd, offset, os.SEEK_SET)
-            data = os.read(fd, len(into))
-        into[: len(data)] = data
-        return len(data)
-
-    def check_unchanged(self) -> None:
-        """Raise SnapshotError for a file that is not as it was when its header was read."""
-        for snapshot, fd in zip(self._snapshots, self._fds, strict=True):
-            status = os.fstat(fd)
-            layout = snapshot.layout
-            if (status.st_size, status.st_mtime_ns) != (layout.size, layout.modified):
-                raise changed(snapshot.layout.path)
 
 
 def _share(
@@ -337,52 +340,50 @@ def _default_workers() -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
-def _metadata(newest: Snapshot, entry: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(plan: Plan, entry: Mapping[str, Any]) -> dict[str, str]:
     """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
-    gone = {"step", "gamma", "sigma_rel", recipe.KEY}
+    gone = {"step", "gamma", "sigma_rel", "converted", recipe.KEY}
     carried = {
         key: value
-        for key, value in newest.layout.metadata.items()
+        for key, value in plan.snapshots[plan.newest].layout.metadata.items()
         if key not in gone and not key.startswith("sshs_")
     }
     return carried | {recipe.KEY: json.dumps(entry)}
 
 
 def _refuse_inputs(snapshots: Sequence[Snapshot], outputs: Sequence[Path]) -> None:
-    """Never write over a snapshot, whatever name or link it goes by."""
-    existing = [path for path in outputs if path.exists()]
-    for path in existing:
-        for snapshot in snapshots:
-            if os.path.samefile(path, snapshot.layout.path):
-                raise UsageError(str(path), "is one of the snapshots", "choose another output")
+    """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
+    sources = [part.path for snapshot in snapshots for part in snapshot.layout.parts]
+    folders = {snapshot.layout.path.parent for snapshot in snapshots}
+    for path in outputs:
+        if not path.exists():
+            continue
+        if any(os.path.samefile(path, source) for source in sources):
+            raise UsageError(str(path), "is one of the snapshots", "choose another output")
+        among = any(os.path.samefile(path.parent, folder) for folder in folders)
+        if among and not made_by_posthoc(path):
+            raise UsageError(
+                str(path),
+                "lies among the snapshots, and posthoc didn't make it",
+                "choose another output",
+            )
 
 
-def _raise_file_limit(files: int) -> None:
-    """Let this process open `files` files more, as far as the system allows."""
+def _raise_file_limit(files: int) -> bool:
+    """Let this process open `files` files more, if the system allows; returns whether it does."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return
+        return True
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = files + 256
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-@contextlib.contextmanager
-def _reading(snapshot: Snapshot) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise changed(snapshot.layout.path) from None
-    except OSError as error:
-        raise MachineError(
-            str(snapshot.layout.path),
-            f"cannot be read ({reason(error)})",
-            "check the disk and the permissions",
-        ) from error
+    wanted = files + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return True
+    with contextlib.suppress(ValueError, OSError):
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most >= wanted
+    return False
 
 
 @contextlib.contextmanager

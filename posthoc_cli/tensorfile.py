@@ -1,4 +1,4 @@
-"""The safetensors layout: where each tensor lies; and a writer that lands a file atomically.
+"""The safetensors layout: where each tensor lies.
 
 A safetensors file is eight bytes of header length, a JSON header that maps each tensor's name to
 its dtype, shape and place, and the tensors' bytes.
@@ -6,24 +6,21 @@ its dtype, shape and place, and the tensors' bytes.
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import bisect
 import json
 import math
 import os
 import re
 import stat
 import struct
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import safetensors
 
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
+from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, printable
 
 DTYPE_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
@@ -35,6 +32,9 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Bits of one element of each dtype, by the name that safetensors gives it; a file has them in
 this order, as the safetensors library writes them."""
+
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the safetensors library reads."""
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -54,30 +54,67 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a layout: its data section is bytes `first` to `first + length` of the whole.
+
+    `data_start` is the byte offset of the data section in the file, `size` the file's length;
+    `modified`, the time of its last change in nanoseconds, and `inode` tell whether it is still
+    the same.
+    """
+
+    path: Path
+    first: int
+    length: int
+    data_start: int
+    size: int
+    modified: int = 0
+    inode: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """What the header of a safetensors file says.
+    """What the header of a safetensors file says, or those of several that hold one network.
 
-    `data_start` is the byte offset of the data section in the file, `size` the file's length and
-    `modified` the time of its last change, in nanoseconds.
-    Files whose headers agree share one `tensors` mapping, so that 600 snapshots of a large network
-    cost little more than one.
+    The tensors' offsets are within the data sections of `parts`, thought to lie end to end.
+    Layouts whose headers agree share one `tensors` mapping, so that 600 snapshots of a large
+    network cost little more than one.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    data_start: int
-    size: int
-    modified: int
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(part.size for part in self.parts)
 
 
-def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None = None) -> Layout:
+def spans(parts: Sequence[Part], start: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """Where bytes `start` to `start + length` of the data lie: part, offset in its file, bytes."""
+    at = bisect.bisect_right(parts, start, key=lambda part: part.first) - 1
+    while length:
+        part = parts[at]
+        inside = start - part.first
+        count = min(length, part.length - inside)
+        if count > 0:  # some parts hold no data
+            yield at, part.data_start + inside, count
+            start, length = start + count, length - count
+        at += 1
+
+
+Cache = dict[Hashable, Mapping[str, TensorInfo]]
+"""The tensors of headers read before, by what tells them apart."""
+
+
+def read_layout(path: Path, cache: Cache | None = None) -> Layout:
     """Read and check the header of the safetensors file at `path`; none of its data.
 
     The safetensors library validates the file. `cache` lets calls share `tensors` between files
-    with the same tensors at the same places. Raises SnapshotError for a file that is not a valid
-    safetensors file, MachineError for one that cannot be read.
+    with the same tensors at the same places. Raises IncompleteError for the beginning of a
+    safetensors file, SnapshotError for one that is none, MachineError for one that cannot be read.
     """
     try:
         # A FIFO would block on open, and a device has no length.
@@ -94,6 +131,12 @@ def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None 
             str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
         ) from None
     except (safetensors.SafetensorError, struct.error, UnicodeError) as error:
+        if _ends_early(path):
+            raise IncompleteError(
+                str(path),
+                "not a whole safetensors file (its end is missing)",
+                "wait until it is written, copy it again, or leave it out",
+            ) from None
         raise _corrupt(path, str(error)) from None
     metadata, rest = _split_metadata(header)
     tensors = cache.get(rest) if cache is not None else None
@@ -105,21 +148,34 @@ def read_layout(path: Path, cache: dict[bytes, Mapping[str, TensorInfo]] | None 
     data_start = _LENGTH.size + length
     if len(header) != length or data_start + end != status.st_size:
         raise _corrupt(path, "its length changed while it was read")
-    return Layout(path, tensors, metadata, data_start, status.st_size, status.st_mtime_ns)
+    part = Part(path, 0, end, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
+    return Layout(path, tensors, metadata, (part,))
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether a file that is not valid may be the beginning of one that is."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(_LENGTH.size)
+            if len(start) < _LENGTH.size:
+                return True
+            (length,) = _LENGTH.unpack(start)
+            if length > MAX_HEADER:
+                return False
+            header = file.read(length)
+        if len(header) < length:
+            return header[:1] in (b"", b"{")
+        _, rest = _split_metadata(header)
+        data = max((info.end for info in _parse_tensors(rest).values()), default=0)
+        return bool(_LENGTH.size + length + data > size)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
 
 
 def _corrupt(path: Path, detail: str) -> SnapshotError:
     return SnapshotError(
         str(path), f"not a whole safetensors file ({detail})", "copy it again or leave it out"
-    )
-
-
-def changed(path: Path) -> SnapshotError:
-    """The error for a file that is no longer what its header said when it was read."""
-    return SnapshotError(
-        str(path),
-        "changed while it was read",
-        "wait until it is written, or leave it out with --only",
     )
 
 
@@ -173,147 +229,6 @@ def lay_out(
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
     return _LENGTH.pack(len(text)) + text, infos
-
-
-class AtomicFile:
-    """A file of `size` bytes that appears at `path` whole, or not at all.
-
-    Written beside its place under a temporary name, its space reserved first; on leaving the
-    `with` block it is flushed to disk and renamed, or, if there was an exception, removed. Its mode
-    is what the umask gives. `write_at` may be called from several threads at once.
-
-    Raises UsageError when `path` exists and `overwrite` is false, MachineError when the space or
-    the permission is missing.
-    """
-
-    def __init__(self, path: Path, size: int, *, overwrite: bool = False) -> None:
-        self.path = path
-        self.size = size
-        self.overwrite = overwrite
-        self._lock = threading.Lock()
-        self._temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.posthoc-tmp")
-
-    def __enter__(self) -> AtomicFile:
-        if not self.overwrite and os.path.lexists(self.path):
-            raise _exists(self.path)
-        with writing_to(self.path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-            self._fd = os.open(self._temporary, flags | getattr(os, "O_CLOEXEC", 0), 0o666)
-            try:
-                _reserve(self._fd, self.size)
-            except BaseException:
-                self._discard()
-                raise
-        return self
-
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at byte `offset` of the file."""
-        with writing_to(self.path):
-            view = memoryview(data).cast("B")
-            while view:
-                written = self._write_some(view, offset)
-                view, offset = view[written:], offset + written
-
-    def flush(self) -> None:
-        """Wait until what was written so far is on the disk."""
-        with writing_to(self.path):
-            getattr(os, "fdatasync", os.fsync)(self._fd)
-
-    def _write_some(self, view: memoryview, offset: int) -> int:
-        if hasattr(os, "pwrite"):
-            return os.pwrite(self._fd, view, offset)
-        with self._lock:  # Windows has one position a file
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            return os.write(self._fd, view)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        with writing_to(self.path):
-            try:
-                os.fsync(self._fd)
-                os.close(self._fd)
-                _land(self._temporary, self.path, self.overwrite)
-                _flush_folder(self.path.parent)
-            except BaseException:
-                self._discard()
-                raise
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
-
-
-def _exists(path: Path) -> UsageError:
-    return UsageError(
-        str(path), "exists already", "use --force to replace it or --skip-existing to keep it"
-    )
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give the file its length now, and its space where the system can promise it."""
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-            return
-        except OSError as error:  # some file systems cannot reserve; a full one must say so now
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    os.ftruncate(fd, size)
-
-
-def _land(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Move the finished file to its place; without `overwrite`, never onto another file."""
-    if overwrite:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)  # unlike a rename, fails if another run got there first
-    except FileExistsError:
-        raise _exists(path) from None
-    except OSError:  # a file system without hard links: the check above has to do
-        if os.path.lexists(path):
-            raise _exists(path) from None
-        os.replace(temporary, path)
-    else:
-        os.unlink(temporary)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where a folder can be flushed."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    with contextlib.suppress(OSError):  # some network file systems refuse
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-@contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn the system's errors while `path` is written into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: "free some space or choose another disk",
-            getattr(errno, "EDQUOT", -1): "free some space or choose another disk",
-            errno.EFBIG: "raise the file size limit (ulimit -f) or choose another disk",
-            errno.ENOENT: "create the folder first",
-            errno.ENOTDIR: "choose another path",
-            errno.ENAMETOOLONG: "choose a shorter name",
-        }.get(error.errno or 0, "check the folder and its permissions")
-        raise MachineError(str(path), f"cannot be written ({reason(error)})", remedy) from error
 
 
 def reason(error: OSError) -> str:

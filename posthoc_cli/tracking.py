@@ -31,15 +31,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posthoc_cli.atomicfile import writing_to
 from posthoc_cli.averaging import LiveTensors, Mover, is_sharded, local, named_tensors, unwrap, wide
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
 from posthoc_cli.identity import MAX_GAMMA
 from posthoc_cli.naming import SAME_WIDTH
 from posthoc_cli.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.reading import Reader
 from posthoc_cli.recipe import KEY, make_recipe
 from posthoc_cli.saving import DTYPES, Entry, stage, write
-from posthoc_cli.snapshots import ENDING, read_folder, select
-from posthoc_cli.tensorfile import read_layout, writing_to
+from posthoc_cli.shards import ENDING
+from posthoc_cli.snapshots import read_folder, select
+from posthoc_cli.tensorfile import read_layout
 from posthoc_cli.weights import solve
 
 RUN = "run"
@@ -894,13 +897,10 @@ def _load(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     layout = read_layout(path)
     by_name = {text: dtype for dtype, text in DTYPES.items()}
     tensors = {}
-    with open(path, "rb", buffering=0) as file:
+    with Reader(layout) as reader:
         for name, info in layout.tensors.items():
             tensor = torch.empty(info.shape, dtype=by_name[info.dtype])
             if info.elements:
-                file.seek(layout.data_start + info.start)
-                view = tensor.view(-1).view(torch.uint8).numpy().data
-                while view and (count := file.readinto(view)):
-                    view = view[count:]
+                reader.read(info.start, tensor.view(-1).view(torch.uint8).numpy().data)
             tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
     return tensors

@@ -78,7 +78,7 @@ def write_tensors(
 def read_tensors(path: Path) -> dict[str, npt.NDArray]:
     """Every tensor of a file, as an array."""
     layout = read_layout(path)
-    data = path.read_bytes()[layout.data_start :]
+    data = path.read_bytes()[layout.parts[0].data_start :]
     return {
         name: np.frombuffer(data[info.start : info.end], STORED[info.dtype]).reshape(info.shape)
         for name, info in layout.tensors.items()

@@ -158,6 +158,7 @@ def test_files_that_are_no_snapshots(tmp_path: Path) -> None:
     assert files(inventory) == [f"run_100_16.97{END}", f"run_100_6.94{END}"]
     assert not inventory.problems
     assert sorted(inventory.skipped) == [
+        ("deeper", "a folder, and neither its name nor its metadata says its step and profile"),
         (f"folder_300_6.94{END}", "a folder, not a file"),
         (f"out_100_6.94{END}", "made by posthoc: it carries a recipe"),
     ]
@@ -414,7 +415,7 @@ def test_errors_of_the_machine_go_through(tmp_path: Path, monkeypatch: pytest.Mo
     def unreadable(path: Path, _: object) -> None:
         raise MachineError(str(path), "cannot be read", "check it")
 
-    monkeypatch.setattr(module, "read_layout", unreadable)
+    monkeypatch.setattr(module, "open_layout", unreadable)
     with pytest.raises(MachineError, match="cannot be read"):
         read_folder(tmp_path)
 
@@ -440,7 +441,7 @@ def test_folder_of_pickles(tmp_path: Path, names: list[str], found: str) -> None
     with pytest.raises(SnapshotError) as caught:
         read_folder(tmp_path)
     assert f"holds no .safetensors files, but {found}" in str(caught.value)
-    assert "as safetensors first" in str(caught.value)
+    assert "posthoc convert" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from posthoc_cli import KarrasEMA, PostHocEMA, averaging, tensorfile
+from posthoc_cli import KarrasEMA, PostHocEMA, atomicfile, averaging, tensorfile
 from posthoc_cli.averaging import LiveTensors, Mover
 from posthoc_cli.diagnosis import observe
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
@@ -599,16 +599,16 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(
 ) -> None:
     ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=2, background=background)
     train(ema.model, ema, 1)
-    written = tensorfile.AtomicFile.write_at
+    written = atomicfile.AtomicFile.write_at
 
-    def full(self: tensorfile.AtomicFile, offset: int, data: memoryview) -> None:
+    def full(self: atomicfile.AtomicFile, offset: int, data: memoryview) -> None:
         if offset:
-            with tensorfile.writing_to(self.path):
+            with atomicfile.writing_to(self.path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         written(self, offset, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(tensorfile.AtomicFile, "write_at", full)
+        patched.setattr(atomicfile.AtomicFile, "write_at", full)
         with pytest.warns(RuntimeWarning, match="no snapshot of step 2.*No space left"):
             train(ema.model, ema, 1)
     assert list(tmp_path.iterdir()) == []

@@ -82,22 +82,13 @@ def warn(messages: Sequence[str], quiet: bool) -> None:
         note(f"warning: {counted(more, 'more warning')} such as these", quiet)
 
 
-def in_bytes(count: float) -> str:
-    """`count` bytes for people: `512.0 MB`."""
-    return _scaled(count, " ", ("B", "kB", "MB", "GB", "TB", "PB"))
-
-
 def in_short(count: float) -> str:
     """A large number for people: `268.4M`."""
-    return _scaled(count, "", ("", "k", "M", "G", "T", "P"))
-
-
-def _scaled(count: float, gap: str, units: tuple[str, ...]) -> str:
-    power = 0
+    power, units = 0, ("", "k", "M", "G", "T", "P")
     while count >= 999.95 and power < len(units) - 1:
         count /= 1000
         power += 1
-    return f"{count:.{1 if power else 0}f}{gap}{units[power]}"
+    return f"{count:.{1 if power else 0}f}{units[power]}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
-    in_bytes,
     in_short,
     plain_table,
     print_json,
@@ -22,8 +22,8 @@ from posthoc_cli.cli.console import (
     stdout_console,
     warn,
 )
-from posthoc_cli.cli.drawing import Row, draw_weights
-from posthoc_cli.errors import SnapshotError, printable
+from posthoc_cli.cli.drawing import Row, draw_weights, width_of
+from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,7 @@ def inspect(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    raw: options.RawOption = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Of a file's recipe, show negligible weights too.")
     ] = False,
@@ -60,6 +61,7 @@ def inspect(
       posthoc inspect snapshots
       posthoc inspect snapshots --json
       posthoc inspect snapshots --only '*0.050*'
+      posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
     recipe: Recipe | None = None
@@ -73,10 +75,10 @@ def inspect(
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
         inventory = options.read_snapshots(
-            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)]
+            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)], raw
         )
     else:
-        inventory = options.read_snapshots(folder, pattern, profiles, only)
+        inventory = options.read_snapshots(folder, pattern, profiles, only, raw)
     warn(inventory.warnings, quiet)
     if as_json:
         document = describe(inventory)
@@ -151,7 +153,7 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
     columns = [
         _Column("file", [printable(snapshot.file) for snapshot in snapshots], right=False),
         _Column("step", [str(snapshot.step) for snapshot in snapshots]),
-        _Column("sigma_rel", [f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots]),
+        _Column("sigma_rel", [width_of(each.sigma_rel, each.gamma) for each in snapshots]),
         _Column("gamma", [f"{snapshot.gamma:.2f}" for snapshot in snapshots]),
         _Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
         _Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
@@ -159,7 +161,12 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
         _Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
         _Column("source", [snapshot.source for snapshot in snapshots], right=False),
     ]
+    raw = snapshots[0].profile.raw
+    if raw:  # they have no profile
+        columns = [each for each in columns if each.heading not in ("sigma_rel", "gamma")]
     columns, common = _fitted(columns, console.width)
+    if raw:
+        common = [text.replace("step and profile", "step") for text in common]
     table = plain_table()
     for column in columns:
         table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
@@ -235,13 +242,17 @@ def _abbreviated(names: list[str], room: int) -> list[str]:
 
 def _totals(snapshots: Sequence[Snapshot]) -> str:
     steps = sorted({snapshot.step for snapshot in snapshots})
-    widths = sorted({f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots})
+    if snapshots[0].profile.raw:
+        noun, widths = "raw checkpoint", []
+    else:
+        noun, widths = "snapshot", sorted({f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots})
     size = in_bytes(sum(snapshot.bytes for snapshot in snapshots))
     span = (
         f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
     )
     listed = ", ".join(widths) if len(widths) <= 4 else f"{widths[0]} to {widths[-1]}"
-    return f"{counted(len(snapshots), 'snapshot')}, {size}: {span}; sigma_rel {listed}"
+    profiles = f"; sigma_rel {listed}" if widths else ""
+    return f"{counted(len(snapshots), noun)}, {size}: {span}{profiles}"
 
 
 # A file that posthoc made
@@ -261,16 +272,16 @@ class Recipe:
 def _read_recipe(path: Path) -> tuple[Layout, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
     from posthoc_cli.recipe import read_recipe
-    from posthoc_cli.tensorfile import read_layout
+    from posthoc_cli.shards import open_layout
 
-    layout = read_layout(path)
+    layout = open_layout(path)
     document = read_recipe(layout.metadata)
     if document is None:
         return layout, None
     try:
         target = {key: float(document["target"][key]) for key in ("step", "sigma_rel", "gamma")}
         rows = [
-            Row(str(source["file"]), *(float(source[key]) for key in _NUMBERS))
+            Row(str(source["file"]), *(_number(source, key) for key in _NUMBERS))
             for source in document["sources"]
         ]
         recipe = Recipe(str(document["version"]), str(document["method"]), target, rows, document)
@@ -282,6 +293,13 @@ def _read_recipe(path: Path) -> tuple[Layout, Recipe | None]:
 
 
 _NUMBERS = ("step", "sigma_rel", "gamma", "weight")
+
+
+def _number(source: dict[str, Any], key: str) -> float:
+    """A number of a source; a raw checkpoint's gamma, which is infinite, is null."""
+    if key == "gamma" and source[key] is None:
+        return math.inf
+    return float(source[key])
 
 
 def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:

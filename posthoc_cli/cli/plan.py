@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import in_bytes, note, plain_table, print_json, print_table
+from posthoc_cli.cli.console import note, plain_table, print_json, print_table
 from posthoc_cli.cli.console import stdout_console as console_of
-from posthoc_cli.errors import UsageError
+from posthoc_cli.errors import UsageError, in_bytes
 
 WITHIN = (0.01, 0.05)
 """The profile errors that a range is given for."""

@@ -13,7 +13,6 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
-    in_bytes,
     note,
     plain_table,
     print_json,
@@ -25,7 +24,7 @@ from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.outputs import make_folder, output_paths
 from posthoc_cli.cli.solve import Solved, say_what_is_doubtful, solve_folder
 from posthoc_cli.cli.solve import describe as describe_solved
-from posthoc_cli.errors import SnapshotError, UsageError, printable
+from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.plan import Plan
