@@ -10,7 +10,7 @@ from posthoc_cli.kriging import Expected, Trajectory, expect, fit
 from posthoc_cli.profiles import Profile
 from posthoc_cli.sampling import Measures, measure
 from posthoc_cli.snapshots import Snapshot
-from posthoc_cli.weights import METHODS, Solution, solve
+from posthoc_cli.weights import EMA_METHODS, RAW_METHODS, Solution, solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,12 @@ def compare(
     trajectory: Trajectory,
     device: str = "cpu",
 ) -> list[Verdict]:
-    """Every method's weights for the targets, with their expected errors."""
+    """Every method's weights for the targets, with their expected errors.
+
+    Of raw checkpoints, those of the methods for them.
+    """
     verdicts = []
-    for method in METHODS:
+    for method in RAW_METHODS if any(each.raw for each in snapshots) else EMA_METHODS:
         try:
             solution = solve(snapshots, targets, method, device, trajectory)
         except (SnapshotError, UsageError) as error:

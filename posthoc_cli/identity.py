@@ -69,7 +69,7 @@ def _nothing_said(name: str, metadata: Mapping[str, str]) -> UnknownError:
     """That a step and a profile are missing; where there is a step, it may be a raw checkpoint."""
     found = [key for key in ("step", "gamma", "sigma_rel") if key in metadata]
     remedy = "give --pattern, or leave it out with --only"
-    counted = _counted(name, metadata)
+    counted = {unit: each for unit, each in _counted(name, metadata).items() if each[0] > 0}
     if counted and found in ([], ["step"]):
         remedy = f"if it is a plain checkpoint and not an EMA, add --raw; else {remedy}"
     if found:
@@ -214,10 +214,8 @@ def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None
     return Clues(counted, warnings)
 
 
-def settle(
-    found: Mapping[str, Clues],
-) -> tuple[dict[str, tuple[Identity, list[str]]], list[SnapshotError]]:
-    """The identities and warnings of a folder's raw checkpoints, by name; and what is wrong.
+def settle(found: Mapping[str, Clues]) -> dict[str, Identity | SnapshotError]:
+    """The identities of a folder's raw checkpoints, by name, or what is wrong with each.
 
     All count in the same unit: the best of UNITS that all of them have, else the one that most of
     them have, and the others are wrong.
@@ -225,23 +223,21 @@ def settle(
     having = Counter(unit for each in found.values() for unit in each.steps)
     most = max(having.values(), default=0)
     unit = next((unit for unit in UNITS if having[unit] == most), UNITS[0])
-    settled, wrong = {}, []
+    settled: dict[str, Identity | SnapshotError] = {}
     for name, each in found.items():
-        try:
-            if unit not in each.steps:
-                raise _not_counted(name, each, unit, having[unit])
-            step, source, where = each.steps[unit]
-            if not 0 < step <= MAX_STEP:
-                raise SnapshotError(
-                    name,
-                    f"its {where} says step {step:.6g}, not one from 1 to 2^53",
-                    "give --pattern, or leave it out with --only",
-                )
-        except SnapshotError as error:
-            wrong.append(error)
+        if unit not in each.steps:
+            settled[name] = _not_counted(name, each, unit, having[unit])
             continue
-        settled[name] = Identity(step, math.inf, 0.0, source), each.warnings
-    return settled, wrong
+        step, source, where = each.steps[unit]
+        if 0 < step <= MAX_STEP:
+            settled[name] = Identity(step, math.inf, 0.0, source)
+        else:
+            settled[name] = SnapshotError(
+                name,
+                f"its {where} says step {step:.6g}, not one from 1 to 2^53",
+                "give --pattern, or leave it out with --only",
+            )
+    return settled
 
 
 def _ema_said(name: str, metadata: Mapping[str, str]) -> str | None:

@@ -42,6 +42,9 @@ STEADINESS = 2.5e-4
 FLOOR = 1e-12
 """The least rate, in units of the highest: below it sums of squares would lose it anyway."""
 
+TINY = 1e-24
+"""The least variance of a snapshot, in units of the largest, that the system is solved with."""
+
 ALL_PAIRS = 64
 """With more snapshots than this the rates are fitted to some of their pairs."""
 
@@ -88,11 +91,16 @@ class Expected:
 # which no profile ends it is G(high) (u / high)^power. All that follows uses powers only.
 
 
+# That of a raw checkpoint, whose gamma is infinite, is 0 before its step.
+
+
 def _powers(high: float, steps: FloatArray, gammas: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Each profile's power on an interval that stops at `high`, and its G there."""
+    """Each profile's power on an interval that stops at `high`, and its G there, from below."""
     before = steps >= high
-    powers = np.where(before, gammas + 1, 0.0)
-    return powers, np.exp(powers * np.log(high / np.where(before, steps, high)))
+    raw = np.isinf(gammas)
+    powers = np.where(before & ~raw, gammas + 1, 0.0)
+    values = np.exp(powers * np.log(high / np.where(before, steps, high)))
+    return powers, np.where(before & raw, 0.0, values)
 
 
 def _integral(low: float, high: float, power: FloatArray) -> FloatArray:
@@ -266,6 +274,9 @@ def predict(
     count = len(snapshots)
     moments = _moments(trajectory, every)
     matrix = moments[:count, :count] + np.diag(trajectory.noise)
+    # A raw checkpoint of the last step has nothing on its diagonal but its rounding.
+    own = np.diagonal(matrix)
+    matrix[np.diag_indices(count)] = np.maximum(own, TINY * float(own.max()))
     scale = np.sqrt(np.diagonal(matrix))
     matrix = to_device(matrix / np.outer(scale, scale))
     right = to_device(np.column_stack([moments[:count, count:], np.ones(count)]) / scale[:, None])
@@ -304,7 +315,8 @@ def _moments(trajectory: Trajectory, profiles: Sequence[Profile]) -> FloatArray:
     swapped = steps[column] < steps[row]
     earlier, other = np.where(swapped, column, row), np.where(swapped, row, column)
     # Up to the earlier step both are powers, then one of them is 1, and in the end both.
-    shrink = np.exp((gammas[other] + 1) * np.log(steps[earlier] / steps[other]))
+    powers = np.where(np.isinf(gammas), 0.0, gammas + 1)  # a raw one has nothing to shrink
+    shrink = np.exp(powers[other] * np.log(steps[earlier] / steps[other]))
     both, one = own[earlier, kind[other]], plain[earlier, kind[other]]
     rest, tail = plain[other, kind[other]], running[zero, zero] - plain[other, zero]
     moments: FloatArray = (both - one) * shrink + rest + tail

@@ -5,6 +5,9 @@
     ema-pytorch   <index>.<step>.safetensors, where --profiles lists the sigma_rel of each index
 
 No name fits two of them: what stands before the last number is `_`, `-` or `.`.
+
+Names of raw checkpoints (`--raw`) only say a number, by `read_counts`: `name-000012.safetensors`,
+`name-step00001200.safetensors`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,13 @@ _CONVENTIONS = {
         "ema-pytorch": rf"(?P<index>{_WHOLE})\.(?P<step>{_WHOLE})",
     }.items()
 }
+
+_STEP_WORDS = ("step", "steps", "iter", "iters", "iteration", "iterations")
+_EPOCH_WORDS = ("epoch", "epochs")
+_EPOCHS_IN_SHORT = ("ep", "e")
+_NO_WORDS = ("", "ckpt", "checkpoint")
+"""What may stand right before a number that counts steps; else it is a part of a word, as in v2,
+sd15, fp16."""
 
 SAME_WIDTH = 1e-3
 """Two values of sigma_rel that differ by less than this fraction are the same EMA, written down
@@ -100,19 +110,22 @@ class Pattern:
     lazy: re.Pattern[str]
 
 
-def compile_pattern(text: str) -> Pattern:
+def compile_pattern(text: str, raw: bool = False) -> Pattern:
     """Compile `run7_{step}_{sigma_rel}*.safetensors`.
 
     A field is a number, `*` is anything, all else stands for itself; the whole file name has to
-    fit. Raises UsageError unless it has one field for the step and one for the profile.
+    fit. Raises UsageError unless it has one field for the step and one for the profile; for `raw`
+    checkpoints, which have no profile, only one for the step.
     """
     pieces = re.split(r"(\{[^{}]*\}|\*+)", text)  # at odd places the fields and stars
     fields = [piece[1:-1] for piece in pieces[1::2] if piece.startswith("{")]
-    if problem := _misuse(fields, pieces):
+    if problem := _misuse(fields, pieces, raw):
         raise UsageError(
             "--pattern",
             f"{problem} in '{text}'",
-            "the fields are {step} or {kimg}, with one of {sigma_rel}, {gamma} and {index}; "
+            "with --raw the only field is {step} or {kimg}; * stands for anything"
+            if raw
+            else "the fields are {step} or {kimg}, with one of {sigma_rel}, {gamma} and {index}; "
             "* stands for anything",
         )
     greedy, lazy = (
@@ -122,13 +135,16 @@ def compile_pattern(text: str) -> Pattern:
     return Pattern(text, frozenset(fields), greedy, lazy)
 
 
-def _misuse(fields: list[str], pieces: list[str]) -> str | None:
+def _misuse(fields: list[str], pieces: list[str], raw: bool) -> str | None:
     for field in fields:
         if field not in _FIELDS:
             return f"unknown field {{{field}}}"
         if fields.count(field) > 1:
             return f"{{{field}}} twice"
-    for choice in (("step", "kimg"), ("sigma_rel", "gamma", "index")):
+    counts, profiles = ("step", "kimg"), ("sigma_rel", "gamma", "index")
+    if raw and (found := [f"{{{field}}}" for field in fields if field in profiles]):
+        return f"a field for a profile, {found[0]},"
+    for choice in (counts,) if raw else (counts, profiles):
         found = [f"{{{field}}}" for field in fields if field in choice]
         if not found:
             return f"neither {' nor '.join(f'{{{field}}}' for field in choice)}"
@@ -188,6 +204,35 @@ def read_name(
     return None
 
 
+def read_counts(name: str) -> dict[str, int]:
+    """What the file name of a raw checkpoint counts: {"step": 1200}, {"epoch": 12} or neither.
+
+    A number by a word for steps or epochs is that; "number" is the last of the name if no such word
+    stands by it. Decimals (v1.5, -0.05) and parts of words (v2, sd15, 512px) are no such numbers.
+    """
+    stem = re.sub(_END + r"\Z", "", name)
+    counts: dict[str, int] = {}
+    for match in re.finditer(r"[0-9]+(?:\.[0-9]+)*", stem):
+        before = re.search(r"(?a:[A-Za-z]*)\Z", stem[: match.start()])
+        after = re.match(r"(?a:[A-Za-z]*)", stem[match.end() :])
+        apart = re.search(r"(?a:([A-Za-z]+)[-_= ]+)\Z", stem[: match.start()])
+        glued = (before[0].lower() if before else "", after[0].lower() if after else "")
+        word = glued[0] or glued[1] or (apart[1].lower() if apart else "")
+        if "." in match[0] or len(match[0]) > 100:
+            continue
+        if word.endswith(_STEP_WORDS):
+            unit = "step"
+        elif word.endswith(_EPOCH_WORDS) or word in _EPOCHS_IN_SHORT:
+            unit = "epoch"
+        elif glued[0] in _NO_WORDS and not glued[1]:
+            unit = "number"
+        else:
+            continue
+        counts.pop("number", None)  # it isn't the last
+        counts[unit] = int(match[0])
+    return counts
+
+
 def read_number(text: str, field: str) -> tuple[float, float] | None:
     """A `gamma` or `sigma_rel` as text -> its value, and half a unit of its last digit."""
     match = re.fullmatch(_FIELDS[field], text) if len(text) <= 100 else None
@@ -206,6 +251,8 @@ def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[
     if sigma_rel := fields.get("sigma_rel"):
         value, rounding = _value(sigma_rel, fields, "sigma_rel")
         return Reading(convention, step, steps, sigma_rel=value, rounding=rounding)
+    if "index" not in fields:
+        return Reading(convention, step, steps)
     index = int(fields["index"] or 0)
     width = profiles[index] if index < len(profiles) else None
     return Reading(

@@ -8,6 +8,7 @@ serves the CPU and the GPU.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ class Profile:
     """How an EMA spreads its weight over training time.
 
     `p(u) = (gamma + 1) u^gamma / step^(gamma + 1)` on `[0, step]` (eq. 121), where `step` is the
-    training step the average was taken at (> 0) and `gamma` its exponent (> -1).
+    training step the average was taken at (> 0) and `gamma` its exponent (> -1). A raw checkpoint
+    is the average of no width at all: its gamma is infinite, its sigma_rel 0.
     """
 
     step: float
@@ -34,7 +36,12 @@ class Profile:
     @property
     def sigma_rel(self) -> float:
         """Relative width: the standard deviation of the profile over `step` (eq. 123)."""
-        return float(gamma_to_sigma_rel(self.gamma))
+        return 0.0 if self.raw else float(gamma_to_sigma_rel(self.gamma))
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is that of a raw checkpoint: plain weights, which nothing was averaged to."""
+        return math.isinf(self.gamma)
 
 
 def gamma_to_sigma_rel(gamma: Array) -> Array:

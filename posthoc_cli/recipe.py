@@ -33,10 +33,12 @@ def make_recipe(
     }
 
 
-def describe(profile: Profile) -> dict[str, float]:
-    """A profile as JSON has it: `step`, `sigma_rel` and `gamma`."""
+def describe(profile: Profile) -> dict[str, float | None]:
+    """A profile as JSON has it: `step`, `sigma_rel` and `gamma`; a raw checkpoint's gamma is null,
+    as JSON has no infinity."""
     step = int(profile.step) if float(profile.step).is_integer() else profile.step
-    return {"step": step, "sigma_rel": profile.sigma_rel, "gamma": profile.gamma}
+    gamma = None if profile.raw else profile.gamma
+    return {"step": step, "sigma_rel": profile.sigma_rel, "gamma": gamma}
 
 
 def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from posthoc_cli.errors import (
     UsageError,
     printable,
 )
-from posthoc_cli.identity import MIN_SIGMA_REL, identify
+from posthoc_cli.identity import MIN_SIGMA_REL, Clues, Identity, clues, identify, settle
 from posthoc_cli.naming import SAME_WIDTH, Pattern, compile_pattern, read_name
 from posthoc_cli.profiles import MAX_SIGMA_REL, Profile
 from posthoc_cli.recipe import read_recipe
@@ -53,6 +53,7 @@ class Contents:
 class Snapshot:
     """One EMA of the network at one step with one profile; `source` says how we know.
 
+    A raw checkpoint is an EMA of no width: its gamma is infinite, its sigma_rel 0.
     `contents` is shared between snapshots that share their tensors mapping.
     """
 
@@ -132,27 +133,39 @@ def read_folder(
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
     only: Sequence[str] = (),
+    raw: bool = False,
     skip_incomplete: bool = False,
 ) -> Inventory:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
     `pattern` is that of `compile_pattern`, `profiles` the sigma_rel values by index, `only` globs
-    for the names of the files to use: no other is opened. With `skip_incomplete`, files whose end
-    is missing are left out instead of being problems. Names that start with a dot, as our
+    for the names of the files to use: no other is opened. `raw` says that they are no EMAs but
+    plain checkpoints, of which only the steps are to be known. With `skip_incomplete`, files whose
+    end is missing are left out instead of being problems. Names that start with a dot, as our
     unfinished outputs do, never count.
 
     Raises UsageError when an option or `folder` doesn't fit, SnapshotError when there is no
     .safetensors file, MachineError when one can't be read.
     """
     folder = Path(folder)
-    compiled = compile_pattern(pattern) if pattern is not None else None
-    widths = _check_profiles(profiles, compiled)
+    compiled = compile_pattern(pattern, raw) if pattern is not None else None
+    widths = () if raw else _check_profiles(profiles, compiled)
     inventory = Inventory(folder)
     names = _choose(folder, _list(folder, inventory), only, compiled)
     if widths and not any(_has_index(folder / name, compiled) for name in names):
         inventory.warnings.append("--profiles isn't used: no file name has an index")
     headers: Cache = {}
-    shared: dict[int, Contents] = {}
+    found: dict[str, tuple[Layout, Identity, list[str]]] = {}
+    unsettled: dict[str, tuple[Layout, Clues]] = {}
+
+    def leave_out(name: str, error: SnapshotError) -> None:
+        if skip_incomplete and isinstance(error, IncompleteError):
+            inventory.skipped.append((name, printable(f"incomplete: {error.problem}")))
+        elif isinstance(error, UnknownError) and os.path.isdir(folder / name):
+            inventory.skipped.append((name, f"a folder, and {error.problem}"))
+        else:
+            inventory.problems.append((name, printable(f"{error.problem}; {error.remedy}")))
+
     for name in names:
         try:
             layout = _open(folder / name, headers)
@@ -160,16 +173,20 @@ def read_folder(
                 inventory.skipped.append((name, "made by posthoc: it carries a recipe"))
                 continue
             title = _title(folder / name, compiled)
-            identity, warnings = identify(title, layout.metadata, compiled, widths)
+            if raw:
+                unsettled[name] = layout, clues(title, layout.metadata, compiled)
+            else:
+                found[name] = layout, *identify(title, layout.metadata, compiled, widths)
         except SnapshotError as error:
-            if skip_incomplete and isinstance(error, IncompleteError):
-                inventory.skipped.append((name, printable(f"incomplete: {error.problem}")))
-                continue
-            if isinstance(error, UnknownError) and os.path.isdir(folder / name):
-                inventory.skipped.append((name, f"a folder, and {error.problem}"))
-                continue
-            inventory.problems.append((name, printable(f"{error.problem}; {error.remedy}")))
-            continue
+            leave_out(name, error)
+    settled = settle({name: said for name, (_, said) in unsettled.items()})
+    for name, outcome in settled.items():
+        if isinstance(outcome, SnapshotError):
+            leave_out(name, outcome)
+        else:
+            found[name] = unsettled[name][0], outcome, unsettled[name][1].warnings
+    shared: dict[int, Contents] = {}
+    for name, (layout, identity, warnings) in found.items():
         key = id(layout.tensors)
         if key not in shared:
             shared[key] = Contents.of(layout.tensors)
@@ -352,7 +369,13 @@ def _duplicates(snapshots: Sequence[Snapshot]) -> Iterable[tuple[str, str]]:
         same_width = math.isclose(one.sigma_rel, other.sigma_rel, rel_tol=SAME_WIDTH)
         # Below gamma 0 there are two of each width.
         same_gamma = math.isclose(one.gamma + 1, other.gamma + 1, rel_tol=10 * SAME_WIDTH)
-        if one.step == other.step and same_width and same_gamma:
+        if one.step == other.step and one.profile.raw:
+            yield (
+                other.file,
+                f"has the step ({other.step}) of '{one.file}'; leave out one of the two with "
+                "--only, or say with --pattern which number of the names it is",
+            )
+        elif one.step == other.step and same_width and same_gamma:
             yield (
                 other.file,
                 f"has the step ({other.step}) and profile (sigma_rel {other.sigma_rel:.4g}) of "

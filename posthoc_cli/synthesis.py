@@ -21,9 +21,10 @@ import numpy as np
 
 from posthoc_cli import recipe
 from posthoc_cli.atomicfile import AtomicFile, together
-from posthoc_cli.errors import MachineError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.kernels import STRIDE
-from posthoc_cli.plan import Chunk, Plan, Run
+from posthoc_cli.nonfinite import Census, Finding, complaint
+from posthoc_cli.plan import AVERAGED, Chunk, Plan, Run
 from posthoc_cli.reading import Reader
 from posthoc_cli.shards import index_path, made_by_posthoc, make_index, replaced, shard_paths, split
 from posthoc_cli.snapshots import Snapshot
@@ -63,21 +64,23 @@ def execute(
     device: str = "cpu",
     overwrite: bool = False,
     shard_bytes: int | None = None,
+    strict: bool = False,
     workers: int | None = None,
     row_bytes: int | None = None,
     progress: Progress | None = None,
-) -> list[int]:
-    """Write one output for each row of `weights` [targets, snapshots]; returns their sizes, bytes.
+) -> Written:
+    """Write one output for each row of `weights` [targets, snapshots].
 
     All outputs come out of the same single pass over the snapshots. Each lands whole or not at
     all; when anything fails none does. One with more than `shard_bytes` of data becomes several
-    files of at most so much, and an index. The bytes written do not depend on `workers` (default:
+    files of at most so much, and an index. With `strict`, NaN or infinity in the snapshots or the
+    sums is an error. The bytes written do not depend on `workers` (default:
     one a processor) nor on `row_bytes`. `progress` is called, from any thread, with the number of
     input bytes just read.
 
     Raises UsageError when an output exists and `overwrite` is false or when it is one of the
-    snapshots; SnapshotError when a snapshot changed meanwhile; MachineError when the disk or the
-    device fails.
+    snapshots; SnapshotError when a snapshot changed meanwhile, or by `strict`; MachineError when
+    the disk or the device fails.
     """
     wanted = [
         _output(plan, path, _metadata(plan, entry), shard_bytes, overwrite)
@@ -118,7 +121,23 @@ def execute(
             _share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         for reader in readers:
             reader.check_unchanged()
-    return [sum(file.size for file in output.files) for output in wanted]
+        findings = job.findings()
+        if strict and findings:
+            raise SnapshotError(*complaint(plan, findings), "nothing is written, as --strict says")
+    return Written(
+        [tuple(file.path for file in output.files) for output in wanted],
+        [sum(file.size for file in output.files) for output in wanted],
+        findings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: for each target its `files`, an index last, and their bytes together."""
+
+    files: list[tuple[Path, ...]]
+    sizes: list[int]
+    findings: list[Finding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +211,7 @@ class _Job:
         self._progress = progress
         # For each tensor of each averaged run, whether two snapshots were seen to differ in it.
         self._varies = {id(run): bytearray(len(run.names)) for run in plan.runs if run.averaged}
+        self._census = Census(plan, weights)
 
     def sum_chunk(self, chunk: Chunk, summing: Summing) -> None:
         """Read a chunk from every snapshot, and write its weighted sum to every output."""
@@ -207,15 +227,14 @@ class _Job:
         for group in (snapshots[i : i + GROUP] for i in snapshots[::GROUP]):
             rows = summing.staging()
             for row, i in zip(rows, group, strict=False):
-                self._readers[i].read(self._input_offset(chunk, i), row[:size])
+                self._read(i, run, chunk.first, row[:size])
             if unsettled:
                 reference = reference or bytes(rows[0][:size])
                 self._compare(chunk, unsettled, reference, rows[: len(group)])
             last = group.stop == snapshots.stop
             summing.add(self._weights[group.start : group.stop], last=last)
             self._report(len(group) * size)
-        for t in range(len(self._outputs)):
-            self._write(chunk, t, summing.result(t))
+        self._write_results(chunk, summing)
 
     def copy_chunk(self, chunk: Chunk, summing: Summing) -> None:
         """Take a chunk from the newest snapshot, for every output, in the dtype of the output."""
@@ -224,12 +243,26 @@ class _Job:
         if converted:
             summing.begin(run.dtype, run.out_dtype, chunk.elements)
         row = summing.staging()[0][:size]
-        self._readers[newest].read(self._input_offset(chunk, newest), row)
+        self._read(newest, run, chunk.first, row)
         if converted:
             summing.add(np.ones((1, len(self._outputs))), last=True)
-        for t in range(len(self._outputs)):
-            self._write(chunk, t, summing.result(t) if converted else row)
+        if converted:
+            self._write_results(chunk, summing, settled=run.averaged)
+        else:
+            for t in range(len(self._outputs)):
+                self._write(chunk, t, row)
+            if run.dtype in AVERAGED and not run.averaged:
+                self._census.look(chunk, [np.asarray(row)], self._read)
         self._report(0 if run.averaged else size)
+
+    def _write_results(self, chunk: Chunk, summing: Summing, *, settled: bool = False) -> None:
+        """Write the sums of a chunk; look at those that aren't finite, unless `settled` before."""
+        targets = range(len(self._outputs))
+        for t in targets:
+            self._write(chunk, t, summing.result(t))
+        if summing.suspicious and not settled:
+            results = [np.array(summing.result(t), np.uint8) for t in targets]
+            self._census.look(chunk, results, self._read)
 
     def constant_chunks(self, elements: Callable[[Run], int]) -> Iterator[Chunk]:
         """The chunks of those tensors that are the same in all snapshots.
@@ -241,6 +274,10 @@ class _Job:
             for tensor, varies in enumerate(self._varies.get(id(run), b"")):
                 if not varies:
                     yield from run.chunks(elements, run.bounds[tensor], run.bounds[tensor + 1])
+
+    def findings(self) -> list[Finding]:
+        """The tensors with values that are no finite numbers, in the outputs' order."""
+        return self._census.findings(lambda run, tensor: not self._varies[id(run)][tensor])
 
     def _unsettled_tensors(self, chunk: Chunk) -> list[int]:
         """The tensors within a chunk that have been the same in all snapshots so far."""
@@ -264,9 +301,10 @@ class _Job:
                     varies[tensor] = True
                     break
 
-    def _input_offset(self, chunk: Chunk, snapshot: int) -> int:
-        start = chunk.run.starts[self._plan.layouts[snapshot]]
-        return start + chunk.run.size_of(chunk.first)
+    def _read(self, snapshot: int, run: Run, first: int, into: memoryview) -> None:
+        """Fill `into` with the elements of a run in a snapshot from `first` on."""
+        start = run.starts[self._plan.layouts[snapshot]]
+        self._readers[snapshot].read(start + run.size_of(first), into)
 
     def _write(self, chunk: Chunk, target: int, data: memoryview) -> None:
         start = chunk.run.out_start + chunk.run.out_size_of(chunk.first)
@@ -340,13 +378,17 @@ def _default_workers() -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
+_HASHES = ("sshs_", "modelspec.hash_")
+"""What keys begin with that hold hashes of a file's tensors: kohya's, and the Model Spec's."""
+
+
 def _metadata(plan: Plan, entry: Mapping[str, Any]) -> dict[str, str]:
     """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
     gone = {"step", "gamma", "sigma_rel", "converted", recipe.KEY}
     carried = {
         key: value
         for key, value in plan.snapshots[plan.newest].layout.metadata.items()
-        if key not in gone and not key.startswith("sshs_")
+        if key not in gone and not key.startswith(_HASHES)
     }
     return carried | {recipe.KEY: json.dumps(entry)}
 

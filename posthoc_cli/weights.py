@@ -25,8 +25,15 @@ PROFILE_METHODS = ("edm2", "algorithm3")
 """Methods that go by the profiles alone. `edm2`: algorithm 3, rescaled to sum one, as the paper's
 official code does. `algorithm3`: not rescaled, as in the paper's text."""
 
-METHODS = (*PROFILE_METHODS, "blup")
-"""All methods. `blup` also goes by how the network moved, and how coarsely it was stored."""
+EMA_METHODS = (*PROFILE_METHODS, "blup")
+"""Those for EMAs. `blup` also goes by how the network moved, and how coarsely it was stored."""
+
+RAW_METHODS = ("share", "blup")
+"""Those for raw checkpoints. `share`: the share of the target's profile that lies between a
+checkpoint and the one before it."""
+
+METHODS = (*EMA_METHODS, "share")
+"""All methods."""
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -38,8 +45,9 @@ class Solution:
     `weights` is [targets, snapshots]; `sum_of_weights`, `noise_gain` (2-norm of the weights: how
     much independent rounding noise of the snapshots is amplified) and `profile_error` (L2 distance
     between the wanted profile and the one the weights give, relative to the wanted one's norm) are
-    [targets]; the last is NaN where a profile has no norm (gamma <= -1/2). `condition_number` is
-    that of the matrix solved, scaled to a unit diagonal.
+    [targets]; the last is NaN where a profile has no norm (gamma <= -1/2, or a raw checkpoint's).
+    `condition_number` is that of the matrix solved, scaled to a unit diagonal; 1 for `share`, which
+    solves none.
     """
 
     snapshots: tuple[Profile, ...]
@@ -66,12 +74,16 @@ def solve(
 
     Raises ValueError when a snapshot was taken after a target's step or `trajectory` is missing;
     with the methods that go by the profiles alone, UsageError when one has no finite norm
-    (gamma <= -1/2) and SnapshotError when two are too alike to be told apart.
+    (gamma <= -1/2) and SnapshotError when two are too alike to be told apart. UsageError too when
+    the method isn't one for raw checkpoints, and some are raw, or is only for them.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
     if max(s.step for s in snapshots) > min(t.step for t in targets):
         raise ValueError("a snapshot was taken after the target's step")
+    check_method(method, any(s.raw for s in snapshots), all(s.raw for s in snapshots))
+    if method == "share":
+        return _solve_share(snapshots, targets)
     if method == "blup":
         if trajectory is None:
             raise ValueError("method blup needs a trajectory")
@@ -102,6 +114,36 @@ def solve(
     return _solution(snapshots, targets, method, _to_numpy(weights.T), error, condition_number)
 
 
+def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
+    """Raise UsageError unless `method` is one for snapshots of which some, or all, are raw."""
+    if some_raw and method not in RAW_METHODS:
+        raise UsageError(
+            f"--method {method}", "raw checkpoints have no profile", "use share or blup"
+        )
+    if method == "share" and not all_raw:
+        raise UsageError("--method share", "is for raw checkpoints only", "add --raw if they are")
+
+
+def _solve_share(snapshots: Sequence[Profile], targets: Sequence[Profile]) -> Solution:
+    """Checkpoint k holds `(t_k^(gamma + 1) - t_(k-1)^(gamma + 1)) / t^(gamma + 1)` of the target.
+
+    The last one also holds what lies after it, so that the weights sum to one.
+    """
+    steps = np.array([float(each.step) for each in snapshots])
+    order = np.argsort(steps, kind="stable")
+    steps = steps[order]
+    weights = np.empty((len(targets), len(snapshots)))
+    for row, target in zip(weights, targets, strict=True):
+        ends = np.append(steps[:-1], float(target.step))
+        before = np.append(0.0, steps[:-1])
+        with np.errstate(divide="ignore", under="ignore"):
+            # Neither powers of large steps nor differences of them: nothing overflows or cancels.
+            left = np.exp((target.gamma + 1) * np.log(ends / target.step))
+            row[order] = left * -np.expm1((target.gamma + 1) * np.log1p((before - ends) / ends))
+    error = np.full(len(targets), np.nan)
+    return _solution(snapshots, targets, "share", weights, error, 1.0)
+
+
 def _solve_blup(
     snapshots: Sequence[Profile], targets: Sequence[Profile], device: str, trajectory: Trajectory
 ) -> Solution:
@@ -115,7 +157,8 @@ def _solve_blup(
 
     solved, condition_number = predict(trajectory, snapshots, targets, xp, to_device)
     error = np.full(len(targets), np.nan)
-    if min(profile.gamma for profile in (*snapshots, *targets)) > -0.5:
+    every = (*snapshots, *targets)
+    if min(each.gamma for each in every) > -0.5 and not any(each.raw for each in every):
         gram = cosine(step_i[:, None], gamma_i[:, None], step_i[None, :], gamma_i[None, :])
         wanted = cosine(step_i[:, None], gamma_i[:, None], step_r[None, :], gamma_r[None, :])
         norms = norm(step_i, gamma_i)[:, None] / norm(step_r, gamma_r)[None, :]

@@ -18,7 +18,7 @@ from posthoc_cli import __version__
 from posthoc_cli.cli.options import MAX_VALUES, read_device, read_list, read_targets, shortest
 from posthoc_cli.cli.outputs import make_folder, output_paths
 from posthoc_cli.errors import UsageError
-from tests.command import COMMAND, ENVIRONMENT, Posthoc
+from tests.command import COMMAND, ENVIRONMENT, Posthoc, write_snapshot
 
 
 def numbers(*texts: str) -> list[float]:
@@ -230,6 +230,10 @@ def test_help_fits_80_columns(posthoc: Posthoc, posthoc_here: Posthoc) -> None:
 
 def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
     made = snapshots.parent / "ema-0.07.safetensors"
+    (snapshots.parent / "checkpoints").mkdir()
+    for epoch in (1, 2, 3, 4):
+        path = snapshots.parent / "checkpoints" / f"lora-{epoch:06d}.safetensors"
+        write_snapshot(path, epoch, ss_steps=str(100 * epoch), ss_epoch=str(epoch))
     ran = []
     for command in ("synthesize", "inspect", "solve"):  # so that there is something to inspect
         for example in re.findall(

@@ -22,14 +22,21 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with what the examples speak of: `snapshots`, and `other` with names of its own."""
+    """A place with what the examples speak of: `snapshots`, raw `checkpoints` as kohya's trainers
+    save them, and `other` with names of its own."""
     import numpy as np
 
     folder = tmp_path_factory.mktemp("examples")
     for name in ("snapshots", "other"):
         (folder / name).mkdir()
+    (folder / "checkpoints").mkdir()
     rng = np.random.default_rng(0)
     for step in range(1000, 9000, 1000):
+        write_tensors(
+            folder / "checkpoints" / f"lora-{step // 1000:06d}.safetensors",
+            {"w": rng.standard_normal(50).astype(np.float16)},
+            {"ss_steps": str(step), "ss_epoch": str(step // 1000)},
+        )
         for sigma_rel in (0.05, 0.10):
             tensors = {"w": rng.standard_normal(50).astype(np.float16)}
             gamma = sigma_rel_to_gamma(sigma_rel)

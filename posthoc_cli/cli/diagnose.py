@@ -67,11 +67,14 @@ def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]
     """For each target a line a method; errors relative to the distance of EMA and network."""
     assert solved.measures is not None
     assert solved.expected is not None
+    raw = solved.snapshots[0].profile.raw
     for at, target in enumerate(solved.targets):
         console.print(f"{title(target)} at step {solved.step}", style="bold")
         table = plain_table()
         table.add_column("method", no_wrap=True)
-        headings = ("expected", "approximation", "rounding", "sum", "noise gain", "profile")
+        headings = ["expected", "approximation", "rounding", "sum", "noise gain", "profile"]
+        if raw:
+            headings.pop()  # raw checkpoints have no profile to be off by
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         problems = []
@@ -87,7 +90,7 @@ def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]
                 percent(float(verdict.expected.rounding[at]) / scale),
                 f"{verdict.solution.sum_of_weights[at]:.4f}",
                 f"{verdict.solution.noise_gain[at]:.3f}",
-                percent(float(verdict.solution.profile_error[at])),
+                *([] if raw else [percent(float(verdict.solution.profile_error[at]))]),
             )
         print_table(console, table)
         for problem in problems:

@@ -26,7 +26,7 @@ _PLUS, _MINUS = "cyan", "red"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One snapshot with its weight."""
+    """One snapshot with its weight; a raw checkpoint's gamma is infinite."""
 
     file: str
     step: float
@@ -48,12 +48,11 @@ def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = Fa
     if not everything and len(those_above(fraction)) > LONG:
         fraction = SMALL
     shown = those_above(fraction)
-    columns = {
-        "step": [f"{row.step:.15g}" for row in shown],
-        "sigma_rel": [f"{row.sigma_rel:.4f}" for row in shown],
-        "gamma": [f"{row.gamma:.2f}" for row in shown],
-        "weight": [signed(row.weight) for row in shown],
-    }
+    columns = {"step": [f"{row.step:.15g}" for row in shown]}
+    if not all(math.isinf(row.gamma) for row in rows):  # raw checkpoints: there is nothing to tell
+        columns["sigma_rel"] = [width_of(row.sigma_rel, row.gamma) for row in shown]
+        columns["gamma"] = ["" if math.isinf(row.gamma) else f"{row.gamma:.2f}" for row in shown]
+    columns["weight"] = [signed(row.weight) for row in shown]
     table = plain_table()
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -112,6 +111,11 @@ class Bars:
             plus = (self.full * (halves // 2) + self.half_right * (halves % 2))[: self.right]
         before, after = " " * (self.left - len(minus)), " " * (self.right - len(plus))
         return Text.assemble(before, (minus, _MINUS), (self.axis, "dim"), (plus, _PLUS), after)
+
+
+def width_of(sigma_rel: float, gamma: float) -> str:
+    """The sigma_rel of a snapshot: `0.0500`, or `raw`."""
+    return "raw" if math.isinf(gamma) else f"{sigma_rel:.4f}"
 
 
 def signed(weight: float) -> str:

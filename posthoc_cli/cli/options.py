@@ -38,7 +38,8 @@ PatternOption = Annotated[
         metavar="PATTERN",
         rich_help_panel=_READING,
         help="File-name pattern, such as 'run7_{step}_{sigma_rel}.safetensors', with the fields "
-        "{step} or {kimg}, one of {sigma_rel}, {gamma} and {index}, and * for anything.",
+        "{step} or {kimg}, one of {sigma_rel}, {gamma} and {index} (with --raw none), and * for "
+        "anything.",
     ),
 ]
 ProfilesOption = Annotated[
@@ -55,6 +56,15 @@ OnlyOption = Annotated[
         metavar="GLOB",
         rich_help_panel=_READING,
         help="Use only the files whose names fit; repeat it to add more.",
+    ),
+]
+RawOption = Annotated[
+    bool,
+    typer.Option(
+        "--raw",
+        rich_help_panel=_READING,
+        help="The files are no EMAs but plain checkpoints, such as a LoRA trainer saves. Steps are "
+        "those of their metadata, kohya's too, or the last number of their names.",
     ),
 ]
 SigmaRelOption = Annotated[
@@ -84,14 +94,16 @@ StepOption = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="METHOD",
         rich_help_panel=_TARGETS,
         autocompletion=_methods,
-        help="edm2: the weights sum to one, as in the paper's code. algorithm3: not rescaled, as "
-        "in the paper's text. blup: the least error to be expected, by a sample of the snapshots' "
-        "values.",
+        show_default=False,
+        help="edm2, the default: the weights sum to one, as in the paper's code. algorithm3: not "
+        "rescaled, as in the paper's text. blup: the least error to be expected, by a sample of "
+        "the snapshots' values. share, the default with --raw, and only there: the share of the "
+        "EMA that each checkpoint stands for.",
     ),
 ]
 DeviceOption = Annotated[
@@ -262,6 +274,20 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(option, f"'{value}' is not known", f"choose {listed}")
 
 
+def read_method(method: str | None, raw: bool) -> str:
+    """The method, by default the one for these snapshots.
+
+    Raises UsageError for one that is unknown, or that isn't for raw checkpoints or only for them.
+    """
+    from posthoc_cli.weights import METHODS, check_method
+
+    if method is None:
+        return "share" if raw else "edm2"
+    check_choice("--method", method, METHODS)
+    check_method(method, raw, raw)
+    return method
+
+
 def read_device(text: str) -> str:
     """The device to compute on; torch is only imported to look for another than the CPU.
 
@@ -291,12 +317,15 @@ def read_snapshots(
     pattern: str | None,
     profiles: Sequence[str] | None,
     only: Sequence[str] | None,
+    raw: bool = False,
 ) -> Inventory:
     """The inventory of `folder`, by the options that say how to read it."""
     from posthoc_cli.snapshots import read_folder
 
+    if raw and profiles:
+        raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
     indexed = [float(value) for value in read_list("--profiles", profiles)] if profiles else None
-    return read_folder(folder, pattern=pattern, profiles=indexed, only=only or ())
+    return read_folder(folder, pattern=pattern, profiles=indexed, only=only or (), raw=raw)
 
 
 def at_step(targets: Sequence[Target], step: int) -> list[Profile]:

@@ -33,27 +33,35 @@ def plot(
     gamma: options.GammaOption = None,
     step: options.StepOption = None,
     method: Annotated[
-        str,
-        typer.Option(metavar="METHOD", help="Whose weights are drawn: edm2, algorithm3 or blup."),
-    ] = "edm2",
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            show_default=False,
+            help="Whose weights are drawn: edm2 (the default), algorithm3 or blup; with --raw "
+            "share (the default there) or blup.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", rich_help_panel="Output", help="Replace a file that exists.")
     ] = False,
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    raw: options.RawOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Draw what each method's weights give, for each target.
 
     Above, the profile that is wanted and the one that each method gives, over training; below it,
     their difference; at the bottom the weights, by step and profile. Needs matplotlib: pip install
-    'posthoc-cli[plot]'.
+    'posthoc-cli[plot]'. Of raw checkpoints it draws the share of the average that lies before each
+    step, in place of the profile: theirs are spikes.
 
     \b
     Examples:
       posthoc plot snapshots --sigma-rel 0.03,0.07,0.20 -o profiles.pdf
       posthoc plot snapshots --gamma 5 --method blup -o profiles.png
+      posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
     from posthoc_cli.diagnosis import compare
@@ -73,7 +81,7 @@ def plot(
         step=step,
         method=method,
         device="cpu",
-        reading=(pattern, profiles, only),
+        reading=(pattern, profiles, only, raw),
         quiet=quiet,
         sample=True,
     )
@@ -82,13 +90,13 @@ def plot(
     wanted = options.at_step(targets, solved.step)
     verdicts = compare(snapshots, wanted, solved.trajectory)
     weights = {each.method: each.solution.weights for each in verdicts if each.solution is not None}
-    order = [name for name in ("algorithm3", "edm2", "blup") if name in weights]
+    order = [name for name in ("algorithm3", "edm2", "share", "blup") if name in weights]
     plotting.draw(
         snapshots,
         wanted,
         [_title(target) for target in targets],
         {name: weights[name] for name in order},
-        method,
+        solved.solution.method,
         path,
     )
     note(f"{path}: {counted(len(targets), 'target')} drawn", quiet)

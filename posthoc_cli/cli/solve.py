@@ -39,6 +39,9 @@ TABLES = 3
 FAR_OFF = 0.05
 """Of a profile error or an expected one: what is beyond it is said without being asked."""
 
+LONE = 0.9
+"""The weight of a single raw checkpoint beyond which an EMA is hardly more than that one."""
+
 LOUD = 4
 """The noise gain beyond which snapshots of half precision don't give half precision."""
 
@@ -68,11 +71,12 @@ def solve(
     sigma_rel: options.SigmaRelOption = None,
     gamma: options.GammaOption = None,
     step: options.StepOption = None,
-    method: options.MethodOption = "edm2",
+    method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    raw: options.RawOption = False,
     everything: Annotated[
         bool,
         typer.Option(
@@ -108,6 +112,7 @@ def solve(
       posthoc solve snapshots --gamma 16.97,6.94 --step 2000 --json
       posthoc solve snapshots --sigma-rel 0.07 --csv > weights.csv
       posthoc solve snapshots --sigma-rel 0.03,0.07,0.20 --diagnose
+      posthoc solve checkpoints --raw --sigma-rel 0.10,0.20
     """
     if as_json and as_csv:
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
@@ -119,7 +124,7 @@ def solve(
         step=step,
         method=method,
         device=device,
-        reading=(pattern, profiles, only),
+        reading=(pattern, profiles, only, raw),
         quiet=quiet,
         sample=diagnose,
     )
@@ -147,22 +152,22 @@ def solve_folder(
     targets: list[options.Target],
     *,
     step: int | None,
-    method: str,
+    method: str | None,
     device: str,
-    reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None],
+    reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None, bool],
     quiet: bool,
     sample: bool = False,
     leave_out: Sequence[str] = (),
 ) -> Solved:
-    """Read `folder` (`reading`: --pattern, --profiles, --only), warn of what is odd, and solve.
+    """Read `folder` (`reading`: --pattern, --profiles, --only, --raw), warn of what is odd, solve.
 
     With `sample`, and for blup, the values of the snapshots are sampled too, but for those of the
     tensors that the globs `leave_out` fit.
     """
     from posthoc_cli.snapshots import select
-    from posthoc_cli.weights import METHODS, solve
+    from posthoc_cli.weights import solve
 
-    options.check_choice("--method", method, METHODS)
+    method = options.read_method(method, reading[3])
     device = options.read_device(device)
     inventory = options.read_snapshots(folder, *reading)
     warn(inventory.warnings, quiet)
@@ -206,6 +211,9 @@ def say_what_is_doubtful(solved: Solved, quiet: bool) -> None:
                 quiet,
             )
         return
+    if solved.snapshots[0].profile.raw:
+        _say_what_is_alone(solved)
+        return
     errors, gains = solved.solution.profile_error, solved.solution.noise_gain
     if far := [at for at in range(len(solved.targets)) if errors[at] > FAR_OFF]:
         worst = max(far, key=lambda at: float(errors[at]))
@@ -220,6 +228,20 @@ def say_what_is_doubtful(solved: Solved, quiet: bool) -> None:
             f"{_listed(solved, loud)}: the rounding of {' and '.join(half)} snapshots comes out up "
             f"to {gains[loud].max():.3g} times as large; --method blup weighs that",
             quiet,
+        )
+
+
+def _say_what_is_alone(solved: Solved) -> None:
+    """A line on stderr for EMAs that are narrower than raw checkpoints are apart."""
+    largest = solved.solution.weights.max(axis=1)
+    lone = [at for at in range(len(solved.targets)) if largest[at] > LONE]
+    if lone and len(solved.snapshots) > 1:
+        worst = max(lone, key=lambda at: float(largest[at]))
+        one = solved.snapshots[int(solved.solution.weights[worst].argmax())]
+        note(
+            f"{_listed(solved, lone)}: narrower than the checkpoints are apart; up to "
+            f"{percent(largest[worst])} of it is '{one.file}' alone",
+            quiet=False,
         )
 
 
@@ -322,7 +344,7 @@ def _draw(console: Console, solved: Solved, everything: bool) -> None:
             console.print()
         console.print(
             f"{title(target)} at step {solved.step}, "
-            f"from {counted(len(solved.snapshots), 'snapshot')} ({solved.solution.method})",
+            f"from {_sources(solved)} ({solved.solution.method})",
             style="bold",
         )
         rows = [
@@ -333,6 +355,11 @@ def _draw(console: Console, solved: Solved, everything: bool) -> None:
         ]
         draw_weights(console, rows, everything=everything)
         _draw_totals(console, solved, at)
+
+
+def _sources(solved: Solved) -> str:
+    raw = solved.snapshots[0].profile.raw
+    return counted(len(solved.snapshots), "raw checkpoint" if raw else "snapshot")
 
 
 def title(target: options.Target) -> str:
@@ -348,9 +375,12 @@ def _draw_totals(console: Console, solved: Solved, at: int) -> None:
     totals = [
         ("sum of weights", f"{solution.sum_of_weights[at]:.6f}", ""),
         ("noise gain", f"{solution.noise_gain[at]:.4g}", "times the snapshots' rounding noise"),
-        ("profile error", percent(solution.profile_error[at]), "off the profile that is wanted"),
-        ("condition number", f"{solution.condition_number:.3g}", ""),
     ]
+    if not solved.snapshots[0].profile.raw:  # which have no profile to be off by
+        error = percent(solution.profile_error[at])
+        totals.append(("profile error", error, "off the profile that is wanted"))
+    if solution.method != "share":  # which solves no system
+        totals.append(("condition number", f"{solution.condition_number:.3g}", ""))
     if solved.expected is not None:
         error = percent(float(solved.expected.relative[at]))
         totals.insert(0, ("expected error", error, "of how far the EMA is from the network"))
@@ -366,6 +396,8 @@ def _draw_lines(console: Console, solved: Solved) -> None:
     solution = solved.solution
     table = plain_table()
     kind, errors = "profile error", solution.profile_error.tolist()
+    if solved.snapshots[0].profile.raw:
+        kind, errors = "largest weight", solution.weights.max(axis=1).tolist()
     if solved.expected is not None:  # then it is known what comes of the profile error
         kind, errors = "expected error", solved.expected.relative.tolist()
     for heading in ("sigma_rel", "gamma", "sum of weights", "noise gain", kind):
@@ -385,7 +417,12 @@ def _draw_lines(console: Console, solved: Solved) -> None:
     print_table(console, table)
     console.print()
     console.print(
-        f"at step {solved.step}, from {counted(len(solved.snapshots), 'snapshot')} "
-        f"({solution.method}); condition number {solution.condition_number:.3g}"
+        f"at step {solved.step}, from {_sources(solved)} "
+        f"({solution.method})"
+        + (
+            f"; condition number {solution.condition_number:.3g}"
+            if solution.method != "share"
+            else ""
+        )
     )
     console.print("--all shows the weights of each target, or name up to three", style="dim")

@@ -64,7 +64,7 @@ def synthesize(
     sigma_rel: options.SigmaRelOption = None,
     gamma: options.GammaOption = None,
     step: options.StepOption = None,
-    method: options.MethodOption = "edm2",
+    method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
     max_error: Annotated[
         float | None,
@@ -113,6 +113,7 @@ def synthesize(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    raw: options.RawOption = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -127,6 +128,7 @@ def synthesize(
       posthoc synthesize snapshots --sigma-rel 0.02,0.03,...,0.25 -o emas/
       posthoc synthesize snapshots --gamma 16.97,6.94 -o 'ema-{gamma}.safetensors'
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
+      posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
     """
     if force and skip_existing:
         raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
@@ -139,7 +141,7 @@ def synthesize(
         step=step,
         method=method,
         device=device,
-        reading=(pattern, profiles, only),
+        reading=(pattern, profiles, only, raw),
         quiet=quiet,
         sample=max_error is not None,
         leave_out=(*(copy or ()), *(drop or ())),
