@@ -26,6 +26,7 @@ from posthoc_cli.errors import (
     printable,
 )
 from posthoc_cli.identity import MIN_SIGMA_REL, Clues, Identity, clues, identify, settle
+from posthoc_cli.lora import different_alphas
 from posthoc_cli.naming import SAME_WIDTH, Pattern, compile_pattern, read_name
 from posthoc_cli.profiles import MAX_SIGMA_REL, Profile
 from posthoc_cli.recipe import read_recipe
@@ -202,7 +203,8 @@ def read_folder(
         )
         inventory.warnings += [printable(f"{name}: {warning}") for warning in warnings]
     inventory.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
-    for problems in (_duplicates(inventory.snapshots), _differences(inventory.snapshots)):
+    for check in (_duplicates, _differences, _other_alphas):
+        problems = check(inventory.snapshots)
         inventory.problems += [(file, printable(message)) for file, message in problems]
     return inventory
 
@@ -399,6 +401,16 @@ def _differences(snapshots: Sequence[Snapshot]) -> Iterable[tuple[str, str]]:
                 f"{difference} in the newest snapshot, '{newest.file}'; "
                 "leave out with --only what isn't of the same network",
             )
+
+
+def _other_alphas(snapshots: Sequence[Snapshot]) -> Iterable[tuple[str, str]]:
+    """LoRAs that aren't scaled as the newest is."""
+    for snapshot, difference in different_alphas(snapshots):
+        yield (
+            snapshot.file,
+            f"{difference} in the newest snapshot, '{snapshots[-1].file}'; "
+            "leave out with --only what isn't of the same network",
+        )
 
 
 def _difference(tensors: Mapping[str, TensorInfo], newest: Mapping[str, TensorInfo]) -> str | None:

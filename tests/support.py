@@ -93,3 +93,17 @@ def snapshot_of(
 ) -> Snapshot:
     layout = read_layout(path, cache)
     return Snapshot(layout, step, gamma, float(gamma_to_sigma_rel(gamma)), "metadata")
+
+
+def write_kohya(
+    path: Path, value: float, *, alpha: npt.NDArray | None = None, **metadata: str
+) -> None:
+    """A small LoRA as kohya's trainers write it, all factors `value`; keywords are its metadata."""
+    alpha = np.array(8, np.float16) if alpha is None else alpha
+    tensors = {}
+    for module in ("lora_te_q", "lora_unet_mid_block_k"):
+        tensors[f"{module}.alpha"] = alpha
+        tensors[f"{module}.lora_down.weight"] = np.full((4, 16), value, np.float16)
+        tensors[f"{module}.lora_up.weight"] = np.full((16, 4), value, np.float16)
+    stated = {"ss_output_name": "x", "ss_network_alpha": "8", "ss_network_dim": "4"}
+    write_tensors(path, tensors, stated | metadata)
