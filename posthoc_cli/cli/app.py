@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from posthoc_cli import __version__
+from posthoc_cli.cli.convert import convert
 from posthoc_cli.cli.demo import demo
 from posthoc_cli.cli.helptext import Command, Group
 from posthoc_cli.cli.inspect import inspect
@@ -26,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(cls=Command, short_help="Show which snapshots a folder holds.")(inspect)
+app.command(cls=Command, short_help="Make snapshots of other tools' checkpoints.")(convert)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
 app.command(cls=Command, short_help="Draw profiles and weights.")(plot)

@@ -1,0 +1,409 @@
+"""`posthoc convert`: make snapshots of other tools' checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import (
+    counted,
+    plain_table,
+    print_json,
+    print_table,
+    stderr_console,
+    stdout_console,
+    warn,
+)
+from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posthoc_cli.conversion import Converted, Job, Options
+
+_OUTPUT = "Output"
+
+
+def _kinds() -> list[str]:
+    from posthoc_cli.conversion import KINDS
+
+    return ["auto", *KINDS]
+
+
+def _dtypes() -> list[str]:
+    from posthoc_cli.plan import OUTPUT_DTYPES
+
+    return ["same", *OUTPUT_DTYPES]
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            show_default=False,
+            help="The folder of checkpoints (.pt, .pth, .pkl, .ckpt, .bin), or one of them.",
+        ),
+    ],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            show_default=False,
+            help="Where to write the snapshots; it is made if need be.",
+        ),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="TOOL",
+            rich_help_panel="Reading the checkpoints",
+            autocompletion=_kinds,
+            help="What wrote them: ema-pytorch, posthoc-ema (pytorch-posthoc-ema), edm2, torch for "
+            "any other state dict, or auto: by the contents of each.",
+        ),
+    ] = "auto",
+    update_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel="Reading the checkpoints",
+            show_default=False,
+            help="The update_every of training with ema-pytorch (by default 100) or posthoc-ema "
+            "(10): above 1 their averages are shorter than was asked for, or longer, and what they "
+            "are is written.",
+        ),
+    ] = None,
+    profiles: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIST",
+            rich_help_panel="Reading the checkpoints",
+            help="The sigma_rel values that the index in the names counts, from 0 on, as they were "
+            "asked for in training, such as 0.05,0.10.",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            rich_help_panel="Reading the checkpoints",
+            help="File-name pattern, such as 'run7_{step}_{sigma_rel}.pt', with the fields {step} "
+            "or {kimg}, one of {sigma_rel}, {gamma} and {index}, and * for anything.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            rich_help_panel="Reading the checkpoints",
+            help="Use only the files whose names fit; repeat it to add more.",
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            rich_help_panel="Reading the checkpoints",
+            show_default=False,
+            help="Where in a checkpoint of torch the state dict is: ema, or outer.inner.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel=_OUTPUT,
+            autocompletion=_dtypes,
+            help="Of the tensors written: same, float64, float32, float16 or bfloat16.",
+        ),
+    ] = "same",
+    force: Annotated[
+        bool, typer.Option("--force", rich_help_panel=_OUTPUT, help="Replace outputs that exist.")
+    ] = False,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Make snapshots of other tools' checkpoints in SOURCE: one safetensors file of each.
+
+    Pickles are read as data: nothing in them is ever run. A snapshot appears whole or not at all,
+    and what is done already is skipped, so that a run can be interrupted. A checkpoint that can't
+    be used is named, the others are converted, and the exit code is 3.
+
+    \b
+    Examples:
+      posthoc convert ema-run converted --profiles 0.05,0.10 --update-every 10
+      posthoc convert run from-torch --key ema --pattern 'net_{step}_{sigma_rel}.pt'
+      posthoc convert ema_12000_6.94.pt . --dtype float16
+    """
+    options.check_choice("--from", kind, _kinds())
+    options.check_choice("--dtype", dtype, _dtypes())
+
+    from posthoc_cli.conversion import Options, explanations, find_jobs
+    from posthoc_cli.naming import compile_pattern
+
+    indexed = tuple(float(value) for value in options.read_list("--profiles", profiles or ()))
+    chosen = Options(
+        kind,
+        dtype,
+        update_every,
+        indexed,
+        compile_pattern(pattern) if pattern is not None else None,
+        key,
+    )
+    jobs = find_jobs(Path(source), Path(folder), chosen, only=only or (), overwrite=force)
+    outcome = _work(jobs, chosen, force, progress=not quiet)
+    told = [(one.source.name, text) for one in outcome.converted for text in one.warnings]
+    warn([*explanations(outcome.converted, chosen), *_grouped(told)], quiet)
+    if as_json:
+        print_json(_describe(source, folder, outcome))
+    elif not outcome.converted and len(outcome.problems) == 1:
+        raise outcome.problems[0][1]
+    else:
+        _draw(stdout_console(), outcome)
+    if outcome.problems:
+        raise SnapshotError(
+            source,
+            counted(len(outcome.problems), "problem") + " found",
+            "the list of problems says what to do about each",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of the jobs, in their order; problems by the checkpoint's name."""
+
+    converted: list[Converted]
+    problems: list[tuple[str, SnapshotError | MachineError]]
+
+
+def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) -> _Outcome:
+    from posthoc_cli.conversion import convert as convert_one
+
+    outcome = _Outcome([job.done for job in jobs if job.done], [])
+    todo = [job for job in jobs if job.done is None]
+    total = sum(job.bytes for job in todo)
+    with _progress_bar(len(todo), total, progress) as (begin, advance):
+        for number, job in enumerate(todo, 1):
+            begin(number)
+            left = job.bytes
+
+            def count(taken: int) -> None:
+                nonlocal left
+                taken = min(taken, left)  # tensors that share their bytes take them more than once
+                left -= taken
+                advance(taken)
+
+            try:
+                outcome.converted.append(convert_one(job, chosen, overwrite=force, progress=count))
+            except SnapshotError as error:
+                outcome.problems.append((job.source.name, error))
+            except MachineError as error:
+                if error.subject != str(job.source):  # the disk that is written to fails for all
+                    raise
+                outcome.problems.append((job.source.name, error))
+            advance(left)
+    order = {job.source: place for place, job in enumerate(jobs)}
+    outcome.converted.sort(key=lambda one: order[one.source])
+    return outcome
+
+
+_Calls = tuple[Callable[[int], None], Callable[[int], None]]
+
+
+@contextlib.contextmanager
+def _progress_bar(files: int, total: int, wanted: bool) -> Iterator[_Calls]:
+    """A bar on stderr of `total` bytes in `files` files, gone when done; only on a terminal.
+
+    Gives what to call with the number of the file begun, and with the bytes just taken.
+    """
+    console = stderr_console() if wanted and files else None
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
+        yield (lambda number: None), (lambda count: None)
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        expand=True,
+    ) as bar:
+        task = bar.add_task(f"1 of {files}", total=total)
+        yield (
+            lambda number: bar.update(task, description=f"{number} of {files}"),
+            lambda count: bar.advance(task, count),
+        )
+
+
+def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+    return {
+        "source": source,
+        "folder": folder,
+        "converted": [
+            {
+                "file": one.source.name,
+                "output": str(one.output),
+                "from": one.kind,
+                "step": one.step,
+                "sigma_rel": one.identity.sigma_rel if one.identity else None,
+                "gamma": one.identity.gamma if one.identity else None,
+                "dtypes": dict(one.dtypes),
+                "tensors": one.tensors,
+                "parameters": one.parameters,
+                "bytes": one.bytes,
+                "seconds": one.seconds or 0.0,
+                "skipped": one.seconds is None,
+                "warnings": [printable(text) for text in one.warnings],
+            }
+            for one in outcome.converted
+        ],
+        "problems": [
+            {"file": name, "message": printable(f"{error.problem}; {error.remedy}")}
+            for name, error in outcome.problems
+        ],
+    }
+
+
+def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
+    """`file: message` lines: what is the same of several files is said once."""
+    files: dict[str, list[str]] = {}
+    for file, message in entries:
+        files.setdefault(message, []).append(file)
+    lines = []
+    for text, names in files.items():
+        more = f" and {counted(len(names) - 1, 'more file')}" if names[1:] else ""
+        lines.append(f"{names[0]}{more}: {text}")
+    return lines
+
+
+# The table
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    heading: str
+    cells: list[str]
+    right: bool = True
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.heading, *self.cells)))
+
+
+def _draw(console: Console, outcome: _Outcome) -> None:
+    if outcome.converted:
+        _draw_converted(console, outcome.converted)
+    if outcome.problems:
+        console.print("\nProblems" if outcome.converted else "Problems", style="bold")
+        entries = [(name, f"{error.problem}; {error.remedy}") for name, error in outcome.problems]
+        for line in _grouped(entries):
+            console.print(f"  {printable(line)}", style="red", soft_wrap=True)
+
+
+def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
+    from rich.text import Text
+
+    widths = [one.identity.sigma_rel if one.identity else None for one in converted]
+    exponents = [one.identity.gamma if one.identity else None for one in converted]
+    columns = [
+        _Column("file", [printable(one.source.name) for one in converted], right=False),
+        _Column("from", [one.kind for one in converted], right=False),
+        _Column("step", [_or_dash(one.step, "d") for one in converted]),
+        _Column("sigma_rel", [_or_dash(width, ".4f") for width in widths]),
+        _Column("gamma", [_or_dash(gamma, ".2f") for gamma in exponents]),
+        _Column("dtype", [_dtypes_in_short(one) for one in converted], right=False),
+        _Column("tensors", [f"{one.tensors:,}" for one in converted]),
+        _Column("size", [in_bytes(one.bytes) for one in converted]),
+        _Column("time", [_time(one) for one in converted]),
+    ]
+    columns, common = _fitted(columns, console.width)
+    table = plain_table()
+    for column in columns:
+        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    print_table(console, table)
+    console.print()
+    if common:
+        console.print("each: " + ", ".join(common), soft_wrap=True)
+    made = [one for one in converted if one.seconds is not None]
+    there = len(converted) - len(made)
+    parts = []
+    if made:
+        size = in_bytes(sum(one.bytes for one in made))
+        seconds = sum(one.seconds or 0.0 for one in made)
+        parts.append(f"{counted(len(made), 'snapshot')}, {size}, written in {seconds:.1f} s")
+    if there:
+        parts.append(f"{there} done already")
+    folder = printable(str(converted[0].output.parent))
+    console.print(f"{folder}: {'; '.join(parts)}", style="bold", soft_wrap=True)
+
+
+def _dtypes_in_short(one: Converted) -> str:
+    """Such as `F16+F32`; of more than three, the most frequent and how many others."""
+    if len(one.dtypes) <= 3:
+        return "+".join(one.dtypes)
+    most = max(one.dtypes, key=lambda dtype: one.dtypes[dtype])
+    return f"{most}+{len(one.dtypes) - 1} more"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _time(one: Converted) -> str:
+    return "done" if one.seconds is None else f"{one.seconds:.1f} s"
+
+
+def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], list[str]]:
+    """Those columns that fit into `width`, and in words what is left out as it is the same for all.
+
+    Then file names are cut short, and only then the least important columns go.
+    """
+    common = []
+
+    def too_wide() -> bool:
+        return sum(column.width + 2 for column in columns) - 2 > width
+
+    for heading, phrase in (
+        ("from", "from {}"),
+        ("tensors", "{} tensors"),
+        ("dtype", "{}"),
+        ("size", "{}"),
+    ):
+        column = next(column for column in columns if column.heading == heading)
+        if too_wide() and len(set(column.cells)) == 1:
+            columns.remove(column)
+            common.append(phrase.format(column.cells[0]))
+    for heading in ("tensors", "dtype", "from", "size", "gamma"):
+        room = width - sum(column.width + 2 for column in columns[1:])
+        if too_wide() and room < 24:
+            columns = [column for column in columns if column.heading != heading]
+    if too_wide():
+        room = max(width - sum(column.width + 2 for column in columns[1:]), 12)
+        names = [
+            name if len(name) <= room else name[: room // 3] + "…" + name[room // 3 + 1 - room :]
+            for name in columns[0].cells
+        ]
+        columns = [_Column("file", names, right=False), *columns[1:]]
+    return columns, common

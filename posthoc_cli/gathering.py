@@ -1,0 +1,363 @@
+"""Tensors out of a checkpoint and into a safetensors file, in memory that no tensor's size changes.
+
+A tensor that lies in its file as it shall lie in the output is copied by byte ranges, inside the
+system where it can do that. Any other is cut into tiles that fit in memory: of a transposed matrix,
+a tile is a square whose rows are long enough in both files for reads and writes to be few. Files
+are never mapped: mapped pages count as memory, and one that is cut off meanwhile kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.atomicfile import AtomicFile
+from posthoc_cli.checkpoints import Checkpoint, StoredTensor
+from posthoc_cli.reading import changed, reading_from
+from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo
+
+COPY_BYTES = 16 << 20
+"""Bytes that a worker copies at a time where they need not be looked at."""
+
+TILE_BYTES = 8 << 20
+"""Bytes of a tile; a worker holds it twice, and what was read to make it."""
+
+GAP_BYTES = 1 << 12
+"""Runs with a gap of at most this between them are read at once, gap included."""
+
+WORKERS = 2
+"""More would not help: it is the disk, or the memory's speed, that sets the limit."""
+
+FLUSH_EVERY = 0.1
+"""Seconds between flushes of what was written meanwhile."""
+
+Progress = Callable[[int], None]
+Elements = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+def write_tensors(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+    infos: Mapping[str, TensorInfo],
+    file: AtomicFile,
+    data_start: int,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Write `tensors` to their places in `file`, `infos` from byte `data_start` on.
+
+    Where the dtype in `infos` is another than the tensor's own, each element is rounded to the
+    nearest, ties to even. `progress` is called, from any thread, with the bytes just taken.
+    Returns the names of the tensors in which a finite element became infinite, sorted.
+
+    Raises SnapshotError when the checkpoint isn't what it was when its structure was read,
+    MachineError when it can't be read or `file` can't be written.
+    """
+    with _Input(checkpoint) as source, _flushed_behind(file):
+        job = _Job(source, file, data_start, progress or (lambda count: None))
+        _share(_pieces(tensors, infos), job)
+        source.check_unchanged()
+    return sorted(job.overflowed)
+
+
+# What is to be done.
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Bytes that are the same in both files: `size` of them, from `offset` to `start`."""
+
+    offset: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """A block of a tensor: elements `first` to `first + sizes` of each of its `dims`.
+
+    `dims` are those of the tensor, as few as tell where its elements lie: (size, stride) pairs.
+    """
+
+    name: str
+    tensor: StoredTensor
+    info: TensorInfo
+    dims: tuple[tuple[int, int], ...]
+    first: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def _pieces(
+    tensors: Mapping[str, StoredTensor], infos: Mapping[str, TensorInfo]
+) -> Iterator[_Copy | _Tile]:
+    """All there is to do, in the order of the output."""
+    for name, info in sorted(infos.items(), key=lambda item: item[1].start):
+        tensor = tensors[name]
+        if tensor.contiguous and tensor.dtype == info.dtype:
+            for at in range(0, info.end - info.start, COPY_BYTES):
+                size = min(COPY_BYTES, info.end - info.start - at)
+                yield _Copy(tensor.offset + at, info.start + at, size)
+        elif tensor.elements:
+            yield from _tiles(name, tensor, info)
+
+
+def _tiles(name: str, tensor: StoredTensor, info: TensorInfo) -> Iterator[_Tile]:
+    dims = _collapsed(tensor.shape, tensor.strides)
+    block = _block(dims, _itemsize(tensor), DTYPE_BITS[info.dtype] // 8)
+    for first in itertools.product(
+        *(range(0, size, step) for (size, _), step in zip(dims, block, strict=True))
+    ):
+        sizes = tuple(
+            min(step, size - at) for (size, _), step, at in zip(dims, block, first, strict=True)
+        )
+        yield _Tile(name, tensor, info, dims, first, sizes)
+
+
+def _collapsed(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The fewest (size, stride) dimensions with the same elements in the same order."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = dims[-1][0] * size, stride
+        else:
+            dims.append((size, stride))
+    return tuple(dims) or ((1, 1),)
+
+
+def _block(dims: Sequence[tuple[int, int]], itemsize: int, out_itemsize: int) -> list[int]:
+    """The sizes of a tile: long runs in the output first, then in the input, then what fits."""
+    nearest = min((stride for _, stride in dims if stride), default=1)
+    read_over = nearest if (nearest - 1) * itemsize <= GAP_BYTES else 1
+    most = max(TILE_BYTES // max(itemsize, out_itemsize) // read_over, 1)
+    block = [1] * len(dims)
+    in_output = list(reversed(range(len(dims))))
+    in_input = sorted((at for at in in_output if dims[at][1]), key=lambda at: dims[at][1])
+    for order in (in_output, in_input):
+        run, wanted = 1, math.isqrt(most)
+        for at in order:
+            block[at] = max(block[at], min(dims[at][0], -(-wanted // run)))
+            run *= block[at]
+            if run >= wanted:
+                break
+    for at in (*in_output, *in_input):
+        others = math.prod(block) // block[at]
+        block[at] = max(min(dims[at][0], most // others), 1)
+    return block
+
+
+def _itemsize(tensor: StoredTensor) -> int:
+    return DTYPE_BITS[tensor.dtype] // 8
+
+
+# Doing it.
+
+
+class _Job:
+    """What the workers share; each calls it with one piece after the other."""
+
+    def __init__(
+        self, source: _Input, file: AtomicFile, data_start: int, progress: Progress
+    ) -> None:
+        self._source = source
+        self._file = file
+        self._data_start = data_start
+        self._progress = progress
+        self.overflowed: set[str] = set()
+
+    def __call__(self, piece: _Copy | _Tile) -> None:
+        if isinstance(piece, _Copy):
+            copied = 0
+            while copied < piece.size:
+                start = self._data_start + piece.start + copied
+                count = min(piece.size - copied, COPY_BYTES)
+                copied += self._source.copy(piece.offset + copied, self._file, start, count)
+            self._progress(piece.size)
+            return
+        elements = _gather(self._source, piece)
+        size = elements.nbytes
+        data: memoryview = elements.data.cast("B")
+        if piece.info.dtype != piece.tensor.dtype:
+            from posthoc_cli.rounding import rounded  # only here: it compiles
+
+            data, overflow = rounded(elements, piece.tensor.dtype, piece.info.dtype)
+            if overflow:
+                self.overflowed.add(piece.name)
+        self._write(piece, data)
+        self._progress(size)
+
+    def _write(self, tile: _Tile, data: memoryview) -> None:
+        """Write a tile's elements, in order: in as many runs as it has in the output."""
+        itemsize = len(data) // math.prod(tile.sizes)
+        whole = len(tile.dims)  # from this dimension on, the tile is as wide as the tensor
+        while whole > 1 and tile.sizes[whole - 1] == tile.dims[whole - 1][0]:
+            whole -= 1
+        run = math.prod(tile.sizes[whole - 1 :]) * itemsize
+        steps = [math.prod(size for size, _ in tile.dims[at + 1 :]) for at in range(len(tile.dims))]
+        corner = sum(at * step for at, step in zip(tile.first, steps, strict=True))
+        base = self._data_start + tile.info.start
+        outer = [range(size) for size in tile.sizes[: whole - 1]]
+        for count, place in enumerate(itertools.product(*outer)):
+            element = corner + sum(at * step for at, step in zip(place, steps, strict=False))
+            self._file.write_at(base + element * itemsize, data[count * run : (count + 1) * run])
+
+
+def _gather(source: _Input, tile: _Tile) -> Elements:
+    """The elements of a tile, in the order of the output."""
+    itemsize = _itemsize(tile.tensor)
+    dims = [
+        (at, size, stride)
+        for at, (size, (_, stride)) in enumerate(zip(tile.sizes, tile.dims, strict=True))
+        if size > 1 and stride
+    ]
+    dims.sort(key=lambda dim: dim[2])
+    extent, apart = 1, len(dims)  # from dims[apart] on, each step is a read of its own
+    total = math.prod(size for _, size, _ in dims)
+    for number, (_, size, stride) in enumerate(dims):
+        wider = (size - 1) * stride + extent
+        total //= size
+        fits = wider * total * itemsize <= 2 * TILE_BYTES
+        if (stride - extent) * itemsize > GAP_BYTES or not fits:
+            apart = number
+            break
+        extent = wider
+    loops = dims[apart:]
+    buffer = np.empty((math.prod(size for _, size, _ in loops), extent), _UNSIGNED[itemsize])
+    start = sum(at * stride for at, (_, stride) in zip(tile.first, tile.dims, strict=True))
+    for row, place in zip(
+        buffer, itertools.product(*(range(size) for _, size, _ in loops)), strict=True
+    ):
+        element = start + sum(at * dim[2] for at, dim in zip(place, loops, strict=True))
+        source.read(tile.tensor.offset + element * itemsize, row.data.cast("B"))
+    strides = [0] * len(tile.sizes)
+    for at, _, stride in dims[:apart]:
+        strides[at] = stride * itemsize
+    inner = extent * itemsize
+    for at, size, _ in reversed(loops):
+        strides[at] = inner
+        inner *= size
+    view = np.lib.stride_tricks.as_strided(buffer, tile.sizes, strides, writeable=False)
+    gathered: Elements = np.ascontiguousarray(view)
+    return gathered
+
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def _share(pieces: Iterator[_Copy | _Tile], work: Callable[[_Copy | _Tile], None]) -> None:
+    """Have the workers do `work` on the pieces; the first exception stops all and is raised."""
+    lock, stop = threading.Lock(), threading.Event()
+
+    def take() -> _Copy | _Tile | None:
+        with lock:
+            return None if stop.is_set() else next(pieces, None)
+
+    def worker() -> None:
+        while (piece := take()) is not None:
+            work(piece)
+
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="posthoc") as pool:
+        try:
+            tasks = [pool.submit(worker) for _ in range(WORKERS)]
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for task in tasks:
+        task.result()
+
+
+@contextlib.contextmanager
+def _flushed_behind(file: AtomicFile) -> Iterator[None]:
+    """Flush what is written to disk while the work goes on: the end has less to wait for."""
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(FLUSH_EVERY):
+            file.flush()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
+        task = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+    task.result()
+
+
+# Reading.
+
+
+class _Input:
+    """A checkpoint's file, open for reading, from several threads at once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._path = checkpoint.path
+        self._fd = -1
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Input:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        with reading_from(self._path):
+            self._fd = os.open(self._path, flags)
+        try:
+            self.check_unchanged()
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+
+    def check_unchanged(self) -> None:
+        """Raise SnapshotError if the file isn't as it was when its structure was read."""
+        with reading_from(self._path):
+            status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != (
+            self._checkpoint.size,
+            self._checkpoint.modified,
+        ):
+            raise changed(self._path)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on."""
+        with reading_from(self._path):
+            while into:
+                count = self._read_some(offset, into)
+                if count == 0:
+                    raise changed(self._path)
+                into, offset = into[count:], offset + count
+
+    def copy(self, offset: int, file: AtomicFile, start: int, count: int) -> int:
+        """Copy up to `count` bytes from `offset` to byte `start` of `file`; returns how many."""
+        if copied := file.copy_from(self._fd, offset, start, count):
+            return copied
+        data = memoryview(bytearray(min(count, TILE_BYTES)))
+        self.read(offset, data)
+        file.write_at(start, data)
+        return len(data)
+
+    def _read_some(self, offset: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, [into], offset)
+        with self._lock:  # a file has one position, which the threads share
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            data = os.read(self._fd, len(into))
+        into[: len(data)] = data
+        return len(data)
