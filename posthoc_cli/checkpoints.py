@@ -137,7 +137,7 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
         raise SnapshotError(
             str(checkpoint.path),
             "holds no dict of tensors",
-            "name the one to take with --key, as outer.inner, or leave the file out",
+            f"leave it out, or name one inside with --key: {_choice(checkpoint.root)}",
         )
     if len(found) > 1:
         raise SnapshotError(
@@ -164,8 +164,11 @@ def _dicts_of_tensors(root: Any) -> dict[str, dict[str, StoredTensor]]:
     if not isinstance(root, dict):
         return {}
     candidates = {".": root} | {str(key): value for key, value in root.items() if _simple(key)}
-    tensors = {name: _tensors(value) for name, value in candidates.items()}
-    return {name: found for name, found in tensors.items() if found}
+    # A hostile file has one large dict under very many names.
+    distinct = {id(value): value for value in candidates.values()}
+    tensors = {place: _tensors(value) for place, value in distinct.items()}
+    found = {name: tensors[id(value)] for name, value in candidates.items()}
+    return {name: entries for name, entries in found.items() if entries}
 
 
 def _simple(key: Any) -> bool:
@@ -199,7 +202,7 @@ def _entries(value: Any) -> dict[str, Any]:
 
 def _choice(value: Any) -> str:
     names = [n for n, entry in _entries(value).items() if isinstance(entry, dict | list | tuple)]
-    return f"there is {_listed(names)}" if names else "there is nothing to choose from there"
+    return f"there is {_listed(names)}" if names else "there is nothing to choose from"
 
 
 def _listed(names: list[str], most: int = 8) -> str:
@@ -366,8 +369,10 @@ def _read_zip(source: Source, allowance: Allowance) -> Any:
         if Source(path, source.file, start, end).take(min(end - start, 16)) != b"little":
             raise _unsupported(path, "a checkpoint of a big-endian machine")
     storages: dict[str, tuple[str, int, _Storage]] = {}
+    unclaimed = source.end - source.position
 
     def locate(identity: Any) -> _Storage:
+        nonlocal unclaimed
         dtype, key, elements = _storage_id(path, identity)
         if key not in storages:
             name = f"{folder}data/{key}"
@@ -377,6 +382,9 @@ def _read_zip(source: Source, allowance: Allowance) -> Any:
             size = elements * _itemsize(path, dtype)
             if size > end - start:
                 raise corrupt(path, f"storage {shown(key)} is shorter than its pickle says")
+            unclaimed -= size  # of an honest archive every byte has one owner
+            if unclaimed < 0:
+                raise corrupt(path, "its storages overlap")
             storages[key] = dtype, elements, _Storage(dtype, start, size)
         known = storages[key]
         if known[:2] != (dtype, elements):

@@ -143,6 +143,7 @@ class Source:
         """The next bytes up to a newline, which is left out. Raises SnapshotError as `take`."""
         text, newline, _ = self.peek(_MAX_NAME).partition(b"\n")
         if not newline:
+            self.check(_MAX_NAME)
             raise corrupt(self.path, "a name without an end")
         self._at += len(text) + 1
         return text
