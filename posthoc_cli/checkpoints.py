@@ -663,6 +663,14 @@ _PLAIN_CLASSES = {
     ("torch.nn.parameter", "Buffer"),
 }
 
+_BUILTINS = ("bytearray", "complex", "dict", "float", "int", "list", "long", "str", "tuple")
+_QUANTIZATIONS = (
+    "tensor_affine",
+    "tensor_symmetric",
+    "channel_affine",
+    "channel_symmetric",
+    "channel_affine_float_qparams",
+)
 _CONTAINERS = ("ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential")
 _NUMPY = (
     ("core.multiarray", "_reconstruct"),
@@ -680,7 +688,8 @@ _INERT = frozenset(
     | {(f"numpy.{module}", name) for module, name in _NUMPY}
     | {(f"numpy._{module}", name) for module, name in _NUMPY}
     | {("numpy", "ndarray"), ("numpy", "dtype")}
-    | {("builtins", name) for name in ("bytearray", "complex", "dict", "float", "int", "list")}
+    | {("torch", f"per_{name}") for name in _QUANTIZATIONS}
+    | {("builtins", name) for name in _BUILTINS}
     | {
         ("_codecs", "encode"),
         ("torch.serialization", "_get_layout"),
