@@ -69,9 +69,10 @@ def _nothing_said(name: str, metadata: Mapping[str, str]) -> UnknownError:
     """That a step and a profile are missing; where there is a step, it may be a raw checkpoint."""
     found = [key for key in ("step", "gamma", "sigma_rel") if key in metadata]
     remedy = "give --pattern, or leave it out with --only"
+    # A name such as x-0 says nothing: no step is 0.
     counted = {unit: each for unit, each in _counted(name, metadata).items() if each[0] > 0}
     if counted and found in ([], ["step"]):
-        remedy = f"if it is a plain checkpoint and not an EMA, add --raw; else {remedy}"
+        remedy = f"add --raw if it is a plain checkpoint and no EMA, else {remedy}"
     if found:
         problem = f"its metadata has only {' and '.join(found)}, and its name says nothing"
     elif counted:

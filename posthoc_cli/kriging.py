@@ -276,7 +276,7 @@ def predict(
     matrix = moments[:count, :count] + np.diag(trajectory.noise)
     # A raw checkpoint of the last step has nothing on its diagonal but its rounding.
     own = np.diagonal(matrix)
-    matrix[np.diag_indices(count)] = np.maximum(own, TINY * float(own.max()))
+    matrix[np.diag_indices(count)] = np.maximum(own, TINY * (float(own.max()) or 1.0))
     scale = np.sqrt(np.diagonal(matrix))
     matrix = to_device(matrix / np.outer(scale, scale))
     right = to_device(np.column_stack([moments[:count, count:], np.ones(count)]) / scale[:, None])

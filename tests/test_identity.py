@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.identity import identify
+from posthoc_cli.identity import Identity, clues, identify, settle
 from posthoc_cli.naming import compile_pattern
 from posthoc_cli.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
 
@@ -219,3 +219,155 @@ def test_metadata_without_a_profile_leaves_it_to_the_name() -> None:
 def test_pattern_keeps_the_conventions_out() -> None:
     message = refusal(f"a_1000_6.94{END}", {"step": "1", "gamma": "1"}, "x{step}-{gamma}*")
     assert "its name doesn't fit --pattern 'x{step}-{gamma}*'" in message
+
+
+# Raw checkpoints
+
+
+def settled(
+    files: dict[str, dict[str, str]], pattern: str | None = None
+) -> tuple[dict[str, tuple[int, str]], dict[str, str], list[str]]:
+    """Steps and sources, problems, and warnings, by stem."""
+    compiled = compile_pattern(pattern, raw=True) if pattern else None
+    said = {stem: clues(stem + END, metadata, compiled) for stem, metadata in files.items()}
+    steps, problems = {}, {}
+    for stem, outcome in settle(said).items():
+        if isinstance(outcome, Identity):
+            assert (outcome.gamma, outcome.sigma_rel) == (float("inf"), 0.0)
+            steps[stem] = outcome.step, outcome.source
+        else:
+            problems[stem] = str(outcome)
+    return steps, problems, [text for each in said.values() for text in each.warnings]
+
+
+def kohya(steps: int, epoch: int) -> dict[str, str]:
+    return {"ss_steps": str(steps), "ss_epoch": str(epoch), "ss_network_alpha": "8"}
+
+
+def test_a_folder_of_kohyas() -> None:
+    files = {
+        "x-000001": kohya(150, 1),
+        "x-000002": kohya(300, 2),
+        "x-step00000200": kohya(200, 2),
+        "x": kohya(450, 3),
+    }
+    steps, problems, warnings = settled(files)
+    assert not problems
+    assert not warnings  # an epoch in the name doesn't contradict the steps
+    assert steps == {
+        "x-000001": (150, "metadata"),
+        "x-000002": (300, "metadata"),
+        "x-step00000200": (200, "metadata"),
+        "x": (450, "metadata"),
+    }
+
+
+def test_our_own_key_comes_first() -> None:
+    assert settled({"x-7": {"step": "5", "ss_steps": "6"}})[0] == {"x-7": (5, "metadata")}
+
+
+def test_what_kohya_doesnt_know_says_nothing() -> None:
+    files = {"x-3": {"ss_steps": "None", "ss_epoch": "0"}, "x-4": {}}
+    assert settled(files)[0] == {"x-3": (3, "name"), "x-4": (4, "name")}
+
+
+def test_all_count_in_the_unit_that_all_have() -> None:
+    # Two were stripped of their metadata: only the names say something of all.
+    steps, problems, _ = settled({"x-000001": kohya(150, 1), "x-000002": {}, "x-000003": {}})
+    assert not problems
+    assert steps == {
+        "x-000001": (1, "name"), "x-000002": (2, "name"), "x-000003": (3, "name")
+    }  # fmt: skip
+    steps, _, _ = settled({"a": {"ss_epoch": "1"}, "b": {"ss_epoch": "2", "ss_steps": "300"}})
+    assert steps == {"a": (1, "metadata"), "b": (2, "metadata")}
+    steps, _, _ = settled({"a-step100": {"ss_epoch": "1"}, "b": {"ss_epoch": "2", "step": "200"}})
+    assert steps == {"a-step100": (100, "name"), "b": (200, "metadata")}
+
+
+def test_who_counts_otherwise_is_a_problem() -> None:
+    files = {"x-000001": kohya(150, 1), "x-step00000300": {}, "x-000003": {}, "final_v2": {}}
+    steps, problems, _ = settled(files)
+    assert steps == {"x-000001": (150, "metadata"), "x-step00000300": (300, "name")}
+    assert problems == {
+        "x-000003": "x-000003: its name says 3, but not in steps, as 2 others do; give --pattern, "
+        "or leave it out with --only",
+        "final_v2": "final_v2: neither its name nor its metadata says its step; put its step at "
+        "the end of its name, or leave it out with --only",
+    }
+
+
+def test_nothing_says_any_step() -> None:
+    steps, problems, _ = settled({"a": {}, "b": {"format": "pt"}})
+    assert not steps
+    assert all("neither its name nor its metadata says its step" in p for p in problems.values())
+    assert settle({}) == {}
+
+
+@pytest.mark.parametrize("step", ["0", str(2**53 + 1)])
+def test_raw_step_out_of_bounds(step: str) -> None:
+    _, problems, _ = settled({"x": {"step": step}})
+    assert "its metadata's step says step" in problems["x"]
+    assert "not one from 1 to 2^53" in problems["x"]
+
+
+def test_raw_metadata_step_that_is_none() -> None:
+    with pytest.raises(SnapshotError, match=r"metadata's step is '1\.5', not a whole number"):
+        clues(f"x-1{END}", {"step": "1.5"})
+
+
+def test_a_name_that_says_another_step_is_doubted() -> None:
+    assert settled({"x-step1300": {"step": "1200"}})[2] == [
+        "its name says step 1300, its metadata's step 1200; the metadata is used"
+    ]
+    assert settled({"x-epoch3": {"ss_epoch": "4"}})[2] == [
+        "its name says epoch 3, its metadata's ss_epoch 4; the metadata is used"
+    ]
+    assert settled({"x-1300": {"step": "1200"}})[2] == []  # it may count anything
+
+
+@pytest.mark.parametrize(
+    ("stem", "metadata", "said"),
+    [
+        ("x-5", {"gamma": "6.94"}, "metadata says gamma 6.94"),
+        ("x-5", {"step": "5", "sigma_rel": "0.05"}, "metadata says sigma_rel 0.05"),
+        ("x_5_6.94", {}, "name says gamma 6.94"),
+        ("x-0000005-0.050", {}, "name says sigma_rel 0.05"),
+    ],
+)
+def test_an_ema_is_doubted(stem: str, metadata: dict[str, str], said: str) -> None:
+    steps, _, warnings = settled({stem: metadata})
+    assert steps[stem][0] == 5
+    assert warnings == [f"its {said}: an EMA, which --raw takes for plain weights"]
+
+
+def test_a_whole_number_is_no_gamma_of_a_raw_checkpoint() -> None:
+    assert settled({"lora_64_1000": {}}) == ({"lora_64_1000": (1000, "name")}, {}, [])
+
+
+def test_the_pattern_rules_raw_checkpoints_too() -> None:
+    files = {"run7-1200-ep3": kohya(5, 1), "run7-1300-ep4": {"step": "1400"}}
+    steps, problems, warnings = settled(files, "run7-{step}-ep*.safetensors")
+    assert steps == {"run7-1200-ep3": (1200, "pattern"), "run7-1300-ep4": (1300, "pattern")}
+    assert not problems
+    assert warnings == ["its name says step 1300, its metadata step 1400; the pattern is used"]
+    with pytest.raises(SnapshotError, match="doesn't fit --pattern"):
+        settled({"x": {}}, "run7-{step}*.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stem", "metadata", "problem"),
+    [
+        ("x", {"ss_steps": "1200"}, "its metadata's ss_steps says 1200, but nothing says its"),
+        ("x-000012", {}, "its name says 12, but nothing says its profile"),
+        ("x", {"step": "5"}, "its metadata has only step, and its name says nothing"),
+    ],
+)
+def test_what_may_be_raw_is_told_of_it(stem: str, metadata: dict[str, str], problem: str) -> None:
+    message = refusal(stem + END, metadata)
+    assert problem in message
+    assert "add --raw if it is a plain checkpoint and no EMA, else give --pattern" in message
+
+
+@pytest.mark.parametrize(("stem", "metadata"), [("x", {}), ("x-0", {}), ("x-5", {"gamma": "3"})])
+def test_what_says_no_step_or_is_an_ema_is_not(stem: str, metadata: dict[str, str]) -> None:
+    assert "--raw" not in refusal(stem + END, metadata)

@@ -32,6 +32,8 @@ def walk_of(snapshots: Sequence[Profile], seed: int = 0, noise: float = 0.0) -> 
 
 def before(profile: Profile, at: mpmath.mpf) -> mpmath.mpf:
     """G: the share of the average that lies before `at`."""
+    if profile.raw:
+        return mpmath.mpf(0 if at < profile.step else 1)
     return min(mpmath.mpf(1), (at / profile.step) ** (profile.gamma + 1))
 
 
@@ -57,6 +59,8 @@ def brute_moment(trajectory: Trajectory, a: Profile, b: Profile, end: float) -> 
         [Profile(100, 6.94), Profile(250, 16.97), Profile(250, 6.94), Profile(400, 0.0)],
         [Profile(30, -0.9), Profile(400, -0.3), Profile(200, 0.5)],
         [Profile(399, 1e4), Profile(400, 1e4), Profile(400, 3.0), Profile(1, 500.0)],
+        [Profile(30, np.inf), Profile(200, np.inf), Profile(399, np.inf), Profile(400, np.inf)],
+        [Profile(200, np.inf), Profile(200, 3.0), Profile(400, 3.0), Profile(400, np.inf)],
     ],
 )
 def test_moments_are_the_integrals_they_stand_for(profiles: list[Profile]) -> None:
@@ -287,3 +291,62 @@ def test_the_same_on_torch() -> None:
     other, _ = predict(trajectory, snapshots, target, compat, torch.as_tensor)
     assert isinstance(other, torch.Tensor)
     assert other.numpy() == pytest.approx(one, rel=1e-6, abs=1e-9)
+
+
+# Raw checkpoints
+
+
+def raws(*steps: float) -> list[Profile]:
+    return [Profile(step, np.inf) for step in steps]
+
+
+def hats(steps: list[float], target: Profile) -> npt.NDArray[np.float64]:
+    """The weights of straight lines between checkpoints, and the first one before it."""
+    u = (np.arange(400_000) + 0.5) / 400_000 * target.step
+    share = (target.gamma + 1) * (u / target.step) ** target.gamma / 400_000
+    return np.array([share @ np.interp(u, steps, row) for row in np.eye(len(steps))])
+
+
+def test_of_an_even_walk_seen_exactly_the_weights_are_those_of_straight_lines() -> None:
+    steps, target = [100.0, 250.0, 700.0, 1000.0], Profile(1000, 3.0)
+    walk = Trajectory(np.array([0.0, 1000.0]), np.ones(1), np.zeros(4), 0.0)
+    weights, condition = predict(walk, raws(*steps), [target])
+    assert weights[0] == pytest.approx(hats(steps, target), abs=1e-6)
+    assert condition < 1e3
+
+
+@pytest.mark.parametrize("count", [4, 16, 200])
+def test_raw_checkpoints_of_a_simulated_walk(count: int) -> None:
+    length = 800
+    rates = np.exp(-np.linspace(0, 5, length))
+    snapshots = raws(*range(length // count, length + 1, length // count))
+    targets = [Profile(length, float(sigma_rel_to_gamma(w))) for w in (0.04, 0.07, 0.15, 0.22)]
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 3, 1000)
+    truth, stored, gammas = np.zeros((4, 1000)), [], np.array([each.gamma for each in targets])
+    for step, rate in enumerate(rates.tolist(), start=1):
+        values = values + rng.normal(0, rate**0.5, 1000)
+        beta = decay(gammas, step)[:, None]
+        truth = beta * truth + (1 - beta) * values
+        if step % (length // count) == 0:
+            stored.append(values)
+    stored = np.array(stored)
+    squares = (stored**2).mean(axis=1)
+    differences = np.maximum(squares[:, None] + squares - 2 * stored @ stored.T / 1000, 0)
+    fitted = fit(snapshots, differences, np.full(count, 1e-9), squares)
+    assert np.isfinite(fitted.rates).all()
+    weights, _ = predict(fitted, snapshots, targets)
+    expected = expect(fitted, snapshots, targets, weights)
+    measured = np.sqrt(((weights @ stored - truth) ** 2).mean(axis=1))
+    assert expected.total == pytest.approx(measured, rel=0.25)
+    distance = np.sqrt(((values - truth) ** 2).mean(axis=1))
+    assert expected.distance == pytest.approx(distance, rel=0.25)
+
+
+def test_raw_checkpoints_that_never_moved_or_are_one() -> None:
+    for count in (1, 3):
+        snapshots = raws(*range(100, 100 * count + 1, 100))
+        none = fit(snapshots, np.zeros((count, count)), np.zeros(count), np.ones(count))
+        weights, _ = predict(none, snapshots, [Profile(100 * count, 6.94)])
+        assert weights.sum() == pytest.approx(1)
+        assert np.isfinite(weights).all()

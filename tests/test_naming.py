@@ -8,7 +8,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.naming import _CONVENTIONS, Reading, compile_pattern, read_name, read_number
+from posthoc_cli.naming import (
+    _CONVENTIONS,
+    Reading,
+    compile_pattern,
+    read_counts,
+    read_name,
+    read_number,
+)
 
 END = ".safetensors"
 anything = st.text(st.characters(exclude_characters="/\0"), max_size=30)
@@ -331,3 +338,80 @@ def test_a_reading_says_itself() -> None:
     assert str(read_name(f"a_1000_6.94{END}")) == "step 1000, gamma 6.94"
     assert str(read_name(f"a-0000134-0.050{END}")) == "step 134144, sigma_rel 0.05"
     assert str(read_name(f"3.1000{END}")) == "step 1000"
+
+
+# Raw checkpoints
+
+
+@pytest.mark.parametrize(
+    ("stem", "counts"),
+    [
+        ("name-000012", {"number": 12}),
+        ("name-step00001200", {"step": 1200}),
+        ("name-step00001200-state", {"step": 1200}),
+        ("name_000001200", {"number": 1200}),
+        ("mylora_v2-000003", {"number": 3}),
+        ("lora_64_1000", {"number": 1000}),
+        ("lora-1200-fp16", {"number": 1200}),
+        ("checkpoint-500", {"number": 500}),
+        ("ckpt500", {"number": 500}),
+        ("12", {"number": 12}),
+        ("x.1200", {"number": 1200}),
+        ("epoch=3-step=1200", {"epoch": 3, "step": 1200}),
+        ("Step_1200_Epoch_3", {"epoch": 3, "step": 1200}),
+        ("globalstep500", {"step": 500}),
+        ("1200steps", {"step": 1200}),
+        ("iter_7", {"step": 7}),
+        ("a-12ep", {"epoch": 12}),
+        ("name-e12", {"epoch": 12}),
+        ("ema-1000-0.05", {"number": 1000}),
+        ("x_1000_6.94", {"number": 1000}),
+        ("step5-64", {"step": 5, "number": 64}),
+        ("64-step5", {"step": 5}),
+    ],
+)
+def test_what_names_of_raw_checkpoints_count(stem: str, counts: dict[str, int]) -> None:
+    assert read_counts(stem + END) == read_counts(stem + END.upper()) == counts
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["v1.5-final", "mylora_v2", "sd15-lora-final", "sdxl1", "x-512px", "fp16", "0.1000", "", "x"],
+)
+def test_decimals_and_parts_of_words_count_nothing(stem: str) -> None:
+    assert read_counts(stem + END) == {}
+
+
+@given(st.text())
+def test_any_name_counts_something_or_nothing(name: str) -> None:
+    assert all(number >= 0 for number in read_counts(name).values())
+
+
+def test_a_number_too_long_for_any_step_is_none() -> None:
+    assert read_counts("9" * 5000 + END) == {}
+
+
+def test_a_pattern_for_raw_checkpoints_needs_a_step_only() -> None:
+    reading = read_name("a-12-0.5.safetensors", compile_pattern("a-{step}-*.safetensors", raw=True))
+    assert reading is not None
+    assert (reading.step, reading.gamma, reading.sigma_rel, reading.index) == (12, None, None, None)
+    reading = read_name("a-12", compile_pattern("a-{kimg}", raw=True))
+    assert reading is not None
+    assert reading.step == 12288
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("a-*.safetensors", r"neither {step} nor {kimg} in "),
+        ("{step}-{kimg}", "both {step} and {kimg} in "),
+        ("{step}-{gamma}", "a field for a profile, {gamma}, in "),
+        ("{step}-{index}", "a field for a profile, {index}, in "),
+        ("{step}-{epoch}", "unknown field {epoch} in "),
+    ],
+)
+def test_wrong_patterns_for_raw_checkpoints(pattern: str, problem: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        compile_pattern(pattern, raw=True)
+    assert problem in caught.value.problem
+    assert caught.value.remedy.startswith("with --raw the only field is {step} or {kimg}")

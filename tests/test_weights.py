@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.kriging import Trajectory, expect
 from posthoc_cli.profiles import Profile, sigma_rel_to_gamma
-from posthoc_cli.weights import PROFILE_METHODS, solve
+from posthoc_cli.weights import METHODS, PROFILE_METHODS, RAW_METHODS, solve
 
 CASES = json.loads((Path(__file__).parent / "reference_weights.json").read_text())["cases"]
 TARGETS = [(case, target) for case in CASES for target in case["targets"]]
@@ -163,3 +163,70 @@ def test_blup_takes_profiles_without_a_norm() -> None:
     blup = solve(snapshots, [Profile(3000, -0.8), Profile(3000, 3.0)], "blup", "cpu", trajectory)
     assert np.allclose(blup.sum_of_weights, 1)
     assert np.isnan(blup.profile_error).all()
+
+
+# Raw checkpoints
+
+
+def raws(*steps: float) -> list[Profile]:
+    return [Profile(step, float("inf")) for step in steps]
+
+
+def test_share_is_the_share_of_the_profile_in_each_interval() -> None:
+    steps = [100, 250, 700, 1000]
+    targets = [Profile(1000, -0.9), Profile(1000, 0.0), Profile(1000, 6.94)]
+    solution = solve(raws(*steps), targets, "share")
+    for target, weights in zip(targets, solution.weights, strict=True):
+        power = target.gamma + 1
+        ends = np.array([0, *steps]) ** power / 1000**power
+        assert weights == pytest.approx(np.diff(ends), rel=1e-13)
+    assert solution.method == "share"
+    assert solution.condition_number == 1
+    assert np.isnan(solution.profile_error).all()
+    assert solution.noise_gain == pytest.approx(np.linalg.norm(solution.weights, axis=1))
+
+
+def test_the_last_checkpoint_also_stands_for_what_is_after_it() -> None:
+    solution = solve(raws(100, 200), [Profile(400, 1.0)], "share")
+    assert solution.weights[0] == pytest.approx([1 / 16, 15 / 16])
+
+
+@given(
+    st.lists(st.integers(1, 2**53), min_size=1, max_size=8, unique=True),
+    st.floats(-0.999, 1e12),
+    st.floats(1, 2),
+)
+def test_shares_sum_to_one_whatever_the_steps(steps: list[int], gamma: float, on: float) -> None:
+    target = Profile(max(steps) * on, gamma)
+    solution = solve(raws(*steps), [target], "share")
+    assert (solution.weights >= 0).all()
+    assert solution.sum_of_weights[0] == pytest.approx(1, abs=1e-12)
+    shuffled = solve(raws(*sorted(steps)), [target], "share").weights[0]
+    assert solution.weights[0].tolist() == shuffled[np.argsort(np.argsort(steps))].tolist()
+
+
+def test_shares_of_steps_side_by_side_keep_their_digits() -> None:
+    first, last = 2**53 - 1, 2**53
+    weights = solve(raws(first, last), [Profile(last, 9.0)], "share").weights[0]
+    assert weights[1] == pytest.approx(10 / 2**53, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_for_emas_or_for_raw_checkpoints(method: str) -> None:
+    emas = pairs(2)
+    target = [profile(9000, 0.1)]
+    walk = Trajectory(np.array([0.0, 9000.0]), np.ones(1), np.zeros(4), 0.0)
+    if method not in RAW_METHODS:
+        with pytest.raises(UsageError, match="raw checkpoints have no profile; use share or blup"):
+            solve([*emas[:3], *raws(3000)], target, method, trajectory=walk)
+    if method == "share":
+        with pytest.raises(UsageError, match="is for raw checkpoints only; add --raw if they are"):
+            solve([*emas[:3], *raws(3000)], target, method)
+
+
+def test_blup_takes_emas_and_raw_checkpoints_together() -> None:
+    mixed = [*pairs(1), *raws(500, 2000)]
+    walk = Trajectory(np.array([0.0, 2000.0]), np.ones(1), np.full(4, 1e-9), 0.0)
+    solution = solve(mixed, [Profile(2000, 3.0)], "blup", trajectory=walk)
+    assert solution.sum_of_weights[0] == pytest.approx(1)
+    assert np.isnan(solution.profile_error[0])

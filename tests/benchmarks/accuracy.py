@@ -1,6 +1,6 @@
 """How near synthesized EMAs come to tracked ones, by method, on networks that are trained here.
 
-    python tests/benchmarks/accuracy.py [--json FILE]
+    python tests/benchmarks/accuracy.py [--raw] [--json FILE]
 
 Three small networks are trained on synthetic data: a CNN by SGD with a cosine schedule, a
 transformer by AdamW with warm-up and a falling rate, an MLP by Adam at a constant rate. While they
@@ -9,6 +9,9 @@ EMAs that are to be rebuilt are tracked beside them, all in float64. An error is
 square distance to the tracked EMA, relative to how far that is from the network at the end. What
 was expected of it comes from the snapshots alone, as in `posthoc solve --diagnose`. Exits with 1
 when blup falls short of what is promised of it.
+
+With --raw the snapshots are the networks themselves, saved 8 to 64 times, and the methods share and
+blup.
 """
 
 from __future__ import annotations
@@ -30,11 +33,12 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from posthoc_cli.diagnosis import compare, observe
 from posthoc_cli.profiles import Profile, decay, sigma_rel_to_gamma
-from posthoc_cli.snapshots import read_folder
+from posthoc_cli.snapshots import Snapshot, read_folder
 
 WIDTHS = (0.05, 0.10)
 TARGETS = (0.03, 0.07, 0.15, 0.20, 0.25)
 COUNTS = (8, 32)
+RAW_COUNTS = (8, 16, 32, 64)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -131,23 +135,26 @@ NETWORKS = {"cnn": (cnn, 3200), "transformer": (transformer, 2400), "mlp": (mlp,
 
 @dataclass(frozen=True)
 class Run:
-    """What was tracked: at each saved step, the averages [widths, p]; at the end, the targets'
-    [targets, p], the network [p], and the loss."""
+    """What was tracked: at the steps of `saved` the averages [widths, p], at those of `raw` the
+    network [p]; at the end, the targets' [targets, p], the network [p], and the loss."""
 
     saved: dict[int, Tensor]
+    raw: dict[int, Tensor]
     truth: Tensor
     end: Tensor
     loss: float
 
 
-def train(make: Callable[[int], Training], steps: int) -> Run:
-    torch.manual_seed(0)
+def train(make: Callable[[int], Training], steps: int, seed: int = 0) -> Run:
+    torch.manual_seed(seed)
     model, optimizer, rate, loss = make(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parameters = list(model.parameters())
     gammas = np.array([sigma_rel_to_gamma(width) for width in (*WIDTHS, *TARGETS)])
     averages = torch.zeros(len(gammas), sum(p.numel() for p in parameters), dtype=torch.float64)
-    saved, recent = {}, []
+    saved, raw, recent = {}, {}, []
+    most = max(RAW_COUNTS)
+    raw_steps = {steps * k // most for k in range(1, most + 1)}
     for step in range(1, steps + 1):
         value = loss()
         optimizer.zero_grad()
@@ -159,7 +166,9 @@ def train(make: Callable[[int], Training], steps: int) -> Run:
         recent.append(value.item())
         if step % (steps // max(COUNTS)) == 0:
             saved[step] = averages[: len(WIDTHS)].clone()
-    return Run(saved, averages[len(WIDTHS) :], now, float(np.mean(recent[-100:])))
+        if step in raw_steps:
+            raw[step] = now.clone()
+    return Run(saved, raw, averages[len(WIDTHS) :], now, float(np.mean(recent[-100:])))
 
 
 def cases(network: str, run: Run, count: int, dtype: str, folder: Path) -> Iterator[Case]:
@@ -176,8 +185,26 @@ def cases(network: str, run: Run, count: int, dtype: str, folder: Path) -> Itera
     stored = torch.stack(
         [run.saved[s.step][WIDTHS.index(s.sigma_rel)].float().to(DTYPES[dtype]) for s in snapshots]
     ).double()
+    yield from compared(network, run, count, dtype, snapshots, stored)
+
+
+def raw_cases(network: str, run: Run, count: int, dtype: str, folder: Path) -> Iterator[Case]:
+    """The same from the networks themselves."""
+    every = len(run.raw) // count
+    for step in list(run.raw)[every - 1 :: every]:
+        tensors = {"weights": run.raw[step].float().to(DTYPES[dtype])}
+        save_file(tensors, folder / f"net-{step:06d}.safetensors")
+    snapshots = read_folder(folder, raw=True).usable()
+    stored = torch.stack([run.raw[s.step].float().to(DTYPES[dtype]) for s in snapshots]).double()
+    yield from compared(network, run, count, dtype, snapshots, stored)
+
+
+def compared(
+    network: str, run: Run, count: int, dtype: str, snapshots: list[Snapshot], stored: Tensor
+) -> Iterator[Case]:
+    """Rebuild the targets by every method from `snapshots`, which hold `stored` [snapshots, p]."""
     profiles = [snapshot.profile for snapshot in snapshots]
-    targets = [Profile(max(run.saved), sigma_rel_to_gamma(width)) for width in TARGETS]
+    targets = [Profile(profiles[-1].step, sigma_rel_to_gamma(width)) for width in TARGETS]
     distance = (run.truth - run.end).square().mean(1).sqrt().numpy()
     _, trajectory = observe(snapshots)
     for verdict in compare(profiles, targets, trajectory):
@@ -210,6 +237,34 @@ def print_table(found: list[Case]) -> None:
         print(f"{trio[1].error / trio[2].error:>11.2f}")
 
 
+def print_raw_table(found: list[Case]) -> None:
+    print("error of share -> blup, in % of the distance (in brackets: expected)\n")
+    print("network      checkpoints dtype    " + "".join(f"{target:>30.2f}" for target in TARGETS))
+    by_row: dict[tuple[str, int, str], str] = {}
+    for one, other in zip(by_method(found, "share"), by_method(found, "blup"), strict=True):
+        key = one.network, one.snapshots, one.dtype
+        cell = " -> ".join(f"{100 * e.error:.3g} ({100 * e.expected:.3g})" for e in (one, other))
+        by_row[key] = by_row.get(key, "") + cell.rjust(30)
+    for (network, count, dtype), cells in by_row.items():
+        print(f"{network:<13}{count:>11} {dtype:<9}{cells}")
+
+
+def raw_summary(found: list[Case]) -> dict[str, float]:
+    one, other = by_method(found, "share"), by_method(found, "blup")
+    gains = np.array([a.error / b.error for a, b in zip(one, other, strict=True)])
+    told = np.array([[e.expected / e.error for e in each] for each in (one, other)])
+    within = ((told >= 0.5) & (told <= 2)).mean(axis=1)
+    return {
+        "cases": len(gains),
+        "share_over_blup": float(np.exp(np.log(gains).mean())),
+        "best_case": float(gains.max()),
+        "worst_case": float(gains.min()),
+        "nearer": float((gains > 1).mean()),
+        "within_two_share": float(within[0]),
+        "within_two_blup": float(within[1]),
+    }
+
+
 def summary(found: list[Case]) -> dict[str, float]:
     errors = {
         method: np.array([case.error for case in by_method(found, method)])
@@ -233,23 +288,45 @@ def summary(found: list[Case]) -> dict[str, float]:
     }
 
 
+def finish_raw(found: list[Case], path: Path | None) -> int:
+    print_raw_table(found)
+    told = raw_summary(found)
+    print(
+        f"\ngeometric mean over {told['cases']} cases: blup is {told['share_over_blup']:.2f} times "
+        f"nearer than share; {told['best_case']:.1f} times at best, {told['worst_case']:.2f} at "
+        f"worst, nearer in {told['nearer']:.1%} of the cases\n"
+        "expected error within a factor of 2 of the measured: "
+        f"share {told['within_two_share']:.1%}, blup {told['within_two_blup']:.1%} of the cases"
+    )
+    if path:
+        path.write_text(
+            json.dumps({"summary": told, "cases": [asdict(case) for case in found]}, indent=1)
+        )
+    return 0 if told["share_over_blup"] >= 1.5 else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--raw", action="store_true", help="from the networks themselves")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases there too")
     options = parser.parse_args()
     torch.set_num_threads(1)  # networks this small gain nothing from more
     found: list[Case] = []
     for network, (make, steps) in NETWORKS.items():
         begin = time.perf_counter()
-        run = train(make, steps)
+        run = train(make, steps, options.seed)
         seconds = time.perf_counter() - begin
         size = run.end.numel()
         print(f"{network}: {size} parameters, {steps} steps, {seconds:.0f} s, loss {run.loss:.3f}")
-        for count in COUNTS:
+        for count in RAW_COUNTS if options.raw else COUNTS:
             for dtype in DTYPES:
                 with tempfile.TemporaryDirectory() as folder:
-                    found += cases(network, run, count, dtype, Path(folder))
+                    made = raw_cases if options.raw else cases
+                    found += made(network, run, count, dtype, Path(folder))
     print()
+    if options.raw:
+        return finish_raw(found, options.json)
     print_table(found)
     told = summary(found)
     print(
