@@ -92,6 +92,14 @@ _NARROW = {
     ),
 }
 
+_EXPONENT = {
+    "F64": ("i64", 0x7FF0000000000000),
+    "F32": ("i32", 0x7F800000),
+    "F16": ("i16", 0x7C00),
+    "BF16": ("i16", 0x7F80),
+}
+"""The exponent bits of each dtype."""
+
 
 def accumulate(
     dtype: str,
@@ -101,7 +109,7 @@ def accumulate(
     out: npt.NDArray[np.uint8],
     out_dtype: str,
     count: int,
-) -> None:
+) -> bool:
     """Round `sums[t, :count] + weights[:, t] @ snapshots` to `out_dtype`, into `out[t]`.
 
     `rows` [snapshots] holds the address of each snapshot's elements, of `dtype` F16, BF16, F32 or
@@ -110,11 +118,15 @@ def accumulate(
     the same dtypes, rounded to nearest, ties to even; as F64 they are sums to go on from, and
     `out` may lie where `sums` does. Every row holds a multiple of STRIDE elements, at least
     `count`, which is at least 1; those between `count` and the next multiple are overwritten.
+
+    Returns whether any result is infinite or not a number: false says that none is, true that one
+    may be, as what lies beyond `count` counts too.
     """
     snapshots, targets = weights.shape
+    suspicious = 0
     for first in range(0, targets, MAX_TARGETS):
         width = min(MAX_TARGETS, targets - first)
-        _kernel(dtype, out_dtype, width, sums is not None)(
+        suspicious |= _kernel(dtype, out_dtype, width, sums is not None)(
             rows.ctypes.data,
             weights.ctypes.data + 8 * first,
             targets,
@@ -125,10 +137,11 @@ def accumulate(
             out.strides[0],
             count,
         )
+    return suspicious != 0
 
 
 @functools.cache
-def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable[..., None]:
+def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable[..., int]:
     # Registers hold `targets` sums of `lanes` doubles; 64 doubles fill half of the largest set
     # there is, and are enough in flight to hide the latency of the multiply-add.
     lanes = STRIDE // max(targets, 2) // 8 * 8 or 8
@@ -136,12 +149,13 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
     out_stored, narrow = _NARROW[out_dtype]
     each = range(targets)
     lines = [
-        "define void @kernel(ptr %rows, ptr %weights, i64 %weight_stride, i64 %snapshots,"
+        "define i32 @kernel(ptr %rows, ptr %weights, i64 %weight_stride, i64 %snapshots,"
         " ptr %sums, i64 %sum_stride, ptr %out, i64 %out_stride, i64 %count) {",
         "entry:",
         "  br label %block",
         "block:",
         "  %j = phi i64 [0, %entry], [%next_j, %finish]",
+        f"  %odd = phi <V x i1> [zeroinitializer, %entry], [%odd{targets}, %finish]",
     ]
     start = ["zeroinitializer" for _ in each]
     if goes_on:
@@ -181,7 +195,9 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
         "  %more = icmp ult i64 %next_i, %snapshots",
         "  br i1 %more, label %snapshot, label %finish",
         "finish:",
+        "  %odd0 = or <V x i1> %odd, zeroinitializer",
     ]
+    bits, exponent = _EXPONENT[out_dtype]
     for t in each:
         lines += [
             re.sub(r"(%\w+)T\b", rf"\g<1>{t}", narrow),
@@ -189,14 +205,22 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
             f"  %out_row{t} = getelementptr i8, ptr %out, i64 %out_offset{t}",
             f"  %out_p{t} = getelementptr {out_stored}, ptr %out_row{t}, i64 %j",
             f"  store <V x {out_stored}> %y{t}, ptr %out_p{t}, align 1",
+            # All exponent bits set: infinite or not a number.
+            f"  %bits{t} = bitcast <V x {out_stored}> %y{t} to <V x {bits}>",
+            f"  %exponent{t} = and <V x {bits}> %bits{t}, splat ({bits} {exponent})",
+            f"  %full{t} = icmp eq <V x {bits}> %exponent{t}, splat ({bits} {exponent})",
+            f"  %odd{t + 1} = or <V x i1> %odd{t}, %full{t}",
         ]
     lines += [
         "  %next_j = add i64 %j, V",
         "  %again = icmp ult i64 %next_j, %count",
         "  br i1 %again, label %block, label %done",
         "done:",
-        "  ret void",
+        f"  %any = call i1 @llvm.vector.reduce.or.vVi1(<V x i1> %odd{targets})",
+        "  %result = zext i1 %any to i32",
+        "  ret i32 %result",
         "}",
+        "declare i1 @llvm.vector.reduce.or.vVi1(<V x i1>)",
         "declare <V x double> @llvm.fma.vVf64(<V x double>, <V x double>, <V x double>)",
         "declare <V x double> @llvm.fabs.vVf64(<V x double>)",
     ]
@@ -209,7 +233,7 @@ _compiling = threading.Lock()
 _engines: list[Any] = []  # the machine code lives as long as its engine
 
 
-def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., None]:
+def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., int]:
     """Compile `ir`, whose vectors have V lanes, for this processor.
 
     The function is called without the interpreter lock, as ctypes does with every CFUNCTYPE.
@@ -217,6 +241,7 @@ def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., None]:
     for written, actual in (
         ("<V x", f"<{lanes} x"),
         (".vVf64", f".v{lanes}f64"),
+        (".vVi1", f".v{lanes}i1"),
         (" V\n", f" {lanes}\n"),
     ):
         ir = ir.replace(written, actual)
@@ -228,7 +253,7 @@ def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., None]:
         engine.finalize_object()
         _engines.append(engine)
         address = engine.get_function_address("kernel")
-    return ctypes.CFUNCTYPE(None, *arguments)(address)
+    return ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(address)
 
 
 def _target_machine() -> Any:

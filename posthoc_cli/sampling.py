@@ -22,7 +22,7 @@ from posthoc_cli.errors import SnapshotError
 from posthoc_cli.plan import AVERAGED
 from posthoc_cli.reading import Reader
 from posthoc_cli.snapshots import Snapshot
-from posthoc_cli.summing import FLOAT8
+from posthoc_cli.summing import values_of
 from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo
 
 BLOCKS = 1024
@@ -219,9 +219,10 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
             ranges[id(tensors)] = _ranges(pieces, tensors)
         _read(snapshot, ranges[id(tensors)], raw)
         for dtype, first, last, start, end in runs:
-            bits = raw[start:end].view(_FORMATS[dtype][0])
-            values[row, first:last] = _widened(dtype, bits)
-            variances[first:last] = _variances(dtype, bits)
+            stored = raw[start:end]
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
+                values[row, first:last] = values_of(dtype, stored)
+            variances[first:last] = _variances(dtype, stored.view(_FORMATS[dtype][0]))
         rounding[row] = np.add.reduceat(variances, parts)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -278,20 +279,6 @@ def _read(
         for start, end in ranges:
             reader.read(start, into[: end - start])
             into = into[end - start :]
-
-
-def _widened(dtype: str, bits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The values that `bits` stand for, in some floating dtype that holds them exactly."""
-    if dtype == "BF16":
-        shifted: npt.NDArray[np.uint32] = bits.astype("<u4") << np.uint32(16)
-        return shifted.view("<f4")
-    if dtype in FLOAT8:
-        import ml_dtypes  # only here: few snapshots need it
-
-        table = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, FLOAT8[dtype]))
-        looked_up: npt.NDArray[np.float32] = table.astype(np.float32)[bits]
-        return looked_up
-    return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
 
 
 def _variances(dtype: str, bits: npt.NDArray[Any]) -> FloatArray:

@@ -24,7 +24,15 @@ from posthoc_cli.errors import (
     printable,
 )
 from posthoc_cli.recipe import read_recipe
-from posthoc_cli.tensorfile import MAX_HEADER, Cache, Layout, TensorInfo, read_layout, reason
+from posthoc_cli.tensorfile import (
+    MAX_HEADER,
+    Cache,
+    Layout,
+    TensorInfo,
+    check_items,
+    read_layout,
+    reason,
+)
 
 ENDING = ".safetensors"
 """Of the files that count, in capitals too."""
@@ -88,7 +96,10 @@ def _parse_index(path: Path) -> dict[str, Any]:
             text = file.read(MAX_HEADER + 1)
         if len(text) > MAX_HEADER:
             raise ValueError("it is too long")
+        check_items(path, text)
         document = json.loads(text)
+        if rb"\u" in text:
+            json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except OSError as error:
         raise MachineError(
             str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"

@@ -48,6 +48,10 @@ class Summing(Protocol):
     def result(self, target: int) -> memoryview:
         """The bytes of one target's sums, rounded; good until the next call of any method."""
 
+    @property
+    def suspicious(self) -> bool:
+        """Whether a result may be infinite or not a number; if not, none of them is."""
+
 
 class CpuSumming:
     """Sums on the CPU, by the kernels compiled for it.
@@ -65,6 +69,7 @@ class CpuSumming:
         self._dtype = self._out_dtype = ""
         self._elements = 0
         self._begun = False
+        self.suspicious = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         if dtype != self._dtype and dtype in FLOAT8:
@@ -87,7 +92,9 @@ class CpuSumming:
         out, out_dtype = self._sums.view(np.uint8), "F64"
         if last and self._out_dtype not in FLOAT8:
             out, out_dtype = self._out, self._out_dtype
-        kernels.accumulate(dtype, addresses, weights, before, out, out_dtype, self._elements)
+        self.suspicious = kernels.accumulate(
+            dtype, addresses, weights, before, out, out_dtype, self._elements
+        )
         self._begun = True
 
     def result(self, target: int) -> memoryview:
@@ -96,8 +103,21 @@ class CpuSumming:
             with np.errstate(all="ignore"):
                 sums = self._sums[target, : self._elements]
                 row = sums.astype(_float8(self._out_dtype)).view(np.uint8)
+                self.suspicious |= not np.isfinite(values_of(self._out_dtype, row)).all()
         data: memoryview = row.data[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
         return data
+
+
+def values_of(dtype: str, bits: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """The values that the bytes `bits` hold, in some floating dtype that has them exactly."""
+    if dtype == "BF16":
+        shifted: npt.NDArray[np.uint32] = bits.view("<u2").astype("<u4") << np.uint32(16)
+        return shifted.view("<f4")
+    if dtype in FLOAT8:
+        table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
+        looked_up: npt.NDArray[np.float32] = table[bits]
+        return looked_up
+    return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
 
 
 def _float8(dtype: str) -> Any:
@@ -145,10 +165,12 @@ class TorchSumming:
         self._out = torch.empty(capacity * 8, **on_host)
         self._dtype = self._out_dtype = ""
         self._elements = self._bytes = 0
+        self.suspicious = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
         self._bytes = elements * DTYPE_BITS[dtype] // 8
+        self.suspicious = False
         with self._on_stream():
             self._sums[:, :elements] = 0.0
 
@@ -176,8 +198,10 @@ class TorchSumming:
             narrowed = self._sums[target, : self._elements].to(self._dtypes[self._out_dtype])
             out = self._out[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
             out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
+            finite = self._torch.isfinite(narrowed.to(self._torch.float64)).all()
         if self._cuda:
             self._stream.synchronize()
+        self.suspicious |= not finite.item()
         return out.numpy().data
 
     def _on_stream(self) -> Any:

@@ -107,7 +107,7 @@ def execute(
         return TorchSumming(row_bytes, capacity, len(outputs), group, device)
 
     with contextlib.ExitStack() as stack:
-        keep_open = _raise_file_limit(sum(len(s.layout.parts) for s in plan.snapshots) + len(files))
+        keep_open = raise_file_limit(sum(len(s.layout.parts) for s in plan.snapshots) + len(files))
         readers = [
             stack.enter_context(Reader(snapshot.layout, keep_open=keep_open))
             for snapshot in plan.snapshots
@@ -117,8 +117,8 @@ def execute(
             output.write_headers()
         job = _Job(plan, weights, readers, wanted, progress)
         with _device_errors(device), _flushed_behind(files):
-            _share(plan.chunks(elements), job.sum_chunk, summing, workers or _default_workers())
-            _share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
+            share(plan.chunks(elements), job.sum_chunk, summing, workers or default_workers())
+            share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         for reader in readers:
             reader.check_unchanged()
         findings = job.findings()
@@ -315,7 +315,7 @@ class _Job:
             self._progress(read)
 
 
-def _share(
+def share(
     chunks: Iterator[Chunk],
     work: Callable[[Chunk, Summing], None],
     summing: Callable[[], Summing],
@@ -371,7 +371,7 @@ def _flushed_behind(files: Sequence[AtomicFile]) -> Iterator[None]:
     task.result()
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
     """One for each processor that this process may run on, up to MAX_WORKERS."""
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
@@ -411,7 +411,7 @@ def _refuse_inputs(snapshots: Sequence[Snapshot], outputs: Sequence[Path]) -> No
             )
 
 
-def _raise_file_limit(files: int) -> bool:
+def raise_file_limit(files: int) -> bool:
     """Let this process open `files` files more, if the system allows; returns whether it does."""
     try:
         import resource

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posthoc_cli.cli.plan import read_size
+from posthoc_cli.cli.options import read_size
 from posthoc_cli.errors import UsageError
 from posthoc_cli.plotting import density
 from posthoc_cli.profiles import Profile
@@ -93,13 +93,13 @@ def test_plan_refuses(posthoc_here: Posthoc, arguments: list[str], line: str) ->
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert read_size(text) == size
+    assert read_size("--bytes-per-snapshot", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "0", "1XB", "1 2"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError):
-        read_size(text)
+        read_size("--bytes-per-snapshot", text)
 
 
 def test_densities_are_densities() -> None:

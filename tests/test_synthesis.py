@@ -57,14 +57,14 @@ def synthesize(
     folder.mkdir(exist_ok=True)
     outputs = [folder / f"out{t}.safetensors" for t in range(len(weights))]
     plan = make_plan(snapshots, dtype=dtype, copy=copy, drop=drop)
-    sizes = synthesis.execute(
+    written = synthesis.execute(
         plan,
         weights,
         outputs,
         [{"sources": []}] * len(weights),
         **options,  # type: ignore[arg-type]
     )
-    assert sizes == [path.stat().st_size for path in outputs]
+    assert written.sizes == [path.stat().st_size for path in outputs]
     return outputs
 
 

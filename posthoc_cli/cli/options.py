@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MAX_VALUES = 10_000
 """Values that one option may list; more is a slip of the keyboard."""
 
+_UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
+_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
+
 _READING = "Reading the folder"
 _TARGETS = "Targets"
 
@@ -265,6 +268,14 @@ def shortest(number: Decimal) -> str:
     """`number` without an exponent or zeros that say nothing: 0.050 -> 0.05."""
     plain = f"{number.normalize():f}"
     return "0" if plain == "-0" else plain
+
+
+def read_size(option: str, text: str) -> int:
+    """`1.2GB`, `300 MB`, `1GiB` or a number of bytes. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]i?)?b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise UsageError(option, f"'{text}' is no size", "give, say, 1.2GB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

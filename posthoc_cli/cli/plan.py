@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,8 +16,6 @@ from posthoc_cli.errors import UsageError, in_bytes
 WITHIN = (0.01, 0.05)
 """The profile errors that a range is given for."""
 
-_UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
-_UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
 
 Ranges = list[tuple[float, float]]
 
@@ -70,7 +67,11 @@ def plan(
       posthoc plan --steps 1000000 --every 8000 --bytes-per-snapshot 1.2GB --json
     """
     widths = _read_widths(profiles)
-    size = None if bytes_per_snapshot is None else read_size(bytes_per_snapshot)
+    size = (
+        None
+        if bytes_per_snapshot is None
+        else options.read_size("--bytes-per-snapshot", bytes_per_snapshot)
+    )
     if not 1 <= every <= steps:
         raise UsageError("--every", f"{every} is not from 1 to {steps}", "give fewer than --steps")
     if steps > 2**53:
@@ -109,14 +110,6 @@ def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
     if len(widths) > 16:
         raise UsageError("--profiles", f"{len(widths)} of them", "give up to 16")
     return widths
-
-
-def read_size(text: str) -> int:
-    """`1.2GB`, `300 MB`, `1GiB` or a number of bytes. Raises UsageError."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]i?)?b?", text.strip().lower())
-    if match is None or not float(match[1]):
-        raise UsageError("--bytes-per-snapshot", f"'{text}' is no size", "give, say, 1.2GB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def _outlook(label: str, steps: int, every: int, widths: tuple[float, ...], at: int) -> Outlook:

@@ -27,6 +27,7 @@ from posthoc_cli.cli.solve import describe as describe_solved
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
 if TYPE_CHECKING:
+    from posthoc_cli.nonfinite import Finding
     from posthoc_cli.plan import Plan
 
 _OUTPUT = "Output"
@@ -39,10 +40,14 @@ def _dtypes() -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """One target's output; `seconds` is None where an output was there and is kept."""
+class Output:
+    """One target's output: a file, or an index and its `shards`; their bytes together.
+
+    `seconds` is None where an output was there and is kept.
+    """
 
     path: Path
+    shards: Sequence[Path]
     bytes: int
     seconds: float | None
 
@@ -110,6 +115,25 @@ def synthesize(
             help="Keep outputs that exist, and write the others.",
         ),
     ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+            help="Write outputs larger than this, such as 5GB, as shards with an index, as Hugging "
+            "Face's libraries load them.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            rich_help_panel=_OUTPUT,
+            help="Write nothing when there is NaN or infinity in the snapshots, or would be in an "
+            "output; without it, that is a warning.",
+        ),
+    ] = False,
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
@@ -135,6 +159,9 @@ def synthesize(
     options.check_choice("--dtype", dtype, _dtypes())
     if max_error is not None and not 0 < max_error < float("inf"):
         raise UsageError("--max-error", f"{max_error:g} is out of bounds", "give, say, 0.05 for 5%")
+    shard_bytes = (
+        None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
+    )
     solved = solve_folder(
         folder,
         options.read_targets(sigma_rel, gamma),
@@ -149,19 +176,33 @@ def synthesize(
     if max_error is not None:
         _check_error(solved, max_error)
     paths = output_paths(output, folder, solved.targets, solved.step)
-    kept = {path for path in paths if skip_existing and path.exists()}
+
+    from posthoc_cli.plan import make_plan
+    from posthoc_cli.shards import standing
+
+    kept = {path for path in paths if skip_existing and standing(path)}
     for path in paths:
         if path in kept:
             note(f"{path}: exists already; skipped", quiet)
 
-    from posthoc_cli.plan import make_plan
-
     plan = make_plan(solved.snapshots, dtype=dtype, copy=copy or (), drop=drop or ())
     say_what_is_doubtful(solved, quiet)
     make_folder(output)
-    written = _write(plan, solved, paths, kept, force, progress=not quiet)
+    written, findings = _write(
+        plan,
+        solved,
+        paths,
+        kept,
+        {"overwrite": force, "shard_bytes": shard_bytes, "strict": strict},
+        progress=not quiet,
+    )
+    if findings:
+        from posthoc_cli.nonfinite import complaint
+
+        subject, problem = complaint(plan, findings)
+        note(f"warning: {subject}: {problem} (--strict makes this an error)", quiet)
     if as_json:
-        print_json(_describe(solved, written))
+        print_json(_describe(solved, written, findings))
     else:
         _draw(solved, written)
 
@@ -185,35 +226,45 @@ def _write(
     solved: Solved,
     paths: Sequence[Path],
     kept: set[Path],
-    force: bool,
+    how: dict[str, Any],
     *,
     progress: bool,
-) -> list[Written]:
-    """Write those of `paths`, one for each target, that are not `kept`, in one pass."""
+) -> tuple[list[Output], list[Finding]]:
+    """Write those of `paths`, one for each target, that are not `kept`, in one pass.
+
+    `how` are further options of execute.
+    """
+    findings: list[Finding] = []
     wanted = [at for at, path in enumerate(paths) if path not in kept]
-    written = {
-        at: Written(path, path.stat().st_size, None)
-        for at, path in enumerate(paths)
-        if path in kept
-    }
+    written = {at: Output(*_standing(path), None) for at, path in enumerate(paths) if path in kept}
     if wanted:
         from posthoc_cli.synthesis import execute
 
         with _progress_bar(plan.bytes_to_read, len(wanted), progress) as advance:
             begin = time.perf_counter()
-            sizes = execute(
+            done = execute(
                 plan,
                 solved.solution.weights[wanted],
                 [paths[at] for at in wanted],
                 [_recipe(solved, at) for at in wanted],
                 device=solved.device,
-                overwrite=force,
                 progress=advance,
+                **how,
             )
             seconds = time.perf_counter() - begin
-        for at, size in zip(wanted, sizes, strict=True):
-            written[at] = Written(paths[at], size, seconds)
-    return [written[at] for at in range(len(paths))]
+        findings = done.findings
+        for at, files, size in zip(wanted, done.files, done.sizes, strict=True):
+            written[at] = Output(files[-1], files[:-1], size, seconds)
+    return [written[at] for at in range(len(paths))], findings
+
+
+def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
+    """An output that is there already: its file or index, its shards, their bytes."""
+    from posthoc_cli.shards import listed_in, standing
+
+    main = standing(path)[0]
+    shards = [] if main == path else [path.with_name(name) for name in sorted(listed_in(main))]
+    return main, shards, sum(each.stat().st_size for each in (main, *shards))
 
 
 def _recipe(solved: Solved, at: int) -> dict[str, Any]:
@@ -263,18 +314,33 @@ def _progress_bar(total: int, outputs: int, wanted: bool) -> Iterator[Callable[[
         yield lambda count: bar.advance(task, count)
 
 
-def _describe(solved: Solved, written: Sequence[Written]) -> dict[str, Any]:
+def _describe(
+    solved: Solved, written: Sequence[Output], findings: Sequence[Finding]
+) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe_solved(solved)
     for target, one in zip(document["targets"], written, strict=True):
         target["output"] = str(one.path)
+        if one.shards:
+            target["shards"] = [str(path) for path in one.shards]
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
+    document["nonfinite"] = [
+        {
+            "tensor": finding.tensor,
+            "nan": finding.nan,
+            "infinite": finding.infinite,
+            "overflowed": finding.overflowed,
+            "largest": finding.largest,
+            "files": [solved.snapshots[at].file for at in sorted(finding.snapshots)],
+        }
+        for finding in findings
+    ]
     return document
 
 
-def _draw(solved: Solved, written: Sequence[Written]) -> None:
+def _draw(solved: Solved, written: Sequence[Output]) -> None:
     """A line for each output; or two, when the paths are long and the terminal narrow."""
     from rich.text import Text
 
@@ -291,7 +357,10 @@ def _draw(solved: Solved, written: Sequence[Written]) -> None:
         )
         for at, one in enumerate(written)
     ]
-    names = [printable(str(one.path)) for one in written]
+    names = [
+        printable(str(one.path)) + (f" ({len(one.shards)} shards)" if one.shards else "")
+        for one in written
+    ]
     if max(map(len, names)) + 60 > console.width:
         for name, line in zip(names, lines, strict=True):
             console.print(name, style="bold", soft_wrap=True)
