@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from posthoc_cli import atomicfile
-from posthoc_cli.atomicfile import AtomicFile
+from posthoc_cli.atomicfile import AtomicFile, together
 from posthoc_cli.errors import MachineError, UsageError
 
 
@@ -116,3 +118,135 @@ def test_a_full_disk_and_a_missing_folder_are_told_in_one_line(
     ):
         pytest.fail("must not begin")
     assert entries(tmp_path) == []
+
+
+# Several that land together
+
+
+def test_together_all_land_or_none(tmp_path: Path) -> None:
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+    with together(files):
+        for file in files:
+            file.write_at(0, b"x")
+        assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    assert entries(tmp_path) == ["a", "b", "c"]
+
+    files = [AtomicFile(tmp_path / name, 1) for name in "def"]
+    with pytest.raises(UsageError, match="e: exists already"), together(files):
+        for file in files:
+            file.write_at(0, b"x")
+        (tmp_path / "e").write_bytes(b"another run was faster")
+    assert entries(tmp_path) == ["a", "b", "c", "e"]
+    assert (tmp_path / "e").read_bytes() == b"another run was faster"
+
+
+def test_together_nothing_lands_before_all_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+
+    def full() -> None:
+        raise MachineError("c", "cannot be written", "")
+
+    monkeypatch.setattr(files[2], "finish", full)
+    stale = tmp_path / "stale"
+    stale.write_bytes(b"old")
+    with pytest.raises(MachineError), together(files, [stale]):
+        pass
+    assert entries(tmp_path) == ["stale"]
+    with together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
+        assert stale.exists()
+    assert entries(tmp_path) == ["new"]
+
+
+def test_missing_space_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    files = [AtomicFile(tmp_path / name, 1_000_000) for name in "ab"]
+    message = r"500\.0 kB of the 2\.0 MB to be written are missing on its disk; free some space"
+    with pytest.raises(MachineError, match=message), together(files):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == []
+    with files[0] as file:  # alone it fits
+        file.write_at(0, b"x")
+    with (
+        pytest.raises(MachineError, match=r"7.5 MB of the 9\.0 MB"),
+        AtomicFile(tmp_path / "c", 9_000_000),
+    ):
+        pytest.fail("must not begin")
+
+
+# What a run that was killed leaves
+
+
+def abandoned(folder: Path, name: str = "old.safetensors") -> Path:
+    path = folder / f".{name}.0123456789ab.posthoc-tmp"
+    path.write_bytes(b"half")
+    return path
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_next_run_removes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if locks and atomicfile.fcntl is None:
+        pytest.skip("no locks here")
+    if not locks:
+        monkeypatch.setattr(atomicfile, "fcntl", None)
+    left = abandoned(tmp_path)
+    others = [tmp_path / ".mine.posthoc-tmp", tmp_path / ".x.0123456789ab.posthoc-tmp.bak"]
+    for path in others:
+        path.write_bytes(b"not ours")
+    (tmp_path / ".d.0123456789ab.posthoc-tmp").mkdir()
+    if not locks:  # without them, only its age tells
+        with AtomicFile(tmp_path / "first", 0):
+            assert left.exists()
+        os.utime(left, (0, 0))
+    with AtomicFile(tmp_path / "out", 0):
+        assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / "one", 3) as one:
+        with AtomicFile(tmp_path / "two", 3) as two:
+            one.write_at(0, b"one")
+            two.write_at(0, b"two")
+        with AtomicFile(tmp_path / "three", 0):
+            pass
+    assert (tmp_path / "one").read_bytes() == b"one"
+    assert entries(tmp_path) == ["one", "three", "two"]
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, stolen = atomicfile.fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not stolen:
+            stolen.append(next(tmp_path.iterdir()))
+            stolen[0].unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr(atomicfile.fcntl, "flock", late)
+    with AtomicFile(tmp_path / "out", 1) as file:
+        file.write_at(0, b"x")
+    assert entries(tmp_path) == ["out"]
+    assert len(stolen) == 1
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomicfile.fcntl, "flock", none)
+    left = abandoned(tmp_path)
+    with AtomicFile(tmp_path / "out", 1) as file:
+        file.write_at(0, b"x")
+    assert left.exists()
