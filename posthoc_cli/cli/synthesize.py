@@ -346,14 +346,19 @@ def _draw(solved: Solved, written: Sequence[Output]) -> None:
 
     console = stdout_console()
     solution = solved.solution
-    headings = ("size", "time", "sum of weights", "noise gain", "profile error")
+    kind, errors = "profile error", solution.profile_error.tolist()
+    if solved.snapshots[0].profile.raw:  # which have no profile to be off by
+        kind, errors = "largest weight", solution.weights.max(axis=1).tolist()
+        if solved.expected is not None:
+            kind, errors = "expected error", solved.expected.relative.tolist()
+    headings = ("size", "time", "sum of weights", "noise gain", kind)
     lines = [
         (
             in_bytes(one.bytes),
             "kept" if one.seconds is None else f"{one.seconds:.1f} s",
             f"{solution.sum_of_weights[at]:.6f}",
             f"{solution.noise_gain[at]:.3f}",
-            percent(solution.profile_error[at]),
+            percent(errors[at]),
         )
         for at, one in enumerate(written)
     ]
@@ -365,9 +370,7 @@ def _draw(solved: Solved, written: Sequence[Output]) -> None:
         for name, line in zip(names, lines, strict=True):
             console.print(name, style="bold", soft_wrap=True)
             size, seconds, total, noise, error = line
-            console.print(
-                f"  {size}, {seconds}; sum {total}, noise gain {noise}, profile error {error}"
-            )
+            console.print(f"  {size}, {seconds}; sum {total}, noise gain {noise}, {kind} {error}")
         return
     table = plain_table()
     table.add_column("output")
