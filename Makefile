@@ -1,5 +1,6 @@
 # make demo   install into .venv, train a small network, and do the main job on its snapshots
 # make test   install into .venv, then lint, type-check and run every test
+# make soak   the long tests: kills, full disks, 10,000 hostile files (half an hour)
 # make docs   write docs/commands.md and the README's picture anew from the program
 # make bench  measure synthesize beside other tools, in a temporary folder (30 GB, an hour)
 
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 # A target and a stamp: the environment is made anew when what it should hold changes.
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test soak docs bench clean
 
 demo: $(INSTALLED)
 	rm -rf build/demo
@@ -21,6 +22,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py

@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     )
 
 
+def brief(text: str) -> str:
+    """`text`, or the beginning and the end of a long one: a tensor's name may be a megabyte."""
+    return text if len(text) <= 800 else f"{text[:500]} ... {text[-250:]}"
+
+
 def in_bytes(count: float) -> str:
     """`count` bytes for people: `512.0 MB`."""
     power, units = 0, ("B", "kB", "MB", "GB", "TB", "PB")
@@ -44,7 +49,9 @@ class PosthocError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return printable(f"{self.subject}: {self.problem}; {self.remedy}")
+        return f"{printable(self.subject)}: {brief(printable(self.problem))}; " + printable(
+            self.remedy
+        )
 
 
 class MachineError(PosthocError):

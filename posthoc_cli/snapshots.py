@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     SnapshotError,
     UnknownError,
     UsageError,
+    brief,
     printable,
 )
 from posthoc_cli.identity import MIN_SIGMA_REL, Clues, Identity, clues, identify, settle
@@ -165,7 +166,8 @@ def read_folder(
         elif isinstance(error, UnknownError) and os.path.isdir(folder / name):
             inventory.skipped.append((name, f"a folder, and {error.problem}"))
         else:
-            inventory.problems.append((name, printable(f"{error.problem}; {error.remedy}")))
+            message = f"{error.problem}; {error.remedy}"
+            inventory.problems.append((name, brief(printable(message))))
 
     for name in names:
         try:
@@ -205,7 +207,7 @@ def read_folder(
     inventory.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     for check in (_duplicates, _differences, _other_alphas):
         problems = check(inventory.snapshots)
-        inventory.problems += [(file, printable(message)) for file, message in problems]
+        inventory.problems += [(file, brief(printable(message))) for file, message in problems]
     return inventory
 
 

@@ -7,6 +7,8 @@ its dtype, shape and place, and the tensors' bytes.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import gc
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from typing import Any
 
 import safetensors
 
-from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, printable
+from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, in_bytes, printable
 
 DTYPE_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
@@ -33,8 +35,15 @@ DTYPE_BITS = {
 """Bits of one element of each dtype, by the name that safetensors gives it; a file has them in
 this order, as the safetensors library writes them."""
 
-MAX_HEADER = 100_000_000
-"""Bytes of the longest header that the safetensors library reads."""
+MAX_HEADER = 32 << 20
+"""Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
+
+MAX_TENSORS = 150_000
+"""Tensors of the largest file that is read. Beyond it, reading the header alone takes seconds and
+gigabytes: the work of someone who means harm."""
+
+_MAX_ITEMS = 12 * MAX_TENSORS
+"""Quotes, and commas, of a header; a tensor takes ten quotes and some seven commas."""
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -120,12 +129,14 @@ def read_layout(path: Path, cache: Cache | None = None) -> Layout:
         # A FIFO would block on open, and a device has no length.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise SnapshotError(str(path), "not a regular file", "leave it out with --only")
-        with safetensors.safe_open(path, framework="np"):
-            pass
         with open(path, "rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            _check_length(path, length)
             header = file.read(length)
             status = os.fstat(file.fileno())
+        check_items(path, header)
+        with safetensors.safe_open(path, framework="np"):
+            pass
     except OSError as error:
         raise MachineError(
             str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
@@ -138,18 +149,41 @@ def read_layout(path: Path, cache: Cache | None = None) -> Layout:
                 "wait until it is written, copy it again, or leave it out",
             ) from None
         raise _corrupt(path, str(error)) from None
-    metadata, rest = _split_metadata(header)
-    tensors = cache.get(rest) if cache is not None else None
-    if tensors is None:
-        tensors = _parse_tensors(rest)
-        if cache is not None:
-            cache[rest] = tensors
+    try:
+        metadata, rest = _split_metadata(header)
+        tensors = cache.get(rest) if cache is not None else None
+        if tensors is None:
+            tensors = _parse_tensors(rest)
+            if cache is not None:
+                cache[rest] = tensors
+    except _NOT_A_HEADER:  # then the library has seen another file
+        raise _corrupt(path, "it changed while it was read") from None
     end = max((info.end for info in tensors.values()), default=0)
     data_start = _LENGTH.size + length
     if len(header) != length or data_start + end != status.st_size:
         raise _corrupt(path, "its length changed while it was read")
     part = Part(path, 0, end, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
     return Layout(path, tensors, metadata, (part,))
+
+
+_NOT_A_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What parsing a header raises that the library has not validated."""
+
+
+def _check_length(path: Path, length: int) -> None:
+    if length > MAX_HEADER:
+        raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
+
+
+def check_items(path: Path, header: bytes) -> None:
+    """Raise SnapshotError for a header that would be slow to parse, before anyone parses it."""
+    items = max(header.count(b'"'), header.count(b","))
+    if header.count(b"{") > MAX_TENSORS + 2 or items > _MAX_ITEMS:
+        raise SnapshotError(
+            str(path),
+            f"its header holds more than {MAX_TENSORS:,} tensors need",
+            "leave it out with --only",
+        )
 
 
 def _ends_early(path: Path) -> bool:
@@ -169,7 +203,7 @@ def _ends_early(path: Path) -> bool:
         _, rest = _split_metadata(header)
         data = max((info.end for info in _parse_tensors(rest).values()), default=0)
         return bool(_LENGTH.size + length + data > size)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, *_NOT_A_HEADER):
         return False
 
 
@@ -196,10 +230,23 @@ def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
 
 
 def _parse_tensors(header: bytes) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in json.loads(header).items()
-    }
+    with _without_collections():
+        return {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in json.loads(header).items()
+        }
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Make very many objects without the search for garbage among them, which takes as long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def lay_out(

@@ -64,19 +64,19 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
-    recipe: Recipe | None = None
     if os.path.isfile(folder):
         path = Path(folder)
-        layout, recipe = _read_recipe(path)
-        if recipe is not None:
+        inventory = options.read_snapshots(
+            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)], raw
+        )
+        # A snapshot has no recipe: then the file, which may be large, isn't read again.
+        layout, recipe = (None, None) if inventory.snapshots else _read_recipe(path)
+        if layout is not None and recipe is not None:
             if as_json:
                 print_json(_describe_output(path, recipe))
             else:
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
-        inventory = options.read_snapshots(
-            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)], raw
-        )
     else:
         inventory = options.read_snapshots(folder, pattern, profiles, only, raw)
     warn(inventory.warnings, quiet)

@@ -1,0 +1,169 @@
+"""What may stand nowhere in the source: whatever runs code that came with a file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command import ROOT
+
+PACKAGE = sorted((ROOT / "posthoc_cli").rglob("*.py"))
+ALL = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "docs").rglob("*.py"))]
+
+UNPICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+"""Modules that turn bytes into objects by calling what the bytes name."""
+
+RUNNERS = {"eval", "exec", "compile", "__import__", "execfile"}
+
+WITH_TORCH = {
+    *("adapters/lightning.py", "adapters/transformers.py", "averaging.py", "demo.py"),
+    *("saving.py", "tracking.py"),
+}
+"""Modules for a training loop, where torch is there anyway; the commands start without it."""
+
+EXCEPTIONS = {
+    "tests/test_docs.py": {"shell=True"},
+    "tests/test_tracking.py": {"exec()", "compile()"},
+    "tests/test_unpickling.py": {"pickle.loads()"},
+}
+"""They run what our own documentation shows, as a reader would; or compare what is read as data
+with what Python makes of a pickle that the test itself has made."""
+
+
+def forbidden(tree: ast.AST, *, ours: bool) -> Iterator[tuple[int, str]]:
+    """Line and name of what may not stand in a module; `ours`: in the package itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and ours:
+            yield from ((node.lineno, name) for name in _modules(node) if name in UNPICKLERS)
+        if isinstance(node, ast.ImportFrom) and node.module in UNPICKLERS:
+            loaders = {"load", "loads", "Unpickler"} & {alias.name for alias in node.names}
+            yield from ((node.lineno, name) for name in loaders)
+        if isinstance(node, ast.Call):
+            yield from ((node.lineno, problem) for problem in _calls(node, ours=ours))
+
+
+def _modules(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom):
+        yield (node.module or "").partition(".")[0]
+    else:
+        yield from (alias.name.partition(".")[0] for alias in node.names)
+
+
+def _calls(call: ast.Call, *, ours: bool) -> Iterator[str]:
+    """What is wrong with a call."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name = ast.unparse(call.func)
+    base, _, method = name.rpartition(".")
+    if name in RUNNERS or (base == "builtins" and method in RUNNERS):
+        yield f"{name}()"
+    if base in UNPICKLERS and method in ("load", "loads", "Unpickler", "open"):
+        yield f"{name}()"
+    if name in ("torch.load", "torch.serialization.load") and not _is(
+        given.get("weights_only"), True
+    ):
+        yield "torch.load() without weights_only=True"
+    if name in ("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"):
+        yield f"{name}()"
+    if method == "load" and base in ("np", "numpy") and "allow_pickle" in given:
+        yield from [] if _is(given["allow_pickle"], False) else ["np.load() with allow_pickle"]
+    if base == "yaml" and method.startswith(("load", "unsafe", "full")):
+        yield f"{name}()"
+    if name in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):
+        yield f"{name}()"
+    if "shell" in given and not _is(given["shell"], False):
+        yield "shell=True"
+    if ours and method in ("import_module", "run_path", "run_module"):
+        yield from [] if call.args and isinstance(call.args[0], ast.Constant) else [f"{name}()"]
+
+
+def _is(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_nothing_that_comes_from_a_file_is_ever_run(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+    allowed = EXCEPTIONS.get(name_of(path), set())
+    found = {(line, what) for line, what in forbidden(tree, ours=path in PACKAGE)}
+    assert {(line, what) for line, what in found if what not in allowed} == set()
+    assert allowed <= {what for _, what in found}, "an exception that is no longer needed"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import marshal as m",
+        "pickle.load(file)",
+        "pickle.Unpickler(file)",
+        "eval('1')",
+        "exec(code)",
+        "builtins.exec(code)",
+        "compile(code, '', 'exec')",
+        "__import__(name)",
+        "importlib.import_module(name)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text)",
+        "os.system(line)",
+        "subprocess.run(line, shell=True)",
+    ],
+)
+def test_it_would_be_found(code: str) -> None:
+    assert list(forbidden(ast.parse(code), ours=True))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "model.eval()",
+        "re.compile(text)",
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=False)",
+        "json.load(file)",
+        "subprocess.run(words, check=True)",
+        "importlib.import_module('torch')",
+    ],
+)
+def test_what_is_harmless_may_stand(code: str) -> None:
+    assert not list(forbidden(ast.parse(code), ours=True))
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_only_what_trains_imports_torch_at_once(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    at_once = [
+        name
+        for node in _at_import(tree)
+        for name in _modules(node)
+        if name in ("torch", "lightning", "transformers", "accelerate", "matplotlib")
+    ]
+    allowed = path.relative_to(ROOT / "posthoc_cli").as_posix() in WITH_TORCH
+    assert allowed or not at_once
+
+
+def _at_import(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when the module is imported: not those in functions, nor for types."""
+    waiting: list[ast.stmt] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for field in ("body", "orelse", "finalbody"):
+                waiting += getattr(node, field, [])
+            for handler in getattr(node, "handlers", []):
+                waiting += handler.body
