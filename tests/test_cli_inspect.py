@@ -97,7 +97,15 @@ def test_a_file_of_posthoc(posthoc_here: Posthoc, snapshots: Path, check_json) -
     assert (run.code, run.err) == (0, "")
     check_json("inspect", run.json)
     recipe = run.json["recipe"]
-    assert recipe["sources"] == target["weights"]
+    sizes = {path.name: path.stat().st_size for path in snapshots.iterdir()}
+    for source, weight in zip(recipe["sources"], target["weights"], strict=True):
+        assert {**source, "bytes": 0, "fingerprint": ""} == {
+            **weight,
+            "bytes": 0,
+            "fingerprint": "",
+        }
+        assert source["bytes"] == sizes[source["file"]]
+    assert len({source["fingerprint"] for source in recipe["sources"]}) == len(sizes)
     assert recipe["target"] == {key: target[key] for key in ("step", "sigma_rel", "gamma")}
     assert [entry["file"] for entry in run.json["skipped"]] == ["x.safetensors"]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import printable
@@ -94,3 +95,39 @@ def in_short(count: float) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 snapshot`, `16 snapshots`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def progress_bar(
+    label: str, total: int | None, wanted: bool
+) -> Iterator[Callable[..., None] | None]:
+    """A bar on stderr of `total` bytes to read, gone when done; nothing unless on a terminal.
+
+    Gives what to call, from any thread, with the number of bytes just read, and with the total if
+    that is only known then.
+    """
+    console = stderr_console() if wanted else None
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
+        yield None
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        expand=True,
+    ) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count, total=None: bar.update(task, advance=count, total=total)

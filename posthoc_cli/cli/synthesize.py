@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +12,12 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
+    counted,
     note,
     plain_table,
     print_json,
     print_table,
-    stderr_console,
+    progress_bar,
     stdout_console,
 )
 from posthoc_cli.cli.drawing import percent
@@ -138,6 +138,7 @@ def synthesize(
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
     raw: options.RawOption = False,
+    skip_incomplete: options.SkipIncompleteOption = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -168,7 +169,7 @@ def synthesize(
         step=step,
         method=method,
         device=device,
-        reading=(pattern, profiles, only, raw),
+        reading=options.Reading(pattern, profiles, only, raw, skip_incomplete),
         quiet=quiet,
         sample=max_error is not None,
         leave_out=(*(copy or ()), *(drop or ())),
@@ -193,6 +194,7 @@ def synthesize(
         solved,
         paths,
         kept,
+        {"copied": copy or (), "dropped": drop or ()},
         {"overwrite": force, "shard_bytes": shard_bytes, "strict": strict},
         progress=not quiet,
     )
@@ -226,13 +228,14 @@ def _write(
     solved: Solved,
     paths: Sequence[Path],
     kept: set[Path],
+    globs: dict[str, Sequence[str]],
     how: dict[str, Any],
     *,
     progress: bool,
 ) -> tuple[list[Output], list[Finding]]:
     """Write those of `paths`, one for each target, that are not `kept`, in one pass.
 
-    `how` are further options of execute.
+    `globs` of tensors go into the recipes; `how` are further options of execute.
     """
     findings: list[Finding] = []
     wanted = [at for at, path in enumerate(paths) if path not in kept]
@@ -240,13 +243,13 @@ def _write(
     if wanted:
         from posthoc_cli.synthesis import execute
 
-        with _progress_bar(plan.bytes_to_read, len(wanted), progress) as advance:
+        with progress_bar(counted(len(wanted), "file"), plan.bytes_to_read, progress) as advance:
             begin = time.perf_counter()
             done = execute(
                 plan,
                 solved.solution.weights[wanted],
                 [paths[at] for at in wanted],
-                [_recipe(solved, at) for at in wanted],
+                _recipes(solved, wanted, globs),
                 device=solved.device,
                 progress=advance,
                 **how,
@@ -267,51 +270,32 @@ def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
     return main, shards, sum(each.stat().st_size for each in (main, *shards))
 
 
-def _recipe(solved: Solved, at: int) -> dict[str, Any]:
+def _recipes(
+    solved: Solved, wanted: Sequence[int], globs: dict[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """The recipes of the targets `wanted`; `globs` are those of the tensors copied and dropped."""
+    from posthoc_cli.reading import fingerprint
     from posthoc_cli.recipe import make_recipe
 
-    recipe = make_recipe(
-        solved.solution.method,
-        solved.solution.targets[at],
-        [snapshot.file for snapshot in solved.snapshots],
-        solved.solution.snapshots,
-        solved.solution.weights[at].tolist(),
-    )
-    # A profile holds gamma only: what was said as 0.05 shall not come out as 0.04999999999999999.
-    recipe["target"]["sigma_rel"] = solved.targets[at].sigma_rel
-    for source, snapshot in zip(recipe["sources"], solved.snapshots, strict=True):
-        source["sigma_rel"] = snapshot.sigma_rel
-    return recipe
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, outputs: int, wanted: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr of `total` bytes to read, gone when done; nothing unless on a terminal."""
-    console = stderr_console() if wanted else None
-    if console is None or not console.is_terminal or console.is_dumb_terminal:
-        yield None
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        expand=True,
-    ) as bar:
-        task = bar.add_task("1 file" if outputs == 1 else f"{outputs} files", total=total)
-        yield lambda count: bar.advance(task, count)
+    marks = [(each.bytes, fingerprint(each.layout)) for each in solved.snapshots]
+    recipes = []
+    for at in wanted:
+        recipe = make_recipe(
+            solved.solution.method,
+            solved.solution.targets[at],
+            [snapshot.file for snapshot in solved.snapshots],
+            solved.solution.snapshots,
+            solved.solution.weights[at].tolist(),
+            marks=marks,
+            **globs,
+        )
+        # A profile holds gamma only: what was said as 0.05 shall not come out as
+        # 0.04999999999999999.
+        recipe["target"]["sigma_rel"] = solved.targets[at].sigma_rel
+        for source, snapshot in zip(recipe["sources"], solved.snapshots, strict=True):
+            source["sigma_rel"] = snapshot.sigma_rel
+        recipes.append(recipe)
+    return recipes
 
 
 def _describe(
