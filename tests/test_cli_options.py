@@ -399,3 +399,25 @@ def test_completion(posthoc: Posthoc) -> None:
         env={"_POSTHOC_COMPLETE": "complete_bash", "COMP_WORDS": "posthoc sy", "COMP_CWORD": "1"}
     )
     assert run.out.split() == ["synthesize"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "solve", "synthesize", "plot"])
+def test_a_snapshot_that_is_still_being_written(
+    posthoc: Posthoc, tmp_path: Path, snapshots: Path, command: str
+) -> None:
+    newest = snapshots / "ema-5000-0.05.safetensors"
+    whole = (snapshots / "ema-4000-0.05.safetensors").read_bytes()
+    newest.write_bytes(whole[:-7])
+    target = [] if command == "inspect" else ["--sigma-rel", "0.07"]
+    output = {"synthesize": ["-o", "out.safetensors"], "plot": ["-o", "out.png"]}.get(command, [])
+    stopped = posthoc(command, "snapshots", *target, *output)
+    assert stopped.code == 3
+    assert "ema-5000-0.05.safetensors" in stopped.out + stopped.err
+    assert not list(tmp_path.glob("out.*"))
+    done = posthoc(command, "snapshots", *target, *output, "--skip-incomplete")
+    assert done.code == 0, done
+    left_out = "ema-5000-0.05.safetensors: left out: incomplete: not a whole safetensors file"
+    if command == "inspect":
+        assert "ema-5000-0.05.safetensors: incomplete: not a whole" in done.out
+    else:
+        assert left_out in done.err

@@ -45,6 +45,7 @@ def inspect(
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
     raw: options.RawOption = False,
+    skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Of a file's recipe, show negligible weights too.")
     ] = False,
@@ -66,8 +67,9 @@ def inspect(
     """
     if os.path.isfile(folder):
         path = Path(folder)
+        itself = [*(only or ()), glob.escape(path.name)]
         inventory = options.read_snapshots(
-            str(path.parent), pattern, profiles, [*(only or ()), glob.escape(path.name)], raw
+            str(path.parent), options.Reading(pattern, profiles, itself, raw, skip_incomplete)
         )
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
         layout, recipe = (None, None) if inventory.snapshots else _read_recipe(path)
@@ -78,7 +80,8 @@ def inspect(
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
     else:
-        inventory = options.read_snapshots(folder, pattern, profiles, only, raw)
+        reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
+        inventory = options.read_snapshots(folder, reading)
     warn(inventory.warnings, quiet)
     if as_json:
         document = describe(inventory)

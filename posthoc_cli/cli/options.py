@@ -70,6 +70,15 @@ RawOption = Annotated[
         "those of their metadata, kohya's too, or the last number of their names.",
     ),
 ]
+SkipIncompleteOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-incomplete",
+        rich_help_panel=_READING,
+        help="Leave out files whose end is missing, such as one that training is still writing, "
+        "instead of stopping.",
+    ),
+]
 SigmaRelOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -323,20 +332,41 @@ def read_device(text: str) -> str:
     return text
 
 
-def read_snapshots(
-    folder: str,
-    pattern: str | None,
-    profiles: Sequence[str] | None,
-    only: Sequence[str] | None,
-    raw: bool = False,
-) -> Inventory:
-    """The inventory of `folder`, by the options that say how to read it."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a folder is to be read: the options under "Reading the folder"."""
+
+    pattern: str | None = None
+    profiles: Sequence[str] | None = None
+    only: Sequence[str] | None = None
+    raw: bool = False
+    skip_incomplete: bool = False
+
+
+def read_snapshots(folder: str, reading: Reading) -> Inventory:
+    """The inventory of `folder`."""
     from posthoc_cli.snapshots import read_folder
 
-    if raw and profiles:
+    if reading.raw and reading.profiles:
         raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
-    indexed = [float(value) for value in read_list("--profiles", profiles)] if profiles else None
-    return read_folder(folder, pattern=pattern, profiles=indexed, only=only or (), raw=raw)
+    listed = read_list("--profiles", reading.profiles) if reading.profiles else None
+    return read_folder(
+        folder,
+        pattern=reading.pattern,
+        profiles=None if listed is None else [float(value) for value in listed],
+        only=reading.only or (),
+        raw=reading.raw,
+        skip_incomplete=reading.skip_incomplete,
+    )
+
+
+def say_what_is_skipped(inventory: Inventory, quiet: bool) -> None:
+    """Name on stderr the snapshots that --skip-incomplete leaves out."""
+    from posthoc_cli.cli.console import note
+
+    for file, reason in inventory.skipped:
+        if reason.startswith("incomplete"):
+            note(f"{file}: left out: {reason}", quiet)
 
 
 def at_step(targets: Sequence[Target], step: int) -> list[Profile]:

@@ -48,6 +48,7 @@ def plot(
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
     raw: options.RawOption = False,
+    skip_incomplete: options.SkipIncompleteOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Draw what each method's weights give, for each target.
@@ -81,7 +82,7 @@ def plot(
         step=step,
         method=method,
         device="cpu",
-        reading=(pattern, profiles, only, raw),
+        reading=options.Reading(pattern, profiles, only, raw, skip_incomplete),
         quiet=quiet,
         sample=True,
     )

@@ -77,6 +77,7 @@ def solve(
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
     raw: options.RawOption = False,
+    skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
         bool,
         typer.Option(
@@ -124,7 +125,7 @@ def solve(
         step=step,
         method=method,
         device=device,
-        reading=(pattern, profiles, only, raw),
+        reading=options.Reading(pattern, profiles, only, raw, skip_incomplete),
         quiet=quiet,
         sample=diagnose,
     )
@@ -154,12 +155,12 @@ def solve_folder(
     step: int | None,
     method: str | None,
     device: str,
-    reading: tuple[str | None, Sequence[str] | None, Sequence[str] | None, bool],
+    reading: options.Reading,
     quiet: bool,
     sample: bool = False,
     leave_out: Sequence[str] = (),
 ) -> Solved:
-    """Read `folder` (`reading`: --pattern, --profiles, --only, --raw), warn of what is odd, solve.
+    """Read `folder`, warn of what is odd, and solve.
 
     With `sample`, and for blup, the values of the snapshots are sampled too, but for those of the
     tensors that the globs `leave_out` fit.
@@ -167,9 +168,10 @@ def solve_folder(
     from posthoc_cli.snapshots import select
     from posthoc_cli.weights import solve
 
-    method = options.read_method(method, reading[3])
+    method = options.read_method(method, reading.raw)
     device = options.read_device(device)
-    inventory = options.read_snapshots(folder, *reading)
+    inventory = options.read_snapshots(folder, reading)
+    options.say_what_is_skipped(inventory, quiet)
     warn(inventory.warnings, quiet)
     snapshots, step = select(inventory.usable(), step)
     own = [snapshot.profile for snapshot in snapshots]
