@@ -105,7 +105,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         # A FIFO would block on open, and a device has no length.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SnapshotError(str(path), "not a regular file", "leave it out with --only")
+            raise SnapshotError(str(path), "not a regular file", "leave it out")
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             root = _read(Source(path, file, 0, status.st_size))

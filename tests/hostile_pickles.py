@@ -222,7 +222,7 @@ def overlapping() -> bytes:
 def compressed(level: int = 9) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=level) as archive:
-        archive.writestr("archive/data.pkl", bytes(64 * MILLION))
+        archive.writestr("archive/data.pkl", bytes(8 * MILLION))
     return stream.getvalue()
 
 
@@ -324,13 +324,13 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     ),
     "doubled modules": modules_doubled,
     "deep tuples": lambda: whole(b")" + b"\x85" * MILLION),
-    "deep lists": lambda: whole(b"]" * 200_000 + b"a" * 199_999),
-    "deep dicts": lambda: whole(b"N" + (b"q\x010}Nh\x01s") * 100_000),
-    "deep marks": lambda: PROTO + b"(" * 200_000,
+    "deep lists": lambda: whole(b"]" * 50_000 + b"a" * 49_999),
+    "deep dicts": lambda: whole(b"N" + (b"q\x010}Nh\x01s") * 30_000),
+    "deep marks": lambda: PROTO + b"(" * 50_000,
     "deep calls": lambda: whole(
         b"Nq\x01" + (name("torch", "device") + b"h\x01\x85Rq\x010") * 50_000 + b"h\x01"
     ),
-    "deep keys": lambda: whole(b")" + b"\x85" * 200_000 + b"q\x010}h\x01Ns"),
+    "deep keys": lambda: whole(b")" + b"\x85" * 50_000 + b"q\x010}h\x01Ns"),
     "one dict of many names": lambda: zipped(
         whole(
             mapping(text("w"), tensor(storage_id()), *(number(i) + b"N" for i in range(30_000)))
@@ -341,14 +341,14 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "a list within itself": lambda: whole(b"]q\x01h\x01a"),
     "a dict within itself": lambda: whole(b"}q\x01" + text("x") + b"h\x01s"),
     "a module within itself": module_within_itself,
-    "many marks and pops": lambda: whole(b"(1" * 200_000 + b"N"),
+    "many marks and pops": lambda: whole(b"(1" * 50_000 + b"N"),
     "a million dicts": lambda: PROTO + b"}" * 2 * MILLION + b".",
-    "many memos": lambda: PROTO + b"N" + b"\x94" * 300_000 + b".",
+    "many memos": lambda: PROTO + b"N" + b"\x94" * 50_000 + b".",
     "a hundred texts of a megabyte": lambda: (
         PROTO + b"(" + (text("\U0001f600" + "x" * 900_000)) * 100 + b"t."
     ),
     "keys with one hash": lambda: whole(
-        mapping(*(number(k * (2**61 - 1)) + b"N" for k in range(1, 30_000)))
+        mapping(*(number(k * (2**61 - 1)) + b"N" for k in range(1, 10_000)))
     ),
     # Lengths that are lies.
     "BINBYTES8 of 10 GB": lambda: PROTO + b"\x8e" + struct.pack("<Q", 10 << 30) + b"x.",

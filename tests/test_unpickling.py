@@ -274,9 +274,7 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_no_file_takes_much_memory(workplace: Path) -> None:
-    heavy = [
-        case for case in CORPUS if re.search(r"GB|2 \*\* |million|hundred|mega|deep tup", case)
-    ]
+    heavy = [case for case in CORPUS if re.search(r"GB|2 \*\* |million|hundred|mega", case)]
     assert len(heavy) > 20
     for index, case in enumerate(heavy):
         Path(str(index)).write_bytes(CORPUS[case]())
