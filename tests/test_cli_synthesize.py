@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from tests.command import Posthoc, on_terminal, visible
+from tests.command import COMMAND, ENVIRONMENT, Posthoc, on_terminal, visible, write_snapshot
 
 
 def test_one_file(
@@ -143,3 +144,27 @@ def test_on_a_terminal(snapshots: Path) -> None:
     assert "2 files" not in quiet
     assert max(map(len, visible(quiet))) <= 80
     assert "2 files" not in on_terminal(arguments, snapshots.parent, TERM="dumb")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_more_snapshots_than_files_may_be_open(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    for step in range(1, 101):
+        write_snapshot(folder / f"s{step}.safetensors", step, step=str(step), gamma="6.94")
+    for files, output in ((1024, "many.safetensors"), (40, "few.safetensors")):
+        done = subprocess.run(
+            [
+                *("bash", "-c", f'ulimit -n {files}; exec "$@"', "-"),
+                *(COMMAND, "synthesize", "snapshots", "--gamma", "8", "--method", "blup"),
+                *("-o", output),
+            ],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done
+    few, many = (load_file(tmp_path / f"{name}.safetensors") for name in ("few", "many"))
+    assert all(np.array_equal(few[name], many[name]) for name in many)
