@@ -119,3 +119,24 @@ def test_a_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
         tensors["w"][at] += 1
         assert made(f"d{at}") != first
         tensors["w"][at] -= 1
+
+
+@pytest.mark.parametrize("length", [0, 1, 4096, 5000])
+def test_a_fingerprint_of_little_data(tmp_path: Path, length: int) -> None:
+    seen = set()
+    for at in (None, 0, length // 2, length - 1) if length else (None,):
+        data = np.arange(length, dtype=np.uint8)
+        if at is not None:
+            data[at] ^= 1
+        write_tensors(tmp_path / "a", {"w": data})
+        seen.add(fingerprint(read_layout(tmp_path / "a")))
+    assert len(seen) == min(length, 3) + 1
+
+
+def test_a_fingerprint_of_several_files(tmp_path: Path) -> None:
+    index = save_shards(tmp_path, some_tensors(1), GROUPS)
+    first = fingerprint(open_layout(index))
+    save_shards(tmp_path, some_tensors(2), GROUPS)
+    assert fingerprint(open_layout(index)) != first
+    save_shards(tmp_path, some_tensors(1), GROUPS)
+    assert fingerprint(open_layout(index)) == first

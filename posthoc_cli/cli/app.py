@@ -16,6 +16,7 @@ from posthoc_cli.cli.plan import plan
 from posthoc_cli.cli.plot import plot
 from posthoc_cli.cli.solve import solve
 from posthoc_cli.cli.synthesize import synthesize
+from posthoc_cli.cli.verify import verify
 from posthoc_cli.errors import UsageError
 
 PROGRAM = "posthoc"
@@ -30,6 +31,7 @@ app.command(cls=Command, short_help="Show which snapshots a folder holds.")(insp
 app.command(cls=Command, short_help="Make snapshots of other tools' checkpoints.")(convert)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
+app.command(cls=Command, short_help="Check an output against its snapshots.")(verify)
 app.command(cls=Command, short_help="Draw profiles and weights.")(plot)
 app.command(cls=Command, short_help="Show, before training, what it will give.")(plan)
 app.command(cls=Command, short_help="Try it all on a network trained here.")(demo)

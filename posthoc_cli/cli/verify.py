@@ -1,0 +1,117 @@
+"""`posthoc verify`: whether an output is what its recipe says, and its snapshots what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import counted, print_json, progress_bar
+from posthoc_cli.errors import SnapshotError, printable
+
+if TYPE_CHECKING:
+    from posthoc_cli.verification import Problem, Report
+
+
+def verify(
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A file that synthesize wrote, or its index.", show_default=False
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER",
+            help="The folder of its snapshots; by default the one that OUT lies in.",
+            show_default=False,
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Compare every value, not a sample of them.")
+    ] = False,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Check an output: is it what its recipe says, and are the snapshots the same files?
+
+    Follows the recipe again and compares: some values of every tensor, or with --full all of them.
+    With anything else than it should be the exit code is 3.
+
+    \b
+    Examples:
+      posthoc verify ema-0.07.safetensors snapshots
+      posthoc verify ema-0.07.safetensors snapshots --full
+    """
+    from posthoc_cli.verification import find_output
+    from posthoc_cli.verification import verify as verify_layout
+
+    layout = find_output(out)
+    with progress_bar("verify", None, not quiet) as advance:
+        report = verify_layout(layout, folder, full=full, progress=advance)
+    if as_json:
+        where = out.parent if folder is None else folder
+        print_json(_describe(str(layout.path), str(where), full, report))
+    elif not report.problems:
+        _say(str(layout.path), report)
+    if report.problems:
+        raise _complaint(report.problems)
+
+
+def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+    return {
+        "output": output,
+        "folder": folder,
+        "full": full,
+        "ok": not report.problems,
+        "sources": report.sources,
+        "fingerprints": report.known,
+        "tensors": report.tensors,
+        "values": report.values,
+        "compared": report.compared,
+        "rounded": report.rounded,
+        "problems": [
+            {
+                "file": problem.path.name,
+                "tensor": problem.tensor,
+                "element": None if problem.element is None else list(problem.element),
+                "message": printable(f"{problem.problem}; {problem.remedy}"),
+            }
+            for problem in report.problems
+        ],
+    }
+
+
+def _say(output: str, report: Report) -> None:
+    """That all is well, and how much was looked at."""
+    print(
+        f"{printable(output)}: {report.compared:,} of {counted(report.values, 'value')} "
+        f"{'is' if report.compared == 1 else 'are'} as the recipe says"
+    )
+    if report.rounded:
+        print(f"{report.rounded:,} of them not rounded to the nearest, but within the bounds")
+    if report.known == report.sources:
+        sources = "the source is" if report.sources == 1 else f"all {report.sources} sources are"
+        more = "; --full compares every value" if report.compared < report.values else ""
+        print(f"{sources} unchanged{more}")
+    else:
+        print(
+            f"the recipe is an old one: nothing in it tells whether {report.sources} sources "
+            "are unchanged"
+        )
+
+
+def _complaint(problems: list[Problem]) -> SnapshotError:
+    """The first problem, and how many more there are."""
+    first = problems[0]
+    problem, remedy = first.problem, first.remedy
+    if first.tensor is not None:
+        index = f" {list(first.element)}" if first.element else ""
+        problem = f"tensor '{first.tensor}'{index} {problem}"
+    if more := len(problems) - 1:
+        remedy += f" ({counted(more, 'more problem')}: --json lists them)"
+    return SnapshotError(str(first.path), problem, remedy)
