@@ -169,7 +169,8 @@ def convert(
     else:
         _draw(stdout_console(), outcome)
     if outcome.problems:
-        raise SnapshotError(
+        failed = any(isinstance(error, MachineError) for _, error in outcome.problems)
+        raise (MachineError if failed else SnapshotError)(
             source,
             counted(len(outcome.problems), "problem") + " found",
             "the list of problems says what to do about each",

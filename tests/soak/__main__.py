@@ -8,11 +8,14 @@ from collections.abc import Callable
 
 from tests.soak.fuzz import fuzz
 from tests.soak.heavy import heavy
+from tests.soak.kill import interrupt, kill
 from tests.soak.tally import Tally
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "fuzz": fuzz,
     "heavy": heavy,
+    "kill": kill,
+    "interrupt": interrupt,
 }
 
 SEED = 20231204

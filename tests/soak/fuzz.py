@@ -230,10 +230,10 @@ def is_stated(metadata: dict[str, str]) -> bool:
 # A command in this process
 
 
-def harm_of(run: Run, *, quiet: bool = False) -> list[str]:
+def harm_of(run: Run, *, quiet: bool = False, codes: Sequence[int] = (0, 2, 3)) -> list[str]:
     """What is wrong with how a command ended, whatever it was given; `quiet`: with -q."""
     losses = []
-    if run.code not in (0, 2, 3):
+    if run.code not in codes:
         losses.append(f"exit code {run.code}: {run.err[-500:]!r}")
     lines = run.err.split("\n")
     if lines.pop() != "" or not all(line.startswith("posthoc: ") for line in lines):

@@ -1,0 +1,115 @@
+"""Commands that are killed, interrupted and terminated at random moments."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from tests.soak.scenes import Scene, scenes
+from tests.soak.tally import Tally
+
+ROUNDS = 100
+
+MOST_SECONDS = 1.0
+"""From a signal to the end."""
+
+
+def kill(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -> None:
+    """`kill -9` at `rounds` random moments of each command."""
+    rng = random.Random(f"kill/{seed}")
+    with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
+        for scene in scenes(Path(scratch), megabytes, seed):
+            for number in range(rounds):
+                losses = _kill(scene, rng, early=number % 2 == 0, again=number % 4 < 2)
+                tally.count(f"kills of {scene.name}", losses)
+
+
+def _kill(scene: Scene, rng: random.Random, *, early: bool, again: bool) -> list[str]:
+    """One round: half of the kills come while there is something to be written."""
+    scene.reset()
+    with scene.start() as process:
+        if early:
+            time.sleep(rng.uniform(0, scene.seconds))
+        else:
+            _wait_for_writing(scene, process)
+            time.sleep(rng.uniform(0, 1.2 * scene.writing))
+        process.kill()
+    losses = scene.harm()
+    if again:
+        losses += scene.harm_of_another_run()
+    return losses
+
+
+def _wait_for_writing(scene: Scene, process: subprocess.Popen[str]) -> None:
+    while process.poll() is None and not scene.left_behind():
+        time.sleep(0.0005)
+
+
+def interrupt(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -> None:
+    """SIGINT, SIGTERM and SIGHUP in turn, at `rounds` random moments of each command.
+
+    They come once posthoc runs: before, while Python itself starts, they are Python's.
+    """
+    rng = random.Random(f"interrupt/{seed}")
+    slowest = 0.0
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
+        for scene in scenes(Path(scratch), megabytes, seed):
+            for number in range(rounds):
+                losses, seconds = _interrupt(scene, rng, numbers[number % 3], number % 2 == 0)
+                tally.count(f"signals to {scene.name}", losses)
+                slowest = max(slowest, seconds)
+    tally.figures.append(f"slowest end {slowest:.2f} s after the signal")
+
+
+def _interrupt(
+    scene: Scene, rng: random.Random, number: signal.Signals, early: bool
+) -> tuple[list[str], float]:
+    """One round: what was lost, and seconds from the signal to the end."""
+    scene.reset()
+    with scene.start() as process:
+        while process.poll() is None and not _handles_signals(process.pid):
+            time.sleep(0.0005)
+        if early:
+            time.sleep(rng.uniform(0, scene.seconds))
+        else:
+            _wait_for_writing(scene, process)
+            time.sleep(rng.uniform(0, scene.writing))
+        done = process.poll() is not None
+        begin = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate()
+        seconds = time.monotonic() - begin
+    losses = scene.harm() + [f"left {name}" for name in scene.left_behind()]
+    expected = 130 if number == signal.SIGINT else 128 + number
+    if process.returncode == 0:
+        if scene.files() != scene.new:
+            losses.append("done, but not written")
+    elif (
+        process.returncode == -number
+    ):  # Python was leaving, its handlers gone; shells say the same
+        if scene.files() != scene.new:
+            losses.append(f"{number.name} ended it, and nothing was written")
+    elif done or process.returncode != expected:
+        losses.append(f"{number.name} ended in {process.returncode}: {err!r}")
+    elif expected == 130 and not err.endswith("posthoc: interrupted\n"):
+        losses.append(f"{number.name} said {err!r}")
+    if "Traceback" in err or "Exception ignored" in err:
+        losses.append(f"{number.name} said {err!r}")
+    if seconds > MOST_SECONDS:
+        losses.append(f"{number.name} took {seconds:.1f} s")
+    return losses, seconds
+
+
+def _handles_signals(pid: int) -> bool:
+    """Whether the process has handlers for what it is sent: by /proc, where there is one."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return True
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
