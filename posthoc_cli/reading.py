@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -114,6 +113,8 @@ def fingerprint(layout: Layout) -> str:
     from the first byte to the last: 64 KiB are quickly read, however large it is. Raises what
     Reader does.
     """
+    import hashlib  # only here: it takes as long to load as all else in this module
+
     digest = hashlib.sha256()
     length = sum(part.length for part in layout.parts)
     block = min(_FINGERPRINT_BLOCK, length)
