@@ -44,6 +44,16 @@ def is_index(name: str) -> bool:
     return name.lower().endswith(INDEX_ENDING)
 
 
+def index_listing(path: Path) -> Path | None:
+    """The index beside the file `path` that lists it as a shard, if there is one."""
+    stem = re.sub(r"-[0-9]{5}-of-[0-9]{5}\Z", "", path.name[: -len(ENDING)])
+    index = path.with_name(stem + INDEX_ENDING)
+    with contextlib.suppress(PosthocError):
+        if os.path.exists(index) and path.name in listed_in(index):
+            return index
+    return None
+
+
 def open_layout(path: Path, cache: Cache | None = None) -> Layout:
     """The layout of a safetensors file, of the shards of an index, or of a folder with either.
 

@@ -308,6 +308,7 @@ def test_the_command_writes_shards(
     shown = posthoc("inspect", "ema.safetensors.index.json")
     assert shown.code == 0
     assert "sigma_rel 0.07" in shown.out
+    assert posthoc("inspect", target["shards"][1]) == shown
     posthoc(*arguments, "-o", "ema.safetensors").failed(2, "ema.*index.json: exists already; .*")
     posthoc(*arguments[:-1], "5X", "-o", "x.safetensors").failed(
         2, "--max-shard-size: '5X' is no size; give, say, 1.2GB"

@@ -66,7 +66,10 @@ def inspect(
       posthoc inspect ema-0.07.safetensors
     """
     if os.path.isfile(folder):
+        from posthoc_cli.shards import index_listing
+
         path = Path(folder)
+        path = index_listing(path) or path  # of a shard, that of which it is a part
         itself = [*(only or ()), glob.escape(path.name)]
         inventory = options.read_snapshots(
             str(path.parent), options.Reading(pattern, profiles, itself, raw, skip_incomplete)
