@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,8 @@ from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo
 COPY_BYTES = 16 << 20
 """Bytes that a worker copies at a time where they need not be looked at."""
 
-TILE_BYTES = 8 << 20
-"""Bytes of a tile; a worker holds it twice, and what was read to make it."""
+TILE_BYTES = 16 << 20
+"""Bytes of a tile; a worker holds it up to three times, and once or twice what was read for it."""
 
 GAP_BYTES = 1 << 12
 """Runs with a gap of at most this between them are read at once, gap included."""
@@ -42,7 +43,8 @@ FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
 
 Progress = Callable[[int], None]
-Elements = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Bytes = npt.NDArray[np.uint8]
+Elements = npt.NDArray[Any]
 
 
 def write_tensors(
@@ -163,6 +165,21 @@ def _itemsize(tensor: StoredTensor) -> int:
 # Doing it.
 
 
+class _Scratch:
+    """A worker's memory, used again and again: new memory costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Bytes] = {}
+
+    def take(self, purpose: str, count: int) -> Bytes:
+        """`count` bytes; what was there for the same purpose is lost."""
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.size < count:
+            self._buffers.pop(purpose, None)
+            buffer = self._buffers[purpose] = np.empty(count, np.uint8)
+        return buffer[:count]
+
+
 class _Job:
     """What the workers share; each calls it with one piece after the other."""
 
@@ -173,28 +190,31 @@ class _Job:
         self._file = file
         self._data_start = data_start
         self._progress = progress
+        self._writing = threading.Lock()  # the system lets one write a file; others would spin
         self.overflowed: set[str] = set()
 
-    def __call__(self, piece: _Copy | _Tile) -> None:
+    def __call__(self, piece: _Copy | _Tile, scratch: _Scratch) -> None:
         if isinstance(piece, _Copy):
             copied = 0
             while copied < piece.size:
                 start = self._data_start + piece.start + copied
-                count = min(piece.size - copied, COPY_BYTES)
-                copied += self._source.copy(piece.offset + copied, self._file, start, count)
+                with self._writing:
+                    copied += self._source.copy(
+                        piece.offset + copied, self._file, start, piece.size - copied, scratch
+                    )
             self._progress(piece.size)
             return
-        elements = _gather(self._source, piece)
-        size = elements.nbytes
-        data: memoryview = elements.data.cast("B")
+        elements = _gather(self._source, piece, scratch)
+        data = elements.view(np.uint8)
         if piece.info.dtype != piece.tensor.dtype:
-            from posthoc_cli.rounding import rounded  # only here: it compiles
+            from posthoc_cli.rounding import round_to  # only here: it compiles
 
-            data, overflow = rounded(elements, piece.tensor.dtype, piece.info.dtype)
-            if overflow:
+            data = scratch.take("rounded", elements.size * DTYPE_BITS[piece.info.dtype] // 8)
+            if round_to(data, piece.info.dtype, elements, piece.tensor.dtype):
                 self.overflowed.add(piece.name)
-        self._write(piece, data)
-        self._progress(size)
+        with self._writing:
+            self._write(piece, data.data)
+        self._progress(elements.nbytes)
 
     def _write(self, tile: _Tile, data: memoryview) -> None:
         """Write a tile's elements, in order: in as many runs as it has in the output."""
@@ -204,16 +224,30 @@ class _Job:
             whole -= 1
         run = math.prod(tile.sizes[whole - 1 :]) * itemsize
         steps = [math.prod(size for size, _ in tile.dims[at + 1 :]) for at in range(len(tile.dims))]
-        corner = sum(at * step for at, step in zip(tile.first, steps, strict=True))
-        base = self._data_start + tile.info.start
-        outer = [range(size) for size in tile.sizes[: whole - 1]]
-        for count, place in enumerate(itertools.product(*outer)):
-            element = corner + sum(at * step for at, step in zip(place, steps, strict=False))
-            self._file.write_at(base + element * itemsize, data[count * run : (count + 1) * run])
+        base = self._data_start + tile.info.start + itemsize * _dot(tile.first, steps)
+        position = 0
+        for start in _starts(tile.sizes[: whole - 1], steps):
+            self._file.write_at(base + start * itemsize, data[position : position + run])
+            position += run
 
 
-def _gather(source: _Input, tile: _Tile) -> Elements:
-    """The elements of a tile, in the order of the output."""
+def _dot(places: Sequence[int], steps: Sequence[int]) -> int:
+    return sum(place * step for place, step in zip(places, steps, strict=True))
+
+
+def _starts(sizes: Sequence[int], steps: Sequence[int]) -> Iterator[int]:
+    """The sum of index times step, of every index of an array of `sizes`, in their order."""
+    if not sizes:
+        yield 0
+        return
+    *outer, last = sizes
+    for start in _starts(outer, steps):
+        step = steps[len(outer)]
+        yield from range(start, start + last * step, step)
+
+
+def _gather(source: _Input, tile: _Tile, scratch: _Scratch) -> Elements:
+    """The elements of a tile in the order of the output, as unsigned integers, in one dimension."""
     itemsize = _itemsize(tile.tensor)
     dims = [
         (at, size, stride)
@@ -232,29 +266,40 @@ def _gather(source: _Input, tile: _Tile) -> Elements:
             break
         extent = wider
     loops = dims[apart:]
-    buffer = np.empty((math.prod(size for _, size, _ in loops), extent), _UNSIGNED[itemsize])
-    start = sum(at * stride for at, (_, stride) in zip(tile.first, tile.dims, strict=True))
-    for row, place in zip(
-        buffer, itertools.product(*(range(size) for _, size, _ in loops)), strict=True
-    ):
-        element = start + sum(at * dim[2] for at, dim in zip(place, loops, strict=True))
-        source.read(tile.tensor.offset + element * itemsize, row.data.cast("B"))
+    rows = math.prod(size for _, size, _ in loops)
+    kind = _UNSIGNED[itemsize]
+    buffer = scratch.take("read", rows * extent * itemsize).view(kind).reshape(rows, extent)
+    base = tile.tensor.offset + itemsize * _dot(tile.first, [stride for _, stride in tile.dims])
+    data, position = buffer.reshape(-1).view(np.uint8).data, 0
+    inner = extent * itemsize
+    for start in _starts([size for _, size, _ in loops], [stride for _, _, stride in loops]):
+        source.read(base + start * itemsize, data[position : position + inner])
+        position += inner
     strides = [0] * len(tile.sizes)
     for at, _, stride in dims[:apart]:
         strides[at] = stride * itemsize
-    inner = extent * itemsize
     for at, size, _ in reversed(loops):
         strides[at] = inner
         inner *= size
     view = np.lib.stride_tricks.as_strided(buffer, tile.sizes, strides, writeable=False)
-    gathered: Elements = np.ascontiguousarray(view)
+    if view.flags.c_contiguous:
+        return buffer.reshape(-1)
+    gathered = scratch.take("gathered", view.size * itemsize).view(kind)
+    gathered.reshape(tile.sizes)[...] = view
     return gathered
 
 
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
+    1: np.uint8,
+    2: np.uint16,
+    4: np.uint32,
+    8: np.uint64,
+}
 
 
-def _share(pieces: Iterator[_Copy | _Tile], work: Callable[[_Copy | _Tile], None]) -> None:
+def _share(
+    pieces: Iterator[_Copy | _Tile], work: Callable[[_Copy | _Tile, _Scratch], None]
+) -> None:
     """Have the workers do `work` on the pieces; the first exception stops all and is raised."""
     lock, stop = threading.Lock(), threading.Event()
 
@@ -263,8 +308,9 @@ def _share(pieces: Iterator[_Copy | _Tile], work: Callable[[_Copy | _Tile], None
             return None if stop.is_set() else next(pieces, None)
 
     def worker() -> None:
+        scratch = _Scratch()
         while (piece := take()) is not None:
-            work(piece)
+            work(piece, scratch)
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="posthoc") as pool:
         try:
@@ -344,11 +390,11 @@ class _Input:
                     raise changed(self._path)
                 into, offset = into[count:], offset + count
 
-    def copy(self, offset: int, file: AtomicFile, start: int, count: int) -> int:
+    def copy(self, offset: int, file: AtomicFile, start: int, count: int, scratch: _Scratch) -> int:
         """Copy up to `count` bytes from `offset` to byte `start` of `file`; returns how many."""
         if copied := file.copy_from(self._fd, offset, start, count):
             return copied
-        data = memoryview(bytearray(min(count, TILE_BYTES)))
+        data = scratch.take("read", min(count, TILE_BYTES)).data
         self.read(offset, data)
         file.write_at(start, data)
         return len(data)

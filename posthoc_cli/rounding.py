@@ -26,32 +26,31 @@ _INFINITE = {
 """Of each dtype, the bits that aren't the sign, and what they are when the element is infinite."""
 
 
-def rounded(stored: npt.NDArray[Any], dtype: str, out_dtype: str) -> tuple[memoryview, bool]:
-    """The bytes of `stored`, elements of `dtype` as unsigned integers, as elements of `out_dtype`.
+def round_to(
+    out: npt.NDArray[np.uint8], out_dtype: str, stored: npt.NDArray[Any], dtype: str
+) -> bool:
+    """Round the elements `stored`, of `dtype`, to `out_dtype`, as bytes into `out`.
 
-    Each is the nearest there is, ties to even; zeros keep their sign. Also returns whether a finite
-    element became infinite.
+    `stored` has one dimension, of unsigned integers. Each becomes the nearest there is, ties to
+    even; zeros keep their sign. Returns whether a finite element became infinite.
     """
-    flat = stored.reshape(-1)
     itemsize = DTYPE_BITS[out_dtype] // 8
-    out = np.empty(flat.size * itemsize, np.uint8)
-    rows = np.zeros((1, _AT_ONCE * 8), np.uint8)
-    address = np.array([rows.ctypes.data], np.uintp)
-    rounded_rows = np.zeros((1, _AT_ONCE * 8), np.uint8)
+    row, result = np.zeros((2, 1, _AT_ONCE * 8), np.uint8)
+    address = np.array([row.ctypes.data], np.uintp)
     once = np.ones((1, 1))
     nothing = np.full((1, _AT_ONCE), -0.0)  # what leaves the sign of a zero alone when added
     overflow = False
-    for first in range(0, flat.size, _AT_ONCE):
-        elements, known = _widened(flat[first : first + _AT_ONCE], dtype)
-        rows[0, : elements.nbytes] = elements.view(np.uint8)
-        kernels.accumulate(known, address, once, nothing, rounded_rows, out_dtype, elements.size)
-        result = rounded_rows[0, : elements.size * itemsize]
-        infinite = _infinite(result, out_dtype)
-        overflow |= bool(
-            infinite.any() and (infinite & ~_infinite(rows[0, : elements.nbytes], known)).any()
-        )
-        out[first * itemsize :][: result.size] = result
-    return out.data, overflow
+    for first in range(0, stored.size, _AT_ONCE):
+        elements, known = _widened(stored[first : first + _AT_ONCE], dtype)
+        before = row[0, : elements.nbytes]
+        before[:] = elements.view(np.uint8)
+        kernels.accumulate(known, address, once, nothing, result, out_dtype, elements.size)
+        after = result[0, : elements.size * itemsize]
+        infinite = _infinite(after, out_dtype)
+        if infinite.any():
+            overflow |= bool((infinite & ~_infinite(before, known)).any())
+        out[first * itemsize :][: after.size] = after
+    return overflow
 
 
 def _widened(elements: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
