@@ -6,7 +6,7 @@ Knows neither files nor profiles; decays come in.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -273,3 +273,39 @@ def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, ...]
     if not all(each.is_contiguous() for each in dense):
         return [tuple(tensors)]
     return zip(*(torch.split(each.view(-1), size) for each in dense), strict=True)
+
+
+class Choice:
+    """What happens to the tensor of a name: it is averaged, copied, or left alone."""
+
+    def __init__(
+        self, copied: Collection[str], ignored: Collection[str], starts: Collection[str]
+    ) -> None:
+        for names in (copied, ignored, starts):
+            if isinstance(names, str):
+                raise TypeError(f"give a collection of names, such as {{{names!r}}}")
+        self._copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
+
+    def ignores(self, name: str) -> bool:
+        return name in self._ignored or name.startswith(self._starts)
+
+    def copies(self, name: str) -> bool:
+        return name in self._copied and not self.ignores(name)
+
+    def averages(self, name: str) -> bool:
+        return name not in self._copied and not self.ignores(name)
+
+
+def check_same(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the network's tensors have the names and shapes of the averages."""
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(list(tensors[name].shape)) if name in tensors else "missing"
+
+    for name in sorted(live.keys() | averages.keys()):
+        here, there = shape(live, name), shape(averages, name)
+        if here != there:
+            raise ValueError(
+                f"tensor {name!r} is {here} in the model and {there} in the average: "
+                "an average is of one network; make a new one for another"
+            )

@@ -14,7 +14,6 @@ decays by `(1 - d / t)^(1 + gamma)`: so every average has the profile asked for,
 from __future__ import annotations
 
 import contextlib
-import copy
 import fnmatch
 import os
 import re
@@ -24,7 +23,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from glob import escape
 from itertools import pairwise
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,18 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli.atomicfile import writing_to
-from posthoc_cli.averaging import LiveTensors, Mover, is_sharded, local, named_tensors, unwrap, wide
+from posthoc_cli.averaging import (
+    Choice,
+    LiveTensors,
+    Mover,
+    check_same,
+    is_sharded,
+    local,
+    named_tensors,
+    unwrap,
+    wide,
+)
+from posthoc_cli.counting import check_counts, next_step, one_gamma, passes
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
 from posthoc_cli.identity import MAX_GAMMA
 from posthoc_cli.naming import SAME_WIDTH
@@ -47,6 +56,9 @@ from posthoc_cli.weights import solve
 
 RUN = "run"
 """The key in a snapshot's `__metadata__` that tells one run's snapshots from another's."""
+
+_Job = tuple[Path, dict[str, Entry], dict[str, str]]
+"""A snapshot to be: its path, its tensors, its metadata."""
 
 
 class PostHocEMA:
@@ -110,7 +122,7 @@ class PostHocEMA:
             self.gammas = tuple(float(each) for each in gammas)
             self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
         _check_profiles(self.gammas, self.sigma_rels)
-        _check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
+        check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
         if dtype is not None and (dtype not in DTYPES or not dtype.is_floating_point):
             raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
         if average_dtype not in (torch.float32, torch.float64):
@@ -135,7 +147,7 @@ class PostHocEMA:
         self.run = secrets.token_hex(8)
         self.step = 0
         self._include = tuple(include)
-        self._how = _Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
+        self._how = Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
         self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
@@ -164,15 +176,15 @@ class PostHocEMA:
         if self._troubles:
             self._tell()
         self._check_not_lent()
-        previous, now = self.step, _next_step(self.step, step)
+        previous, now = self.step, next_step(self.step, step)
         if now == previous:
             return
         if not self._claimed:
             self._claim()
-        if _passes(self.update_every, self._updated, now):
+        if passes(self.update_every, self._updated, now):
             self._average(now)
         self.step = now
-        if self.checkpoint_every is not None and _passes(self.checkpoint_every, previous, now):
+        if self.checkpoint_every is not None and passes(self.checkpoint_every, previous, now):
             self._checkpoint()
             self._tell()
 
@@ -194,7 +206,7 @@ class PostHocEMA:
                 + (f" with a name that fits include={self._include}" if self._include else "")
             )
         if self._averages:
-            _check_same(live, self._averages[0])
+            check_same(live, self._averages[0])
             self._averages = [
                 {name: self._place(value, live[name]) for name, value in averages.items()}
                 for averages in self._averages
@@ -447,7 +459,7 @@ class PostHocEMA:
         from posthoc_cli.plan import make_plan
         from posthoc_cli.synthesis import execute
 
-        gamma = _one_gamma(sigma_rel, gamma)
+        gamma = one_gamma(sigma_rel, gamma)
         self.wait()
         only = [escape(path.name) for path, _ in self._snapshots()] if self.step else []
         if self.step and not only:
@@ -499,7 +511,7 @@ class PostHocEMA:
                 "a sharded model can't be lent weights; load synthesize()'s state dict with "
                 "torch.distributed.checkpoint.state_dict.set_model_state_dict"
             )
-        _check_same(live, state)
+        check_same(live, state)
         own: list[tuple[Tensor, Tensor]] = []
         try:
             self._lent = borrower is self.model
@@ -521,287 +533,6 @@ class PostHocEMA:
             )
 
 
-class KarrasEMA(nn.Module):
-    """One power-function EMA of a network, as a network that can be called.
-
-    Arguments:
-        model: the network. It is not a submodule: moving or saving this leaves it alone.
-        sigma_rel: relative width of the EMA. Or
-        gamma: its exponent.
-        ema_model: the network to hold the average, or a function that makes it; by default a copy
-            of `model`. Give it if `model` can't be copied.
-        update_every: steps between updates of the average.
-        frozen: count the steps, but leave the average as it is.
-        param_or_buffer_names_no_ema: names of tensors to copy rather than average.
-        ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
-        allow_different_devices: whether `ema_model` may be on another device than `model`.
-        move_ema_to_online_device: move `ema_model` to the device of `model` when they differ.
-
-    Where `ema_model` has narrower tensors than float32, the averages are kept beside it in
-    float32 and it gets them rounded: in bfloat16 an average with a decay of 0.9999 stands still.
-
-    Raises ValueError unless one of `sigma_rel` and `gamma` is given, TypeError when `model` can't
-    be copied.
-    """
-
-    ema_model: nn.Module
-    _home: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sigma_rel: float | None = None,
-        gamma: float | None = None,
-        ema_model: nn.Module | Callable[[], nn.Module] | None = None,
-        update_every: int = 1,
-        frozen: bool = False,
-        param_or_buffer_names_no_ema: Collection[str] = (),
-        ignore_names: Collection[str] = (),
-        ignore_startswith_names: Collection[str] = (),
-        allow_different_devices: bool = False,
-        move_ema_to_online_device: bool = False,
-    ) -> None:
-        super().__init__()
-        self.gamma = _one_gamma(sigma_rel, gamma)
-        _check_counts(update_every=update_every)
-        self.online_model = [model]  # in a list, lest it becomes a submodule
-        if ema_model is None:
-            try:
-                ema_model = copy.deepcopy(unwrap(model))
-            except Exception as error:
-                raise TypeError(
-                    f"the model can't be copied ({error}); give ema_model=, a second network of "
-                    "the same shape"
-                ) from error
-        elif not isinstance(ema_model, nn.Module):
-            ema_model = ema_model()
-        self.ema_model = ema_model.requires_grad_(False)
-        self.update_every = update_every
-        self.frozen = frozen
-        self.allow_different_devices = allow_different_devices
-        self.move_ema_to_online_device = move_ema_to_online_device
-        self.initted = False
-        self.step = 0
-        self._updated = 0
-        self._covered = 0
-        self._how = _Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
-        self._online = LiveTensors(model, _every, transient=True)
-        self._ema = LiveTensors(self.ema_model, _every, transient=True)
-        self._wide: dict[str, Tensor] = {}
-        self._movers: tuple[Mover, Mover] | None = None
-        self.register_buffer("_home", torch.empty(0), persistent=False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The network that is averaged."""
-        return self.online_model[0]
-
-    @property
-    def sigma_rel(self) -> float:
-        """Relative width of the average's profile."""
-        return float(gamma_to_sigma_rel(self.gamma))
-
-    @property
-    def beta(self) -> float:
-        """What the last update multiplied the average with; 0 for the first, which copies."""
-        if not self._updated:
-            return 0.0
-        return float(decay(self.gamma, self._updated, self._covered))
-
-    def update(self, step: int | None = None) -> None:
-        """Take the network's present weights in; call it after each `optimizer.step()`.
-
-        `step` is how far training has come (images, tokens, ...), by default one more than at the
-        call before. Raises ValueError when it goes back, or when the network is another or
-        elsewhere than the average.
-        """
-        now = _next_step(self.step, step)
-        if now == self.step:
-            return
-        if _passes(self.update_every, self._updated, now):
-            if not self.initted:
-                self.copy_params_from_model_to_ema()
-            if not self.frozen or not self.initted:
-                self._covered = now - self._updated
-                self._move(1 - decay(self.gamma, now, self._covered))
-                self._updated = now
-            self.initted = True
-        self.step = now
-
-    @torch.no_grad()
-    def copy_params_from_model_to_ema(self) -> None:
-        """Set the average to the network's weights, whatever is ignored included."""
-        self._bind()
-        live = named_tensors(self.model, transient=True)
-        for name, average in self._averages().items():
-            average.copy_(live[name])
-        self._round()
-
-    @torch.no_grad()
-    def copy_params_from_ema_to_model(self) -> None:
-        """Set the network's weights to the average."""
-        self._bind()
-        live = named_tensors(self.model, transient=True)
-        for name, average in self._averages().items():
-            live[name].copy_(average)
-
-    def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
-        """The averages, without what is copied or ignored."""
-        self._bind()
-        for name, average in self._averages().items():
-            if self._how.averages(name):
-                yield average
-
-    def restore_ema_model_device(self) -> None:
-        """Move `ema_model` back to where this module was moved last."""
-        self.ema_model.to(self._home.device)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the averaged network."""
-        return self.ema_model(*args, **kwargs)
-
-    def eval(self) -> nn.Module:  # type: ignore[override]
-        """Put the averaged network into evaluation mode, and return it."""
-        return self.ema_model.eval()
-
-    def _averages(self) -> dict[str, Tensor]:
-        """The averages by name; `_bind` must have been called."""
-        return {**dict(zip(self._ema.names, self._ema.tensors, strict=True)), **self._wide}
-
-    @torch.no_grad()
-    def _move(self, weight: float) -> None:
-        averaged, copied = self._bind()
-        averaged([weight])
-        copied([1.0])
-        self._round()
-
-    def _round(self) -> None:
-        """Give `ema_model` what is kept beside it in float32."""
-        if self._wide:
-            narrow = dict(zip(self._ema.names, self._ema.tensors, strict=True))
-            torch._foreach_copy_([narrow[name] for name in self._wide], list(self._wide.values()))
-
-    @torch.no_grad()
-    def _bind(self) -> tuple[Mover, Mover]:
-        """Fit the average to the network: the same tensors, on devices that are allowed."""
-        changed = [self._online.refresh(), self._ema.refresh()]
-        if self._movers is not None and not any(changed):
-            return self._movers
-        online = dict(zip(self._online.names, self._online.tensors, strict=True))
-        online = {name: online[alias] for name, alias in self._online.alias.items()}
-        self._check_devices(online)
-        ema = dict(zip(self._ema.names, self._ema.tensors, strict=True))
-        _check_same(
-            {name: online[name] for name in online if name in self._ema.alias},
-            {name: ema[alias] for name, alias in self._ema.alias.items()},
-        )
-        kept, self._wide = self._wide, {}
-        for name, tensor in ema.items():
-            dtype = wide(tensor.dtype, torch.float32)
-            if dtype != tensor.dtype:
-                self._wide[name] = kept.get(name, tensor).to(tensor.device, dtype)
-            elif name in kept:  # it was narrow, and has been widened
-                tensor.copy_(kept[name])
-        averages = self._averages()
-
-        def mover(chosen: Callable[[str], bool]) -> Mover:
-            names = [name for name in averages if chosen(name)]
-            return Mover([online[name] for name in names], [[averages[name] for name in names]])
-
-        self._movers = (mover(self._how.averages), mover(self._how.copies))
-        return self._movers
-
-    def _check_devices(self, online: Mapping[str, Tensor]) -> None:
-        devices = {tensor.device for tensor in online.values()}
-        if all(tensor.device in devices for tensor in self._ema.tensors):
-            return
-        here, there = self._ema.tensors[0].device, next(iter(devices))
-        if self.move_ema_to_online_device:
-            self.ema_model.to(there)
-            self._ema.refresh()
-        elif not self.allow_different_devices:
-            raise ValueError(
-                f"the average is on {here}, the model on {there}: move one, or give "
-                "allow_different_devices=True or move_ema_to_online_device=True"
-            )
-
-    # The counters are plain numbers, since reading a tensor would wait for its device.
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in self._counters().items():
-            destination[prefix + name] = torch.tensor(value)
-        for name, average in self._wide.items():
-            destination[f"{prefix}average.{name}"] = average
-
-    def _counters(self) -> dict[str, int]:
-        return {
-            "initted": self.initted,
-            "step": self.step,
-            "updated": self._updated,
-            "covered": self._covered,
-        }
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        *others: Any,
-    ) -> None:
-        numbers = self._counters()
-        for name in numbers:
-            if prefix + name in state_dict:
-                numbers[name] = state_dict.pop(prefix + name).item()
-            elif strict:
-                missing_keys.append(prefix + name)
-        self.initted, self.step = bool(numbers["initted"]), int(numbers["step"])
-        self._updated, self._covered = int(numbers["updated"]), int(numbers["covered"])
-        opening = f"{prefix}average."
-        self._wide = {
-            key[len(opening) :]: state_dict.pop(key).detach().clone()
-            for key in list(state_dict)
-            if key.startswith(opening)
-        }
-        self._movers = None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *others
-        )
-
-
-_Job = tuple[Path, dict[str, Entry], dict[str, str]]
-"""A snapshot to be: its path, its tensors, its metadata."""
-
-
-class _Choice:
-    """What happens to the tensor of a name: it is averaged, copied, or left alone."""
-
-    def __init__(
-        self, copied: Collection[str], ignored: Collection[str], starts: Collection[str]
-    ) -> None:
-        for names in (copied, ignored, starts):
-            if isinstance(names, str):
-                raise TypeError(f"give a collection of names, such as {{{names!r}}}")
-        self._copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
-
-    def ignores(self, name: str) -> bool:
-        return name in self._ignored or name.startswith(self._starts)
-
-    def copies(self, name: str) -> bool:
-        return name in self._copied and not self.ignores(name)
-
-    def averages(self, name: str) -> bool:
-        return name not in self._copied and not self.ignores(name)
-
-
-def _every(name: str) -> bool:
-    return True
-
-
 def _check_profiles(gammas: Sequence[float], sigma_rels: Sequence[float]) -> None:
     if len(gammas) < 2:
         raise ValueError(
@@ -817,51 +548,6 @@ def _check_profiles(gammas: Sequence[float], sigma_rels: Sequence[float]) -> Non
             raise ValueError(
                 f"sigma_rel {one:g} and {other:g} are the same profile: give different ones, "
                 "such as sigma_rels=(0.05, 0.10)"
-            )
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise ValueError(f"{name} {count!r}: not a whole number of at least 1")
-
-
-def _one_gamma(sigma_rel: float | None, gamma: float | None) -> float:
-    if (sigma_rel is None) == (gamma is None):
-        raise ValueError("give sigma_rel or gamma, one of the two")
-    if gamma is not None:
-        gamma_to_sigma_rel(gamma)  # raises unless it is a profile's
-        return float(gamma)
-    return float(sigma_rel_to_gamma(sigma_rel))
-
-
-def _next_step(previous: int, step: int | None) -> int:
-    now = previous + 1 if step is None else index(step)
-    if now < previous:
-        raise ValueError(
-            f"update(step={now}) after step {previous}: steps can't go back; "
-            "load_state_dict() what was saved at the earlier step"
-        )
-    return now
-
-
-def _passes(every: int, previous: int, now: int) -> bool:
-    """Whether a multiple of `every` lies after `previous` and not after `now`."""
-    return now // every > previous // every
-
-
-def _check_same(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the network's tensors have the names and shapes of the averages."""
-
-    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
-        return str(list(tensors[name].shape)) if name in tensors else "missing"
-
-    for name in sorted(live.keys() | averages.keys()):
-        here, there = shape(live, name), shape(averages, name)
-        if here != there:
-            raise ValueError(
-                f"tensor {name!r} is {here} in the model and {there} in the average: "
-                "an average is of one network; make a new one for another"
             )
 
 

@@ -20,7 +20,7 @@ RUNNERS = {"eval", "exec", "compile", "__import__", "execfile"}
 
 WITH_TORCH = {
     *("adapters/lightning.py", "adapters/transformers.py", "averaging.py", "demo.py"),
-    *("saving.py", "tracking.py"),
+    *("karras.py", "saving.py", "tracking.py"),
 }
 """Modules for a training loop, where torch is there anyway; the commands start without it."""
 
