@@ -13,6 +13,7 @@ from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.tensorfile import Layout, Part, reason, spans
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
 
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 16, 4096
 
