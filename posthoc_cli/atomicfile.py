@@ -165,6 +165,8 @@ def together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterato
         yield
         for file in files:
             file.finish()
+        for file in files:  # before any of them lands, as another run may have been faster
+            file.check_absent()
         for path in stale:
             with writing_to(path):
                 path.unlink(missing_ok=True)

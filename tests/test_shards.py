@@ -292,6 +292,28 @@ def test_shards_that_a_killed_run_left_without_an_index(tmp_path: Path) -> None:
     assert open_layout(folder / "ema.safetensors.index.json").tensors.keys() == {*some_tensors(1)}
 
 
+def test_a_run_that_was_faster_keeps_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one that was landing its shards, without an index as yet, when the other began."""
+    snapshots = three_snapshots(tmp_path / "in")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write(snapshots, folder / "ema.safetensors", shard_bytes=900)
+    index = folder / "ema.safetensors.index.json"
+    index.rename(tmp_path / "index")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def the_other_is_done(_: object) -> None:
+        shutil.copy(tmp_path / "index", index)
+
+    snapshots[0], snapshots[2] = snapshots[2], snapshots[0]  # other sums
+    with pytest.raises(UsageError, match=r"index\.json: exists already"):
+        write(snapshots, folder / "ema.safetensors", shard_bytes=900, progress=the_other_is_done)
+    index.unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_the_command_writes_shards(
     posthoc: Posthoc, tmp_path: Path, snapshots: Path, check_json: object
 ) -> None:
