@@ -243,7 +243,7 @@ def _list(source: Path, only: Sequence[str]) -> list[Path]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        found = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+        found = sorted(name for name in os.listdir(folder) if not os.path.isdir(folder / name))
     except FileNotFoundError:
         raise UsageError(str(folder), "there is no such folder", "check the path") from None
     except NotADirectoryError:
@@ -527,11 +527,12 @@ def _metadata(
     """The snapshot's metadata: its step and profile, and what it was made of."""
     metadata = {} if step is None else {"step": str(step)}
     if identity is not None:
-        # As sigma_rel where that tells the exponent to the last digit, which it does where it was
-        # given so; below gamma 0 there are two of each width.
-        by_width = identity.gamma > 0 and sigma_rel_to_gamma(identity.sigma_rel) == identity.gamma
-        key = "sigma_rel" if by_width else "gamma"
-        metadata[key] = repr(getattr(identity, key))
+        # As whichever of the two is shorter, which is the one that was given; below gamma 0 there
+        # are two exponents of each width.
+        texts = {"sigma_rel": repr(identity.sigma_rel), "gamma": repr(identity.gamma)}
+        exact = identity.gamma > 0 and sigma_rel_to_gamma(identity.sigma_rel) == identity.gamma
+        key = min(texts, key=lambda key: len(texts[key])) if exact else "gamma"
+        metadata[key] = texts[key]
     entry = {
         "from": kind,
         "file": checkpoint.path.name,

@@ -33,6 +33,10 @@ COPY_BYTES = 16 << 20
 TILE_BYTES = 16 << 20
 """Bytes of a tile; a worker holds it up to three times, and once or twice what was read for it."""
 
+CACHED_BYTES = 1 << 21
+"""Bytes of a tile that needn't be larger for its runs to be long: from a cache it is written
+faster."""
+
 GAP_BYTES = 1 << 12
 """Runs with a gap of at most this between them are read at once, gap included."""
 
@@ -138,7 +142,7 @@ def _collapsed(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int,
 
 
 def _block(dims: Sequence[tuple[int, int]], itemsize: int, out_itemsize: int) -> list[int]:
-    """The sizes of a tile: long runs in the output first, then in the input, then what fits."""
+    """The sizes of a tile: long runs in the output and in the input, then what fits."""
     nearest = min((stride for _, stride in dims if stride), default=1)
     read_over = nearest if (nearest - 1) * itemsize <= GAP_BYTES else 1
     most = max(TILE_BYTES // max(itemsize, out_itemsize) // read_over, 1)
@@ -152,9 +156,10 @@ def _block(dims: Sequence[tuple[int, int]], itemsize: int, out_itemsize: int) ->
             run *= block[at]
             if run >= wanted:
                 break
-    for at in (*in_output, *in_input):
+    cached = min(CACHED_BYTES // max(itemsize, out_itemsize), most)
+    for at in in_output:
         others = math.prod(block) // block[at]
-        block[at] = max(min(dims[at][0], most // others), 1)
+        block[at] = max(block[at], min(dims[at][0], cached // others))
     return block
 
 
