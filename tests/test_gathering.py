@@ -90,7 +90,7 @@ def write(
     return read_tensors(output), overflowed, sum(taken)
 
 
-SIZES = {"tiny": (64, 100, 0), "small": (4096, 5000, 64), "as they are": (None, None, None)}
+SIZES = {"tiny": (512, 100, 0), "small": (4096, 5000, 64), "as they are": (None, None, None)}
 
 
 @pytest.mark.parametrize("size", SIZES)
