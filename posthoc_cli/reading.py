@@ -10,12 +10,106 @@ from pathlib import Path
 from types import TracebackType
 
 from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.tensorfile import Layout, Part, reason, spans
+from posthoc_cli.tensorfile import Layout, reason, spans
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
 
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 16, 4096
+
+
+class InputFile:
+    """One file, open for reading; in a `with` block, from several threads at once.
+
+    It has to be what it was when it was looked at: of `size` bytes, last modified at `modified` (in
+    nanoseconds), with the number `inode` where that is known. With `keep_open` false each read
+    opens it anew.
+
+    Raises SnapshotError when it is another now, MachineError when it can't be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        modified: int,
+        inode: int | None = None,
+        *,
+        keep_open: bool = True,
+    ) -> None:
+        self._path = path
+        self._expected = size, modified, inode
+        self._keep_open = keep_open
+        self._fd = -1
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> InputFile:
+        fd = self._open()
+        if self._keep_open:
+            self._fd = fd
+        else:
+            os.close(fd)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fileno(self) -> int:
+        """The descriptor, which is only good while it is kept open."""
+        return self._fd
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on."""
+        fd = self._fd if self._keep_open else self._open()
+        try:
+            with reading_from(self._path):
+                while into:
+                    count = self._read_some(fd, offset, into)
+                    if count == 0:
+                        raise changed(self._path)
+                    into, offset = into[count:], offset + count
+        finally:
+            if not self._keep_open:
+                os.close(fd)
+
+    def check_unchanged(self) -> None:
+        """Raise SnapshotError if it is not as it was when it was looked at."""
+        with reading_from(self._path):
+            if self._keep_open:
+                self._check(os.fstat(self._fd))
+            self._check(os.stat(self._path))  # another file may have taken its name
+
+    def _open(self) -> int:
+        with reading_from(self._path):
+            fd = os.open(self._path, _FLAGS)
+            try:
+                self._check(os.fstat(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+
+    def _check(self, status: os.stat_result) -> None:
+        size, modified, inode = self._expected
+        found = status.st_size, status.st_mtime_ns, None if inode is None else status.st_ino
+        if found != (size, modified, inode):
+            raise changed(self._path)
+
+    def _read_some(self, fd: int, offset: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, [into], offset)
+        with self._lock:  # a file has one position, which the threads share
+            os.lseek(fd, offset, os.SEEK_SET)
+            data = os.read(fd, len(into))
+        into[: len(data)] = data
+        return len(data)
 
 
 class Reader:
@@ -29,22 +123,18 @@ class Reader:
     """
 
     def __init__(self, layout: Layout, *, keep_open: bool = True) -> None:
-        self._layout = layout
-        self._keep_open = keep_open
-        self._fds: list[int] = []
-        self._lock = threading.Lock()
+        self._parts = layout.parts
+        self._files = [
+            InputFile(part.path, part.size, part.modified, part.inode, keep_open=keep_open)
+            for part in layout.parts
+        ]
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Reader:
-        try:
-            for part in self._layout.parts:
-                fd = _open(part)
-                if self._keep_open:
-                    self._fds.append(fd)
-                else:
-                    os.close(fd)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        with contextlib.ExitStack() as opened:
+            for file in self._files:
+                opened.enter_context(file)
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(
@@ -53,58 +143,24 @@ class Reader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds.clear()
+        self._opened.close()
 
     def read(self, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the snapshot's data from `start` on."""
-        for at, offset, count in spans(self._layout.parts, start, len(into)):
-            part = self._layout.parts[at]
-            fd = self._fds[at] if self._keep_open else _open(part)
-            try:
-                self._fill(fd, part, offset, into[:count])
-            finally:
-                if not self._keep_open:
-                    os.close(fd)
+        for at, offset, count in spans(self._parts, start, len(into)):
+            self._files[at].read(offset, into[:count])
             into = into[count:]
 
     def header(self, at: int) -> bytearray:
         """All that stands before the data in file `at` of the snapshot's parts."""
-        part = self._layout.parts[at]
-        header = bytearray(part.data_start)
-        fd = self._fds[at] if self._keep_open else _open(part)
-        try:
-            self._fill(fd, part, 0, memoryview(header))
-        finally:
-            if not self._keep_open:
-                os.close(fd)
+        header = bytearray(self._parts[at].data_start)
+        self._files[at].read(0, memoryview(header))
         return header
-
-    def _fill(self, fd: int, part: Part, offset: int, into: memoryview) -> None:
-        with reading_from(part.path):
-            while into:
-                count = self._read_some(fd, offset, into)
-                if count == 0:
-                    raise changed(part.path)
-                into, offset = into[count:], offset + count
-
-    def _read_some(self, fd: int, offset: int, into: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(fd, [into], offset)
-        with self._lock:  # a file has one position, which the threads share
-            os.lseek(fd, offset, os.SEEK_SET)
-            data = os.read(fd, len(into))
-        into[: len(data)] = data
-        return len(data)
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError for a file that is not as it was when its header was read."""
-        for at, part in enumerate(self._layout.parts):
-            if self._keep_open:
-                _check(part, os.fstat(self._fds[at]))
-            with reading_from(part.path):  # another file may have taken its name
-                _check(part, os.stat(part.path))
+        for file in self._files:
+            file.check_unchanged()
 
 
 def fingerprint(layout: Layout) -> str:
@@ -130,23 +186,6 @@ def fingerprint(layout: Layout) -> str:
             reader.read(start, memoryview(data))
             digest.update(data)
     return digest.hexdigest()[:32]
-
-
-def _open(part: Part) -> int:
-    with reading_from(part.path):
-        fd = os.open(part.path, _FLAGS)
-        try:
-            _check(part, os.fstat(fd))
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-
-def _check(part: Part, status: os.stat_result) -> None:
-    found = status.st_size, status.st_mtime_ns, status.st_ino
-    if found != (part.size, part.modified, part.inode):
-        raise changed(part.path)
 
 
 def changed(path: Path) -> SnapshotError:

@@ -10,9 +10,7 @@ import bisect
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from posthoc_cli.shards import index_path, made_by_posthoc, make_index, replaced
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.summing import CpuSumming, Summing, TorchSumming, Weights
 from posthoc_cli.tensorfile import DTYPE_BITS, Part, lay_out, spans
+from posthoc_cli.workers import default_workers, flushed_behind, share
 
 GROUP = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
@@ -42,12 +41,6 @@ until they are summed; much smaller ones cost more in calls, and write the outpu
 WORKER_BYTES = {"cpu": 12 << 20, "device": 128 << 20}
 """The most that a worker's rows, sums and results may take together: with many targets, or more
 snapshots than one group has, chunks get smaller."""
-
-FLUSH_EVERY = 0.1
-"""Seconds between flushes of what was written meanwhile."""
-
-MAX_WORKERS = 8
-"""Each worker has buffers of its own, up to 40 MB of them."""
 
 _OTHER_FILES = 64
 """Files that a process has open besides snapshots and outputs, at the most."""
@@ -116,7 +109,7 @@ def execute(
         for output in wanted:
             output.write_headers()
         job = _Job(plan, weights, readers, wanted, progress)
-        with _device_errors(device), _flushed_behind(files):
+        with _device_errors(device), flushed_behind(files):
             share(plan.chunks(elements), job.sum_chunk, summing, workers or default_workers())
             share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         for reader in readers:
@@ -313,69 +306,6 @@ class _Job:
     def _report(self, read: int) -> None:
         if self._progress is not None and read:
             self._progress(read)
-
-
-def share(
-    chunks: Iterator[Chunk],
-    work: Callable[[Chunk, Summing], None],
-    summing: Callable[[], Summing],
-    workers: int,
-) -> None:
-    """Have `workers` threads do `work` on the chunks, each with a `summing` of its own.
-
-    The first exception stops all of them and is raised, an interrupt included.
-    """
-    lock, stop = threading.Lock(), threading.Event()
-
-    def take() -> Chunk | None:
-        with lock:
-            return None if stop.is_set() else next(chunks, None)
-
-    def worker() -> None:
-        chunk = take()
-        own = summing() if chunk is not None else None
-        while chunk is not None and own is not None:
-            work(chunk, own)
-            chunk = take()
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="posthoc") as pool:
-        try:
-            tasks = [pool.submit(worker) for _ in range(workers)]
-            wait(tasks, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-    for task in tasks:
-        task.result()
-
-
-@contextlib.contextmanager
-def _flushed_behind(files: Sequence[AtomicFile]) -> Iterator[None]:
-    """Flush what is written to disk while the work goes on.
-
-    Left to itself the system gathers gigabytes, and the flush at the end waits for all of them
-    while the processors have nothing to do.
-    """
-    done = threading.Event()
-
-    def flush() -> None:
-        while not done.wait(FLUSH_EVERY):
-            for file in files:
-                file.flush()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
-        task = pool.submit(flush)
-        try:
-            yield
-        finally:
-            done.set()
-    task.result()
-
-
-def default_workers() -> int:
-    """One for each processor that this process may run on, up to MAX_WORKERS."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-    return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
 _HASHES = ("sshs_", "modelspec.hash_")

@@ -32,8 +32,9 @@ from posthoc_cli.recipe import Ingredients, Source, ingredients
 from posthoc_cli.shards import index_path, open_layout
 from posthoc_cli.snapshots import Snapshot, recipe_of
 from posthoc_cli.summing import FLOAT8, CpuSumming, Summing, Weights, values_of
-from posthoc_cli.synthesis import GROUP, ROW_BYTES, default_workers, raise_file_limit, share
+from posthoc_cli.synthesis import GROUP, ROW_BYTES, raise_file_limit
 from posthoc_cli.tensorfile import DTYPE_BITS, Cache, Layout, TensorInfo
+from posthoc_cli.workers import default_workers, share
 
 BLOCKS = 1024
 """Places that a sample has, besides the beginning of each tensor; fewer of very many sources."""

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli import synthesis
+from posthoc_cli import synthesis, workers
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.plan import make_plan
 from posthoc_cli.recipe import KEY
@@ -392,7 +392,7 @@ def test_a_disk_that_fails_to_flush_is_told(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", broken)
-    monkeypatch.setattr(synthesis, "FLUSH_EVERY", 0)
+    monkeypatch.setattr(workers, "FLUSH_EVERY", 0)
     with pytest.raises(MachineError, match=r"out0\.safetensors: cannot be written \(Input"):
         synthesize(snapshots, np.ones(2), tmp_path, progress=lambda _: flushed.wait(10))
     assert files(tmp_path) == before

@@ -6,9 +6,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from tests.soak.big import big
+from tests.soak.changing import changing
+from tests.soak.disk import disk
 from tests.soak.fuzz import fuzz
 from tests.soak.heavy import heavy
 from tests.soak.kill import interrupt, kill
+from tests.soak.races import races
+from tests.soak.special import special
 from tests.soak.tally import Tally
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
@@ -16,6 +21,11 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "heavy": heavy,
     "kill": kill,
     "interrupt": interrupt,
+    "disk": disk,
+    "changing": changing,
+    "races": races,
+    "special": special,
+    "big": big,
 }
 
 SEED = 20231204
