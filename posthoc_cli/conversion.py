@@ -165,7 +165,7 @@ def convert(
     kind = _kind(checkpoint, options)
     tensors = _tensors(checkpoint, kind, options)
     step, trained, warnings = _identity(checkpoint, kind, options)
-    identity = _as_it_is(checkpoint, kind, trained, options)
+    identity = _as_it_is(kind, trained, options)
     metadata = _metadata(checkpoint, kind, step, identity, options)
     dtypes = {name: _out_dtype(tensor.dtype, options) for name, tensor in tensors.items()}
     layout = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
@@ -493,26 +493,16 @@ def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
 _SCALARS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 
-def _as_it_is(
-    checkpoint: Checkpoint, kind: str, trained: Identity | None, options: Options
-) -> Identity | None:
+def _as_it_is(kind: str, trained: Identity | None, options: Options) -> Identity | None:
     """The profile that the averages really have.
 
     Both tools apply the decay of one step at each update. With `update_every` steps between updates
     that leaves `prod (1 - 1 / t)^(1 + gamma)` over every N-th t, which is that of an exponent with
     `1 + gamma` divided by N.
     """
-    if kind not in _DEFAULT_UPDATE_EVERY or trained is None:
+    if kind not in _DEFAULT_UPDATE_EVERY or trained is None or (options.update_every or 1) == 1:
         return trained
-    if options.update_every is None:
-        raise SnapshotError(
-            str(checkpoint.path),
-            f"the shape of its average depends on update_every ({kind}'s default is "
-            f"{_DEFAULT_UPDATE_EVERY[kind]})",
-            "give --update-every as it was in training",
-        )
-    if options.update_every == 1:
-        return trained
+    assert options.update_every is not None
     gamma = (1 + trained.gamma) / options.update_every - 1
     return Identity(trained.step, gamma, float(gamma_to_sigma_rel(gamma)), trained.source)
 
@@ -569,6 +559,13 @@ def explanations(converted: Sequence[Converted], options: Options) -> list[str]:
         if min(true for _, true in changed) <= -0.5:
             told.append("of gamma -0.5 and below, only --method blup can synthesize")
     kinds = {one.kind for one in converted}
+    if options.update_every is None:
+        told += [
+            f"{kind} averages with another profile than asked for unless update_every is 1, as is "
+            f"taken here; its default is {default}: give --update-every as it was in training"
+            for kind, default in _DEFAULT_UPDATE_EVERY.items()
+            if kind in kinds
+        ]
     if converted and not kinds & set(_DEFAULT_UPDATE_EVERY):
         if options.update_every is not None:
             told.append("--update-every isn't used: no file is of a tool that needs it")

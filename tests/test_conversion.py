@@ -256,12 +256,16 @@ def test_what_can_not_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ema-pytorch", "posthoc-ema"])
-def test_update_every_has_to_be_known(kind: str, tmp_path: Path) -> None:
+def test_without_update_every_the_profile_is_doubted(kind: str, tmp_path: Path) -> None:
     path = ema_pytorch(tmp_path, 0, 1000, {"w": W})
     default = {"ema-pytorch": "100", "posthoc-ema": "10"}[kind]
-    with pytest.raises(SnapshotError, match=rf"depends on update_every .*default is {default}"):
-        run(path, tmp_path / "out", Options(kind=kind, profiles=(0.05,)))
-    assert not (tmp_path / "out").exists()
+    options = Options(kind=kind, profiles=(0.05,))
+    found = run(path, tmp_path / "out", options)
+    assert metadata(found[0].output)["sigma_rel"] == "0.05"
+    (told,) = explanations(found, options)
+    assert told.startswith(f"{kind} averages with another profile than asked for unless")
+    assert f"its default is {default}: give --update-every" in told
+    assert explanations(found, Options(kind=kind, profiles=(0.05,), update_every=1)) == []
 
 
 def test_the_exponent_that_it_really_is(tmp_path: Path) -> None:
