@@ -8,15 +8,11 @@ are never mapped: mapped pages count as memory, and one that is cut off meanwhil
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,8 +20,9 @@ import numpy.typing as npt
 
 from posthoc_cli.atomicfile import AtomicFile
 from posthoc_cli.checkpoints import Checkpoint, StoredTensor
-from posthoc_cli.reading import changed, reading_from
+from posthoc_cli.reading import InputFile
 from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo
+from posthoc_cli.workers import flushed_behind, share
 
 COPY_BYTES = 16 << 20
 """Bytes that a worker copies at a time where they need not be looked at."""
@@ -42,9 +39,6 @@ GAP_BYTES = 1 << 12
 
 WORKERS = 2
 """More would not help: it is the disk, or the memory's speed, that sets the limit."""
-
-FLUSH_EVERY = 0.1
-"""Seconds between flushes of what was written meanwhile."""
 
 Progress = Callable[[int], None]
 Bytes = npt.NDArray[np.uint8]
@@ -68,9 +62,10 @@ def write_tensors(
     Raises SnapshotError when the checkpoint isn't what it was when its structure was read,
     MachineError when it can't be read or `file` can't be written.
     """
-    with _Input(checkpoint) as source, _flushed_behind(file):
+    source = InputFile(checkpoint.path, checkpoint.size, checkpoint.modified)
+    with source, flushed_behind([file]):
         job = _Job(source, file, data_start, progress or (lambda count: None))
-        _share(_pieces(tensors, infos), job)
+        share(_pieces(tensors, infos), job, _Scratch, WORKERS)
         source.check_unchanged()
     return sorted(job.overflowed)
 
@@ -189,7 +184,7 @@ class _Job:
     """What the workers share; each calls it with one piece after the other."""
 
     def __init__(
-        self, source: _Input, file: AtomicFile, data_start: int, progress: Progress
+        self, source: InputFile, file: AtomicFile, data_start: int, progress: Progress
     ) -> None:
         self._source = source
         self._file = file
@@ -202,11 +197,8 @@ class _Job:
         if isinstance(piece, _Copy):
             copied = 0
             while copied < piece.size:
-                start = self._data_start + piece.start + copied
                 with self._writing:
-                    copied += self._source.copy(
-                        piece.offset + copied, self._file, start, piece.size - copied, scratch
-                    )
+                    copied += self._copy(piece, copied, scratch)
             self._progress(piece.size)
             return
         elements = _gather(self._source, piece, scratch)
@@ -220,6 +212,17 @@ class _Job:
         with self._writing:
             self._write(piece, data.data)
         self._progress(elements.nbytes)
+
+    def _copy(self, piece: _Copy, done: int, scratch: _Scratch) -> int:
+        """Copy some more of a piece of which `done` bytes are; returns how many."""
+        offset, start = piece.offset + done, self._data_start + piece.start + done
+        left = piece.size - done
+        if copied := self._file.copy_from(self._source.fileno(), offset, start, left):
+            return copied
+        data = scratch.take("read", min(left, TILE_BYTES)).data
+        self._source.read(offset, data)
+        self._file.write_at(start, data)
+        return len(data)
 
     def _write(self, tile: _Tile, data: memoryview) -> None:
         """Write a tile's elements, in order: in as many runs as it has in the output."""
@@ -251,7 +254,7 @@ def _starts(sizes: Sequence[int], steps: Sequence[int]) -> Iterator[int]:
         yield from range(start, start + last * step, step)
 
 
-def _gather(source: _Input, tile: _Tile, scratch: _Scratch) -> Elements:
+def _gather(source: InputFile, tile: _Tile, scratch: _Scratch) -> Elements:
     """The elements of a tile in the order of the output, as unsigned integers, in one dimension."""
     itemsize = _itemsize(tile.tensor)
     dims = [
@@ -300,115 +303,3 @@ _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
     4: np.uint32,
     8: np.uint64,
 }
-
-
-def _share(
-    pieces: Iterator[_Copy | _Tile], work: Callable[[_Copy | _Tile, _Scratch], None]
-) -> None:
-    """Have the workers do `work` on the pieces; the first exception stops all and is raised."""
-    lock, stop = threading.Lock(), threading.Event()
-
-    def take() -> _Copy | _Tile | None:
-        with lock:
-            return None if stop.is_set() else next(pieces, None)
-
-    def worker() -> None:
-        scratch = _Scratch()
-        while (piece := take()) is not None:
-            work(piece, scratch)
-
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="posthoc") as pool:
-        try:
-            tasks = [pool.submit(worker) for _ in range(WORKERS)]
-            wait(tasks, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-    for task in tasks:
-        task.result()
-
-
-@contextlib.contextmanager
-def _flushed_behind(file: AtomicFile) -> Iterator[None]:
-    """Flush what is written to disk while the work goes on: the end has less to wait for."""
-    done = threading.Event()
-
-    def flush() -> None:
-        while not done.wait(FLUSH_EVERY):
-            file.flush()
-
-    with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
-        task = pool.submit(flush)
-        try:
-            yield
-        finally:
-            done.set()
-    task.result()
-
-
-# Reading.
-
-
-class _Input:
-    """A checkpoint's file, open for reading, from several threads at once."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._path = checkpoint.path
-        self._fd = -1
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Input:
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        with reading_from(self._path):
-            self._fd = os.open(self._path, flags)
-        try:
-            self.check_unchanged()
-        except BaseException:
-            os.close(self._fd)
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        os.close(self._fd)
-
-    def check_unchanged(self) -> None:
-        """Raise SnapshotError if the file isn't as it was when its structure was read."""
-        with reading_from(self._path):
-            status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != (
-            self._checkpoint.size,
-            self._checkpoint.modified,
-        ):
-            raise changed(self._path)
-
-    def read(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on."""
-        with reading_from(self._path):
-            while into:
-                count = self._read_some(offset, into)
-                if count == 0:
-                    raise changed(self._path)
-                into, offset = into[count:], offset + count
-
-    def copy(self, offset: int, file: AtomicFile, start: int, count: int, scratch: _Scratch) -> int:
-        """Copy up to `count` bytes from `offset` to byte `start` of `file`; returns how many."""
-        if copied := file.copy_from(self._fd, offset, start, count):
-            return copied
-        data = scratch.take("read", min(count, TILE_BYTES)).data
-        self.read(offset, data)
-        file.write_at(start, data)
-        return len(data)
-
-    def _read_some(self, offset: int, into: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._fd, [into], offset)
-        with self._lock:  # a file has one position, which the threads share
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            data = os.read(self._fd, len(into))
-        into[: len(data)] = data
-        return len(data)
