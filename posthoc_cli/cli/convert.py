@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from posthoc_cli.cli.console import (
     plain_table,
     print_json,
     print_table,
-    stderr_console,
+    progress_bar,
     stdout_console,
     warn,
 )
@@ -191,16 +190,16 @@ def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) 
     outcome = _Outcome([job.done for job in jobs if job.done], [])
     todo = [job for job in jobs if job.done is None]
     total = sum(job.bytes for job in todo)
-    with _progress_bar(len(todo), total, progress) as (begin, advance):
-        for number, job in enumerate(todo, 1):
-            begin(number)
+    with progress_bar(counted(len(todo), "checkpoint"), total, progress and bool(todo)) as advance:
+        for job in todo:
             left = job.bytes
 
             def count(taken: int) -> None:
                 nonlocal left
                 taken = min(taken, left)  # tensors that share their bytes take them more than once
                 left -= taken
-                advance(taken)
+                if advance:
+                    advance(taken)
 
             try:
                 outcome.converted.append(convert_one(job, chosen, overwrite=force, progress=count))
@@ -210,49 +209,10 @@ def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) 
                 if error.subject != str(job.source):  # the disk that is written to fails for all
                     raise
                 outcome.problems.append((job.source.name, error))
-            advance(left)
+            count(left)
     order = {job.source: place for place, job in enumerate(jobs)}
     outcome.converted.sort(key=lambda one: order[one.source])
     return outcome
-
-
-_Calls = tuple[Callable[[int], None], Callable[[int], None]]
-
-
-@contextlib.contextmanager
-def _progress_bar(files: int, total: int, wanted: bool) -> Iterator[_Calls]:
-    """A bar on stderr of `total` bytes in `files` files, gone when done; only on a terminal.
-
-    Gives what to call with the number of the file begun, and with the bytes just taken.
-    """
-    console = stderr_console() if wanted and files else None
-    if console is None or not console.is_terminal or console.is_dumb_terminal:
-        yield (lambda number: None), (lambda count: None)
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-        transient=True,
-        expand=True,
-    ) as bar:
-        task = bar.add_task(f"1 of {files}", total=total)
-        yield (
-            lambda number: bar.update(task, description=f"{number} of {files}"),
-            lambda count: bar.advance(task, count),
-        )
 
 
 def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
