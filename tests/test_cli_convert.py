@@ -105,12 +105,26 @@ def test_json_is_whole_with_problems(
 
 
 def test_what_several_files_have_in_common_is_said_once(posthoc_here: Posthoc, mixed: Path) -> None:
-    done = posthoc_here("convert", "run", "out", "--only", "*.*.pt", "--profiles", "0.05,0.10")
+    done = posthoc_here("convert", "run", "out", "--only", "1.*", "--profiles", "0.05", "-q")
     assert done.code == 3
     (line,) = done.out.splitlines()[1:]
-    assert line.startswith("  0.1000.pt and 3 more files: the shape of its average depends on")
-    assert "ema-pytorch's default is 100" in line
+    assert line.startswith("  1.1000.pt and 1 more file: its name says index 1, for which ")
     assert not (mixed.parent / "out").exists()
+
+
+def test_update_every_is_asked_for(posthoc_here: Posthoc, mixed: Path) -> None:
+    asked = ("--profiles", "0.05,0.10", "--only", "*.*.pt")
+    done = posthoc_here("convert", "run", "out", *asked)
+    assert done.code == 0
+    (warning,) = done.err.splitlines()
+    assert re.fullmatch(
+        "posthoc: warning: ema-pytorch averages with another profile than asked for unless "
+        "update_every is 1, .* its default is 100: give --update-every as it was in training",
+        warning,
+    )
+    assert posthoc_here("convert", "run", "out", *asked, "--update-every", "1").code == 2
+    again = posthoc_here("convert", "run", "out", *asked, "--update-every", "1", "--force")
+    assert (again.code, again.err) == (0, "")
 
 
 def test_a_file_that_can_not_be_used_is_one_line(posthoc_here: Posthoc, mixed: Path) -> None:
