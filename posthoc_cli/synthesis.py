@@ -80,7 +80,8 @@ def execute(
         for path, entry in zip(outputs, recipes, strict=True)
     ]
     files = [file for output in wanted for file in output.files]
-    _refuse_inputs(plan.snapshots, [file.path for file in files])
+    gone = [path for output in wanted for path in output.stale]
+    _refuse_inputs(plan.snapshots, [*(file.path for file in files), *gone])
     where = "cpu" if device == "cpu" else "device"
     row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
     group = min(GROUP, len(plan.snapshots))
@@ -105,7 +106,7 @@ def execute(
             stack.enter_context(Reader(snapshot.layout, keep_open=keep_open))
             for snapshot in plan.snapshots
         ]
-        stack.enter_context(together(files, [path for out in wanted for path in out.stale]))
+        stack.enter_context(together(files, gone))
         for output in wanted:
             output.write_headers()
         job = _Job(plan, weights, readers, wanted, progress)

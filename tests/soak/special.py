@@ -167,6 +167,8 @@ def _in_the_way(base: Path, make: Callable[[Path], None], force: bool) -> list[s
         make(output)
     except OSError:
         return None
+    if output.is_dir():
+        return None  # then the output goes into it
     before = os.lstat(output)
     arguments = ["synthesize", "snapshots", "--gamma", "3", "-o", "out/x.safetensors"]
     run = _posthoc(base, *arguments, *(["--force"] if force else []))
