@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli.profiles import sigma_rel_to_gamma
-from tests.command import Posthoc, on_terminal, visible
+from tests.command import COMMAND, ENVIRONMENT, Posthoc, on_terminal, visible
 from tests.hostile_pickles import CORPUS
 from tests.test_conversion import ema_pytorch
 
@@ -158,6 +161,37 @@ def test_an_output_that_is_there(posthoc_here: Posthoc, mixed: Path) -> None:
     assert os.listdir(out) == ["net_500_6.94.safetensors"]
     assert posthoc_here("convert", "run", "out", *ASKED, "--force", "-q").code == 0
     assert load_file(out / "net_500_6.94.safetensors")["w"].tolist() == [1.0] * 5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_where_it_was(
+    kind: signal.Signals, posthoc: Posthoc, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for step in range(1, 201):
+        torch.save({"w": torch.full((50_000,), step / 7)}, tmp_path / "run" / f"a_{step}_6.94.pt")
+    words = [COMMAND, "convert", "run", "out"]
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        while process.poll() is None and not list((tmp_path / "out").glob("*.safetensors")):
+            time.sleep(0.002)
+        process.send_signal(kind)
+        out, _ = process.communicate()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[kind]
+    assert out == b""
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert 0 < len(done) < 200
+    assert all(name.endswith(".safetensors") for name in done)
+    again = posthoc("convert", "run", "out", "--json")
+    assert again.code == 0
+    assert sum(one["skipped"] for one in again.json["converted"]) == len(done)
+    for name, modified in done.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == modified
+    for step in (1, 200):
+        found = load_file(tmp_path / "out" / f"a_{step}_6.94.safetensors")["w"]
+        assert torch.equal(found, torch.full((50_000,), step / 7))
 
 
 def test_a_folder_that_can_not_be_written(posthoc_here: Posthoc, mixed: Path) -> None:
