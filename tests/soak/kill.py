@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from tests.soak.scenes import Scene, scenes
@@ -18,11 +19,13 @@ MOST_SECONDS = 1.0
 """From a signal to the end."""
 
 
-def kill(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -> None:
-    """`kill -9` at `rounds` random moments of each command."""
+def kill(
+    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16, most: int = 5
+) -> None:
+    """`kill -9` at `rounds` random moments of each of the first `most` commands."""
     rng = random.Random(f"kill/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
-        for scene in scenes(Path(scratch), megabytes, seed):
+        for scene in islice(scenes(Path(scratch), megabytes, seed), most):
             for number in range(rounds):
                 losses = _kill(scene, rng, early=number % 2 == 0, again=number % 4 < 2)
                 tally.count(f"kills of {scene.name}", losses)
@@ -49,7 +52,9 @@ def _wait_for_writing(scene: Scene, process: subprocess.Popen[str]) -> None:
         time.sleep(0.0005)
 
 
-def interrupt(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -> None:
+def interrupt(
+    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16, most: int = 5
+) -> None:
     """SIGINT, SIGTERM and SIGHUP in turn, at `rounds` random moments of each command.
 
     They come once posthoc runs: before, while Python itself starts, they are Python's.
@@ -58,7 +63,7 @@ def interrupt(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 
     slowest = 0.0
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
-        for scene in scenes(Path(scratch), megabytes, seed):
+        for scene in islice(scenes(Path(scratch), megabytes, seed), most):
             for number in range(rounds):
                 losses, seconds = _interrupt(scene, rng, numbers[number % 3], number % 2 == 0)
                 tally.count(f"signals to {scene.name}", losses)

@@ -166,7 +166,6 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     """The commands that write, each in a folder of its own below `base`."""
     rng = np.random.default_rng(seed)
     make_snapshots(base / "snapshots", megabytes=megabytes, seed=seed)
-    make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
     words = ["synthesize", "../snapshots", "--sigma-rel", "0.07", "-o"]
     one = "work/x.safetensors"
     shards = ["--max-shard-size", f"{megabytes / 4:g}MB"]
@@ -185,4 +184,5 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     yield sharded
     other = [*words[:3], "0.06", "-o", one, *shards, "--force"]
     yield scene("shards over shards", other, old=sharded.new, index=index)
+    make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
     yield scene("convert", ["convert", "../checkpoints", "work"], several=True)

@@ -1,0 +1,217 @@
+"""Kills, broken disks and changing inputs: a little of what `make soak` does for half an hour."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from posthoc_cli import atomicfile, reading, synthesis
+from tests.command import Posthoc
+from tests.soak.changing import CHANGES, _changed, _reads
+from tests.soak.kill import interrupt, kill
+from tests.soak.scenes import make_snapshots
+from tests.soak.special import special
+from tests.soak.tally import Tally
+
+SEED = 1
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and files")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+SYNTHESIZE = ("synthesize", "snapshots", "--sigma-rel", "0.07", "-o", "x.safetensors")
+
+
+# Kills
+
+
+@posix
+@linux
+@pytest.mark.parametrize("section", [kill, interrupt])
+def test_a_run_that_ends_early_leaves_nothing_half_done(section: Callable[..., None]) -> None:
+    tally = Tally("few")
+    section(SEED, tally, rounds=3, megabytes=1, most=2)
+    assert tally.total == 6
+    assert tally.losses == []
+
+
+# Disks
+
+
+def failing(error: int, after: int, call: Callable[..., object]) -> Callable[..., object]:
+    """`call`, which gives `error` once it was called `after` times."""
+    calls = 0
+
+    def wrapped(*arguments: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(error, os.strerror(error))
+        return call(*arguments, **named)
+
+    return wrapped
+
+
+@posix
+@pytest.mark.parametrize("old", [None, b"an older output"])
+@pytest.mark.parametrize(
+    ("call", "error", "after", "line"),
+    [
+        ("preadv", errno.EIO, 0, r".*ema-.*: cannot be read \(.*\); check the disk .*"),
+        ("preadv", errno.EIO, 7, r".*ema-.*: cannot be read \(.*\); check the disk .*"),
+        ("pwrite", errno.ENOSPC, 0, r"x\.safetensors: cannot be written \(No space .*\); free .*"),
+        ("pwrite", errno.ENOSPC, 1, r"x\.safetensors: cannot be written \(No space .*\); free .*"),
+        ("pwrite", errno.EIO, 1, r"x\.safetensors: cannot be written \(.*\); check .*"),
+        ("posix_fallocate", errno.ENOSPC, 0, r"x\.safetensors: .*\(No space.*\); free .*"),
+        ("posix_fallocate", errno.EDQUOT, 0, r"x\.safetensors: .*quota.*; free some space .*"),
+        ("posix_fallocate", errno.EFBIG, 0, r"x\.safetensors: .*; raise the file size limit .*"),
+        ("fsync", errno.EIO, 0, r"x\.safetensors: cannot be written \(.*\); check .*"),
+        ("ftruncate", errno.EROFS, 0, r"x\.safetensors: .*Read-only.*; check the folder .*"),
+    ],
+)
+def test_a_broken_disk_leaves_all_as_it_was(
+    call: str,
+    error: int,
+    after: int,
+    line: str,
+    old: bytes | None,
+    posthoc_here: Posthoc,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not hasattr(os, call):
+        pytest.skip(f"no os.{call} here")
+    make_snapshots(tmp_path / "snapshots", 4, megabytes=0.5)
+    if call == "ftruncate":  # it is for disks that can't reserve
+        missing = failing(errno.EOPNOTSUPP, 0, os.posix_fallocate)
+        monkeypatch.setattr(atomicfile.os, "posix_fallocate", missing)
+    if old is not None:
+        (tmp_path / "x.safetensors").write_bytes(old)
+    monkeypatch.setattr(os, call, failing(error, after, getattr(os, call)))
+    run = posthoc_here(*SYNTHESIZE, "-q", *(["--force"] if old is not None else []))
+    monkeypatch.undo()
+    run.failed(1, line)
+    assert {path.name for path in tmp_path.iterdir()} - {"snapshots"} == (
+        {"x.safetensors"} if old is not None else set()
+    )
+    if old is not None:
+        assert (tmp_path / "x.safetensors").read_bytes() == old
+
+
+@posix
+def test_short_reads_and_writes_are_gone_on_with(
+    posthoc_here: Posthoc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_snapshots(tmp_path / "snapshots", 4, megabytes=0.2)
+    assert posthoc_here(*SYNTHESIZE).code == 0
+    (tmp_path / "x.safetensors").rename(tmp_path / "whole.safetensors")
+    read, write = os.preadv, os.pwrite
+
+    def short_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return read(fd, [buffers[0][: len(buffers[0]) // 2 + 1]], offset)
+
+    def short_write(fd: int, data: memoryview, offset: int) -> int:
+        return write(fd, data[: len(data) // 2 + 1], offset)
+
+    monkeypatch.setattr(reading.os, "preadv", short_read)
+    monkeypatch.setattr(atomicfile.os, "pwrite", short_write)
+    assert posthoc_here(*SYNTHESIZE).code == 0
+    assert (tmp_path / "x.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
+
+
+def test_missing_space_is_told_before_the_work_begins(
+    posthoc_here: Posthoc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_snapshots(tmp_path / "snapshots", 2, megabytes=1)
+    few = shutil.disk_usage(tmp_path)._replace(free=300_000)
+    monkeypatch.setattr(atomicfile.shutil, "disk_usage", lambda path: few)
+    monkeypatch.setattr(synthesis, "share", lambda *_: pytest.fail("has begun"))
+    run = posthoc_here(*SYNTHESIZE, "-q", "--dtype", "float32")
+    assert run.code == 1
+    assert "are missing on its disk; free some space or choose another disk" in run.err
+    assert os.listdir(tmp_path) == ["snapshots"]
+
+
+# Inputs
+
+
+@posix
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_snapshot_that_changes_is_named(change: str, tmp_path: Path) -> None:
+    make_snapshots(tmp_path / "whole", 4, megabytes=0.2)
+    rng = random.Random(SEED)
+    for method in ("edm2", "blup"):
+        calls = _reads(tmp_path, method)
+        for _ in range(3):
+            assert _changed(tmp_path, CHANGES[change], rng, method, calls) == []
+
+
+@posix
+def test_what_is_being_written_can_be_left_out(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    make_snapshots(tmp_path / "snapshots", 4, megabytes=0.2)
+    newest = tmp_path / "snapshots" / "ema-2000-0.10.safetensors"
+    os.truncate(newest, newest.stat().st_size // 2)
+    posthoc_here(*SYNTHESIZE, "-q").failed(3, r".*ema-2000-0\.10.*its end is missing.*")
+    run = posthoc_here(*SYNTHESIZE, "--skip-incomplete")
+    assert run.code == 0
+    assert newest.name in run.err
+
+
+# Outputs
+
+
+@posix
+@pytest.mark.parametrize("shards", [(), ("--max-shard-size", "10kB")])
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_no_output_takes_the_place_of_a_snapshot(
+    shards: tuple[str, ...], force: tuple[str, ...], posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    make_snapshots(tmp_path / "snapshots", 2, megabytes=0.1)
+    (tmp_path / "linked").symlink_to("snapshots")
+    (tmp_path / "soft.safetensors").symlink_to("snapshots/ema-1000-0.05.safetensors")
+    os.link(tmp_path / "snapshots/ema-1000-0.10.safetensors", tmp_path / "hard.safetensors")
+    before = {path: path.read_bytes() for path in (tmp_path / "snapshots").iterdir()}
+    for place in (
+        "snapshots/ema-1000-0.05.safetensors",
+        "linked/ema-1000-0.05.safetensors",
+        "soft.safetensors",
+        "hard.safetensors",
+    ):
+        run = posthoc_here(*SYNTHESIZE[:-1], place, *shards, *force)
+        assert (run.code, run.out) == (2, "")
+        assert {path: path.read_bytes() for path in (tmp_path / "snapshots").iterdir()} == before
+    assert load_file(tmp_path / "hard.safetensors")
+
+
+@posix
+def test_special_files_do_not_hang_it(
+    posthoc_here: Posthoc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_snapshots(tmp_path / "snapshots", 2, megabytes=0.1)
+    for name in ("pipe.safetensors", "pipe.safetensors.index.json", "pipe.pt"):
+        os.mkfifo(tmp_path / "snapshots" / name)
+        run = posthoc_here("inspect", "snapshots")
+        assert run.code == (0 if name.endswith(".pt") else 3)
+        assert posthoc_here("inspect", f"snapshots/{name}").code in (2, 3)
+        assert posthoc_here("convert", "snapshots", "converted").code in (2, 3)
+        os.unlink(tmp_path / "snapshots" / name)
+    os.mkdir(tmp_path / "snapshots" / "folder.safetensors")
+    assert posthoc_here("inspect", "snapshots").code == 0
+
+
+def test_the_soak_knows_all_sections() -> None:
+    from tests.soak.__main__ import SECTIONS
+
+    assert special in SECTIONS.values()
+    text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for name in SECTIONS:
+        assert f"`{name}`" in text
