@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from posthoc_cli import verification
+from posthoc_cli import comparison
+from posthoc_cli.comparison import Problem, allowed
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.plan import make_plan
 from posthoc_cli.profiles import Profile
@@ -23,7 +24,7 @@ from posthoc_cli.shards import open_layout
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.synthesis import execute
 from posthoc_cli.tensorfile import read_layout
-from posthoc_cli.verification import Problem, Report, allowed, find_output, verify
+from posthoc_cli.verification import Report, find_output, verify
 
 from .support import STORED, read_tensors, snapshot_of, write_layout, write_tensors
 
@@ -107,9 +108,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that are less than all of a small file."""
-    monkeypatch.setattr(verification, "BLOCKS", 3)
-    monkeypatch.setattr(verification, "_FEWEST_BLOCKS", 3)
-    monkeypatch.setattr(verification, "BLOCK", 8)
+    monkeypatch.setattr(comparison, "BLOCKS", 3)
+    monkeypatch.setattr(comparison, "_FEWEST_BLOCKS", 3)
+    monkeypatch.setattr(comparison, "BLOCK", 8)
 
 
 # What is right

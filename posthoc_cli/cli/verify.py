@@ -12,7 +12,8 @@ from posthoc_cli.cli.console import counted, print_json, progress_bar
 from posthoc_cli.errors import SnapshotError, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.verification import Problem, Report
+    from posthoc_cli.comparison import Problem
+    from posthoc_cli.verification import Report
 
 
 def verify(
