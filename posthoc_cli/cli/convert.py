@@ -75,9 +75,9 @@ def convert(
             metavar="N",
             rich_help_panel="Reading the checkpoints",
             show_default=False,
-            help="The update_every of training with ema-pytorch (100 if it wasn't set) or posthoc-ema "
-            "(10), taken to be 1 without this. Above 1 their averages have another width than was "
-            "asked for, and that is what is written.",
+            help="The update_every of training with ema-pytorch (100 if it wasn't set) or "
+            "posthoc-ema (10), taken to be 1 without this. Above 1 their averages have another "
+            "width than was asked for, and that is what is written.",
         ),
     ] = None,
     profiles: Annotated[
