@@ -69,6 +69,9 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return recipe if isinstance(recipe, dict) and "sources" in recipe else None
 
 
+_MAX_GLOBS = 1_000
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One source of an output, as its recipe has it; of old ones `size` is not known, nor
@@ -134,4 +137,6 @@ def _globs(recipe: Mapping[str, Any], key: str) -> tuple[str, ...]:
     globs = recipe.get(key, [])
     if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"'{key}' is no list of names")
+    if len(globs) > _MAX_GLOBS:  # each is held against the name of each tensor
+        raise ValueError(f"'{key}' has more than {_MAX_GLOBS:,} names")
     return tuple(globs)

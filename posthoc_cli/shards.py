@@ -107,9 +107,9 @@ def _parse_index(path: Path) -> dict[str, Any]:
         if len(text) > MAX_HEADER:
             raise ValueError("it is too long")
         check_items(path, text)
-        document = json.loads(text)
+        document = json.loads(text.decode())  # from bytes, it lets half a surrogate pair pass
         if rb"\u" in text:
-            json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text
+            json.dumps(document, ensure_ascii=False).encode()  # and as an escape
     except OSError as error:
         raise MachineError(
             str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"

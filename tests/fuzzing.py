@@ -13,6 +13,7 @@ Each is made from a number of its own, so that one that does harm can be made ag
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Sequence
@@ -440,13 +441,23 @@ def _recipe(rng: random.Random, file: Draft) -> None:
         *(None, "", "nan", "inf", "1e400", -1, 0, True, [], [1], {}, {"file": 1}, "\x1b[2J\n"),
         *(10**30, 10**400, 1e300, float("nan"), float("inf"), -0.0, "x" * 10_000, "\ud800"),
     )
-    source: Any = {"file": "a\x1b[2J", "step": 1, "sigma_rel": 0.1, "gamma": 6.94, "weight": 1.0}
+    own = os.fsdecode(file.name + b".safetensors")
+    files = (own, own, "before_1500_16.97.safetensors", "good-1000.safetensors", "a\x1b[2J", "gone")
+    paths = ("../x.safetensors", "/etc/passwd", "..", "", "\x00", "\ud800", "a/b", "x" * 5_000)
+    source: Any = {"file": own, "step": 1, "sigma_rel": 0.1, "gamma": 6.94, "weight": 1.0}
     recipe: Any = {
         "version": "1",
         "method": "edm2",
         "target": {"step": 1, "sigma_rel": 0.1, "gamma": 6.94},
-        "sources": [dict(source) for _ in range(rng.choice((0, 1, 3)))],
+        "sources": [{**source, "file": rng.choice(files)} for _ in range(rng.choice((0, 1, 1, 3)))],
     }
+    for one in recipe["sources"]:
+        if rng.random() < 0.3:
+            one[rng.choice(("bytes", "fingerprint"))] = rng.choice((*odd, 100, "0" * 32))
+        if rng.random() < 0.2:
+            one["file"] = rng.choice(paths)
+    if rng.random() < 0.3:
+        recipe[rng.choice(("copied", "dropped"))] = rng.choice((["*"], ["[", "*a" * 50], *odd))
     for _ in range(rng.randint(0, 3)):
         places = [recipe, recipe["target"], *(recipe["sources"] or ())]
         place = rng.choice([one for one in places if isinstance(one, dict) and one] or [recipe])

@@ -34,7 +34,7 @@ def test_a_few_hundred_hostile_files(at: int, tmp_path: Path) -> None:
         case = make_case(SEED, number)
         tried = try_case(case, tmp_path)
         assert tried.losses == [], f"{case}: {case.files}"
-        assert tried.runs == 4
+        assert tried.runs >= 5
 
 
 def test_a_case_can_be_made_again() -> None:
@@ -246,13 +246,14 @@ def test_a_file_that_changes_between_two_looks_is_refused(
         b'{"weight_map":{"a":"x\\u0000.safetensors"}}',
         b'{"weight_map":{"a":"\\ud800.safetensors"}}',
         b'{"weight_map":{"a":"x.safetensors"},"metadata":{"\\udfff":""}}',
+        b'{"weight_map":{"a":"x.safetensors"},"metadata":{"\xed\xa0\x80":""}}',
         b'{"weight_map":{"a":"gone.safetensors"}}',
         b'{"weight_map":{"b":"x.safetensors"}}',
         b'{"weight_map":{"a":"x.safetensors"},"deep":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"weight_map":{"a":"x.safetensors"},"n":1' + b"0" * 10_000 + b"}",
         b'{"weight_map":{"\xff":"x.safetensors"}}',
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_an_index_that_makes_no_sense(index: bytes, tmp_path: Path) -> None:
     header = f'{{"a":{entry()}}}'.encode()

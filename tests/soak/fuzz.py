@@ -151,6 +151,13 @@ def _commands(case: Case, tried: Tried, folder: Path, base: Path) -> None:
     )
     never_two(run, "synthesize")
     tried.losses += _outputs_are_whole(output, run, len(target[1].split(",")))
+    verifying = ["verify", str(hostile), str(folder), *some((), ("--full",), ("--json",))]
+    never_two(tried.run([*verifying, *reading]), "verify")
+    if run.code == 0:
+        made = str(sorted(output.iterdir())[0])
+        good = tried.run(["verify", made, str(folder), "--full"])
+        if good.code != 0:
+            tried.losses.append(f"verify says of what was just made: {good}")
 
 
 def _outputs_are_whole(output: Path, run: Run, targets: int) -> list[str]:
