@@ -165,7 +165,8 @@ def convert(
     kind = _kind(checkpoint, options)
     tensors = _tensors(checkpoint, kind, options)
     step, trained, warnings = _identity(checkpoint, kind, options)
-    identity = _as_it_is(kind, trained, options)
+    identity = _as_it_is(checkpoint, kind, trained, options)
+    step = identity.step if identity else step
     metadata = _metadata(checkpoint, kind, step, identity, options)
     dtypes = {name: _out_dtype(tensor.dtype, options) for name, tensor in tensors.items()}
     layout = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
@@ -313,10 +314,11 @@ def _done(source: Path, output: Path, status: os.stat_result, options: Options) 
             == [source.name, status.st_size, status.st_mtime_ns]
             and options.kind in (made_with.pop("from"), kind)
             and made_with == _made_with(kind, options)
+            and kind in KINDS
         )
+        return _describe(source, layout, kind) if same else None
     except (PosthocError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return _describe(source, layout, kind) if same else None
+        return None  # nobody's, or meddled with
 
 
 def _describe(source: Path, layout: Layout, kind: str) -> Converted:
@@ -324,7 +326,7 @@ def _describe(source: Path, layout: Layout, kind: str) -> Converted:
         identity: Identity | None = identify("", layout.metadata)[0]
     except SnapshotError:
         identity = None
-    step = identity.step if identity else int(layout.metadata.get("step", "0")) or None
+    step = identity.step if identity else max(int(layout.metadata.get("step", "0")), 0) or None
     dtypes = Counter(info.dtype for info in layout.tensors.values())
     elements = sum(info.elements for info in layout.tensors.values())
     return Converted(
@@ -478,11 +480,14 @@ def _said(checkpoint: Checkpoint) -> dict[str, str]:
 def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
     """A finite number, or one in a tensor of one element; None for anything else."""
     if isinstance(value, StoredTensor) and value.shape in ((), (1,)) and value.dtype in _SCALARS:
-        kind = np.dtype(_SCALARS[value.dtype])
+        kind, dtype = np.dtype(_SCALARS[value.dtype]), value.dtype
         try:
             with open(checkpoint.path, "rb") as file:
                 file.seek(value.offset)
-                (value,) = np.frombuffer(file.read(kind.itemsize), kind).tolist()
+                stored = np.frombuffer(file.read(kind.itemsize), kind)
+            if dtype == "BF16":  # the upper half of a float
+                stored = (stored.astype("<u4") << 16).view("<f4")
+            (value,) = stored.tolist()
         except (OSError, ValueError):
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -490,21 +495,43 @@ def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
     return value if math.isfinite(value) else None
 
 
-_SCALARS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_SCALARS = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+}  # fmt: skip
 
 
-def _as_it_is(kind: str, trained: Identity | None, options: Options) -> Identity | None:
-    """The profile that the averages really have.
+def _as_it_is(
+    checkpoint: Checkpoint, kind: str, trained: Identity | None, options: Options
+) -> Identity | None:
+    """The step and profile that the averages really have.
 
     Both tools apply the decay of one step at each update. With `update_every` steps between updates
     that leaves `prod (1 - 1 / t)^(1 + gamma)` over every N-th t, which is that of an exponent with
     `1 + gamma` divided by N.
     """
-    if kind not in _DEFAULT_UPDATE_EVERY or trained is None or (options.update_every or 1) == 1:
+    if kind not in _DEFAULT_UPDATE_EVERY or trained is None:
         return trained
-    assert options.update_every is not None
-    gamma = (1 + trained.gamma) / options.update_every - 1
-    return Identity(trained.step, gamma, float(gamma_to_sigma_rel(gamma)), trained.source)
+    step, gamma, sigma_rel = trained.step, trained.gamma, trained.sigma_rel
+    if kind == "posthoc-ema":
+        step = _own_step(checkpoint, step)
+    if options.update_every is not None and options.update_every > 1:
+        gamma = (1 + gamma) / options.update_every - 1
+        sigma_rel = float(gamma_to_sigma_rel(gamma))
+    return Identity(step, gamma, sigma_rel, trained.source)
+
+
+def _own_step(checkpoint: Checkpoint, named: int) -> int:
+    """The steps that pytorch-posthoc-ema has averaged over, where its file is named after `named`.
+
+    Its averages start late, by default at step 100, and their decay goes by a counter that starts
+    with them. In half precision the counter is rounded: what `named` would be rounded to is it.
+    """
+    counter = checkpoint.root.get("step")
+    value = _number(checkpoint, counter)
+    if value is None or not 1 <= value < named:
+        return named
+    rounding = {"F16": 2.0**-11, "BF16": 2.0**-8}.get(getattr(counter, "dtype", ""), 0.0)
+    return named if named - value <= named * rounding else int(value)
 
 
 def _metadata(
@@ -542,7 +569,7 @@ def explanations(converted: Sequence[Converted], options: Options) -> list[str]:
     changed = {
         (one.trained.gamma, one.identity.gamma): one
         for one in converted
-        if one.trained and one.identity
+        if one.trained and one.identity and one.trained.gamma != one.identity.gamma
     }
     if changed:
         pairs = [
@@ -558,6 +585,15 @@ def explanations(converted: Sequence[Converted], options: Options) -> list[str]:
         )
         if min(true for _, true in changed) <= -0.5:
             told.append("of gamma -0.5 and below, only --method blup can synthesize")
+    late = [
+        one for one in converted if one.trained and one.identity and one.trained.step != one.step
+    ]
+    if late:
+        assert late[-1].trained
+        told.append(
+            f"posthoc-ema's averages started late, and count their steps from there: "
+            f"step {late[-1].trained.step} is their step {late[-1].step}"
+        )
     kinds = {one.kind for one in converted}
     if options.update_every is None:
         told += [

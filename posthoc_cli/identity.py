@@ -57,7 +57,10 @@ def identify(
     stated = _read_metadata(metadata)
     if stated is not None:
         identity = _checked(name, stated, "metadata")
-        if named is None or named.agrees_with(identity.step, identity.sigma_rel):
+        # Our own `convert` has read the name, and written what the snapshot really is.
+        if named is None or "converted" in metadata:
+            return identity, []
+        if named.agrees_with(identity.step, identity.sigma_rel):
             return identity, []
         return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
     if named is not None:

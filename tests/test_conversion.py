@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from posthoc_cli.conversion import Converted, Options, convert, explanations, find_jobs
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.naming import compile_pattern
 from posthoc_cli.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.snapshots import read_folder
 from tests.test_edm2 import Network, half, names, snapshot
 
 __all__ = ["names"]  # a fixture
@@ -137,25 +138,63 @@ def test_ema_pytorch(tmp_path: Path) -> None:
     assert explanations(found, BOTH) == []
 
 
+def posthoc_ema(path: Path, counter: torch.Tensor, **tensors: torch.Tensor) -> Path:
+    """A checkpoint as pytorch-posthoc-ema writes it."""
+    torch.save({**tensors, "initted": torch.tensor(True), "step": counter}, path)
+    return path
+
+
 def test_posthoc_ema(tmp_path: Path) -> None:
-    """Without a prefix; its own counter starts when its averages do, and is not the step."""
-    tensors = {"conv.weight": torch.randn(8, 4, 3, 3), "norm.num_batches_tracked": torch.tensor(3)}
-    counters = {"initted": torch.tensor(True), "step": torch.tensor(901)}
-    torch.save(tensors | counters, tmp_path / "1.1000.pt")
-    (one,) = run(tmp_path, tmp_path, BOTH)
-    assert_same(one.output, tensors)
-    assert (one.kind, one.step) == ("posthoc-ema", 1000)
-    assert metadata(one.output)["sigma_rel"] == "0.1"
+    """Without a prefix, and with the steps that it has averaged over, by its own counter."""
+    tensors = {"weight": torch.randn(8, 4, 3, 3), "num_batches_tracked": torch.tensor(3)}
+    path = posthoc_ema(tmp_path / "1.1000.pt", torch.tensor(901), **tensors)
+    found = run(path, tmp_path, BOTH)
+    assert_same(found[0].output, tensors)
+    assert (found[0].kind, found[0].step) == ("posthoc-ema", 901)
+    assert metadata(found[0].output)["step"] == "901"
+    assert metadata(found[0].output)["sigma_rel"] == "0.1"
+    assert "step 1000 is their step 901" in explanations(found, BOTH)[0]
+    inventory = read_folder(tmp_path)
+    assert [one.step for one in inventory.snapshots] == [901]
+    assert inventory.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("step", "counter", "averaged"),
+    [
+        (1000, torch.tensor(1000), 1000),
+        (1000, torch.tensor(901.0).half(), 901),
+        (20_000, torch.tensor(19_901.0).half(), 19_904),
+        (60_000, torch.tensor(60_001.0).half(), 60_000),
+        (70_000, torch.tensor(70_000.0).half(), 70_000),  # infinite in half precision
+        (1000, torch.tensor(901.0).bfloat16(), 900),
+        (50_000, torch.tensor(49_901.0).bfloat16(), 50_000),
+        (1000, torch.tensor(0), 1000),
+        (1000, torch.tensor(2000), 1000),
+    ],
+)
+def test_the_counter_of_posthoc_ema(
+    step: int, counter: torch.Tensor, averaged: int, tmp_path: Path
+) -> None:
+    path = posthoc_ema(tmp_path / f"0.{step}.pt", counter, w=W)
+    (one,) = run(path, tmp_path, BOTH)
+    assert one.step == averaged
 
 
 @pytest.mark.parametrize("prefix", ["", "ema_model."])
 def test_posthoc_ema_that_says_its_width(prefix: str, tmp_path: Path) -> None:
-    state = {f"{prefix}w": torch.ones(3), "initted": torch.tensor(True), "step": torch.tensor(9)}
+    state = {f"{prefix}w": torch.ones(3), "initted": torch.tensor(1.0), "step": torch.tensor(1e3)}
     torch.save(state | {"sigma_rel": 0.2}, tmp_path / "1.1000.pt")
     (one,) = run(tmp_path, tmp_path, Options(update_every=1))
     assert one.kind == "posthoc-ema"
     assert_same(one.output, {"w": torch.ones(3)})
     assert metadata(one.output)["sigma_rel"] == "0.2"
+
+
+def test_a_tool_that_is_said_to_have_written_it(tmp_path: Path) -> None:
+    one = converted(tmp_path, "0.1000.pt", {"w": W}, kind="posthoc-ema", profiles=(0.05,))
+    assert_same(one.output, {"w": W})
+    assert (one.kind, one.step) == ("posthoc-ema", 1000)
 
 
 def test_a_network_beside_an_ordinary_average_of_it_is_a_plain_state_dict(tmp_path: Path) -> None:
@@ -376,6 +415,28 @@ def test_another_file_at_its_place(content: bytes, tmp_path: Path) -> None:
         find_jobs(tmp_path, tmp_path, Options())
     run(tmp_path, tmp_path, Options(), overwrite=True)
     assert_same(place, {"w": W})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "x"}, {"step": "9" * 5000}, {"converted": "[]"}, {"converted": "[" * 100_000}]
+    + [{"from": kind} for kind in ("\x1b[2J", [], None)]
+    + [{"options": value} for value in ({}, [], 3, None, "from")],
+    ids=str,
+)
+def test_an_output_that_was_meddled_with(changes: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"w": W, "step": 5}, tmp_path / "a.pt")
+    (one,) = run(tmp_path, tmp_path, Options())
+    written = metadata(one.output)
+    entry = json.loads(written["converted"])
+    for key, value in changes.items():
+        if key in entry:
+            entry[key] = value
+    written["converted"] = json.dumps(entry)
+    written |= {key: value for key, value in changes.items() if key in written}
+    save_file({"w": W}, one.output, written)
+    with pytest.raises(UsageError, match="exists already"):
+        find_jobs(tmp_path, tmp_path, Options())
 
 
 def test_never_over_a_checkpoint(tmp_path: Path) -> None:
