@@ -49,9 +49,8 @@ class PosthocError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{printable(self.subject)}: {brief(printable(self.problem))}; " + printable(
-            self.remedy
-        )
+        subject, problem = (brief(printable(text)) for text in (self.subject, self.problem))
+        return f"{subject}: {problem}; {printable(self.remedy)}"
 
 
 class MachineError(PosthocError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -60,21 +62,41 @@ def interrupt(
     They come once posthoc runs: before, while Python itself starts, they are Python's.
     """
     rng = random.Random(f"interrupt/{seed}")
-    slowest = 0.0
+    slowest, running = 0.0, 0
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
+    with _none_ignored(), tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         for scene in islice(scenes(Path(scratch), megabytes, seed), most):
             for number in range(rounds):
                 losses, seconds = _interrupt(scene, rng, numbers[number % 3], number % 2 == 0)
                 tally.count(f"signals to {scene.name}", losses)
-                slowest = max(slowest, seconds)
-    tally.figures.append(f"slowest end {slowest:.2f} s after the signal")
+                running += seconds is not None
+                slowest = max(slowest, seconds or 0.0)
+    if running < tally.total / 2:
+        tally.count("signals that came too late", times=tally.total - running, losses=["most"])
+    tally.figures += [f"{running} came before the end", f"ended within {slowest:.2f} s"]
+
+
+@contextlib.contextmanager
+def _none_ignored() -> Iterator[None]:
+    """What is started now shall heed signals, also below nohup or in a shell's background."""
+    before = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_IGN
+    }
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(
     scene: Scene, rng: random.Random, number: signal.Signals, early: bool
-) -> tuple[list[str], float]:
-    """One round: what was lost, and seconds from the signal to the end."""
+) -> tuple[list[str], float | None]:
+    """One round: what was lost, and seconds from signal to end; None if that came first."""
     scene.reset()
     with scene.start() as process:
         while process.poll() is None and not _handles_signals(process.pid):
@@ -94,9 +116,7 @@ def _interrupt(
     if process.returncode == 0:
         if scene.files() != scene.new:
             losses.append("done, but not written")
-    elif (
-        process.returncode == -number
-    ):  # Python was leaving, its handlers gone; shells say the same
+    elif process.returncode == -number:  # Python was leaving: its handlers were gone
         if scene.files() != scene.new:
             losses.append(f"{number.name} ended it, and nothing was written")
     elif done or process.returncode != expected:
@@ -107,7 +127,7 @@ def _interrupt(
         losses.append(f"{number.name} said {err!r}")
     if seconds > MOST_SECONDS:
         losses.append(f"{number.name} took {seconds:.1f} s")
-    return losses, seconds
+    return losses, None if done else seconds
 
 
 def _handles_signals(pid: int) -> bool:
