@@ -51,10 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_checkpoints(folder: Path) -> None:
-    """What other tools leave: `ema-run` of ema-pytorch, `run` of a loop, and a single file."""
+    """What other tools leave: ema-pytorch in `ema-run`, EDM2 in `edm2-run`, a loop in `run`; and a
+    single file."""
     import torch
 
-    for name in ("ema-run", "run"):
+    from .test_edm2 import Network, half, name_stand_ins, snapshot
+
+    for name in ("ema-run", "edm2-run", "run"):
         (folder / name).mkdir()
     network = {"w": torch.linspace(0, 1, 50)}
     for index, sigma_rel in enumerate((0.05, 0.10)):
@@ -62,6 +65,9 @@ def write_checkpoints(folder: Path) -> None:
         averaged = {f"ema_model.{name}": tensor for name, tensor in network.items()}
         torch.save(counters | averaged, folder / "ema-run" / f"{index}.1000.pt")
         torch.save({"ema": network}, folder / "run" / f"net_1000_{sigma_rel}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        name_stand_ins(patch)
+        snapshot(half(Network()), folder / "edm2-run" / "net-0001000-0.050.pkl")
     torch.save(network, folder / "ema_12000_6.94.pt")
 
 

@@ -88,8 +88,7 @@ class Encoder(Persistent):
         return dict(self.__dict__, _vae=None)
 
 
-@pytest.fixture(autouse=True)
-def names(monkeypatch: pytest.MonkeyPatch) -> None:
+def name_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save the stand-ins under the names that EDM2's own have."""
     places = {"dnnlib.util": EasyDict, "torch_utils.persistence": _reconstruct_persistent_obj}
     for place, stand_in in places.items():
@@ -98,6 +97,11 @@ def names(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stand_in, "__module__", place)
         monkeypatch.setitem(sys.modules, place.partition(".")[0], types.ModuleType("package"))
         monkeypatch.setitem(sys.modules, place, module)
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    name_stand_ins(monkeypatch)
 
 
 def snapshot(network: Any, path: Path, protocol: int = 4) -> Path:
