@@ -22,10 +22,12 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished process: its end, wall-clock seconds and the most bytes it held."""
+    """A finished process: its end, its seconds by the clock and of processors, the most bytes it
+    held."""
 
     run: Run
     seconds: float
+    processor: float
     bytes: int
 
 
@@ -39,8 +41,9 @@ def measured(arguments: list[str], cwd: Path) -> Measured:
         check=True,
     )
     out, err, figures = (text.decode("utf-8", "backslashreplace") for text in _three(done))
-    code, seconds, peak = json.loads(figures)
-    return Measured(Run(code, out, err), seconds, peak * (1 if sys.platform == "darwin" else 1024))
+    code, seconds, processor, peak = json.loads(figures)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Measured(Run(code, out, err), seconds, processor, peak * unit)
 
 
 _LAUNCHER = """
@@ -48,7 +51,8 @@ import json, os, subprocess, sys, time
 begin = time.monotonic()
 process = subprocess.Popen(sys.argv[1:])
 _, status, usage = os.wait4(process.pid, 0)
-figures = [os.waitstatus_to_exitcode(status), time.monotonic() - begin, usage.ru_maxrss]
+seconds = [time.monotonic() - begin, usage.ru_utime + usage.ru_stime]
+figures = [os.waitstatus_to_exitcode(status), *seconds, usage.ru_maxrss]
 sys.stdout.write("\\0" + json.dumps(figures))
 """
 """A process counts as its own what the one that started it held: so a small one starts it."""

@@ -18,7 +18,7 @@ from tests.soak.tally import Tally
 ROUNDS = 100
 
 MOST_SECONDS = 1.0
-"""From a signal to the end."""
+"""From a signal to the end; on a machine so busy that a whole run takes longer, half of that."""
 
 
 def kill(
@@ -125,7 +125,7 @@ def _interrupt(
         losses.append(f"{number.name} said {err!r}")
     if "Traceback" in err or "Exception ignored" in err:
         losses.append(f"{number.name} said {err!r}")
-    if seconds > MOST_SECONDS:
+    if seconds > max(MOST_SECONDS, scene.seconds / 2):
         losses.append(f"{number.name} took {seconds:.1f} s")
     return losses, None if done else seconds
 
