@@ -209,7 +209,7 @@ def test_special_files_do_not_hang_it(
 
 
 def test_the_soak_knows_all_sections() -> None:
-    from tests.soak.__main__ import SECTIONS
+    from tests.soak.sections import SECTIONS
 
     assert special in SECTIONS.values()
     text = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from tests.soak.fuzz import harm_of, run_here
 from tests.soak.tally import Tally
 from tests.support import write_tensors
 
-ROUNDS = 150
+ROUNDS = 60
 
 TENSORS = ("body.weight", "head.weight", "neck.weight")
 _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
