@@ -85,7 +85,8 @@ class Census:
                 self._note(run, first, infinite, "infinite", snapshot)
             finite &= ~(nan | infinite)
             values[nan | infinite] = 0.0
-            sums += weights[:, snapshot, None] * values
+            with np.errstate(over="ignore", invalid="ignore"):
+                sums += weights[:, snapshot, None] * values
         for target, mask in enumerate(odd):
             over = mask & finite
             with self._lock:
@@ -139,7 +140,7 @@ def complaint(plan: Plan, findings: Sequence[Finding]) -> tuple[str, str]:
         return (
             f"tensor '{printable(first.tensor)}'",
             f"{first.overflowed:,} values, of up to {first.largest:.3g}, are too large for {dtype}"
-            f"{others}; --dtype {_holding(plan, findings)} holds them",
+            f"{others}; {_holding(findings)}",
         )
     kinds = [
         f"{count:,} {kind}"
@@ -159,7 +160,9 @@ def complaint(plan: Plan, findings: Sequence[Finding]) -> tuple[str, str]:
 _NAMES = {stored: name for name, stored in OUTPUT_DTYPES.items()}
 
 
-def _holding(plan: Plan, findings: Sequence[Finding]) -> str:
-    """The dtypes of --dtype that hold all sums which overflowed."""
+def _holding(findings: Sequence[Finding]) -> str:
+    """Which dtypes of --dtype hold all sums that overflowed."""
     largest = max(finding.largest for finding in findings)
-    return "float64" if largest > 3.38e38 else "bfloat16 or float32"
+    if not largest < float("inf"):
+        return "no dtype holds them"
+    return f"--dtype {'float64' if largest > 3.38e38 else 'bfloat16 or float32'} holds them"

@@ -102,6 +102,10 @@ def test_a_sum_that_the_dtype_does_not_hold_is_told_with_one_that_does(tmp_path:
     huge = [{"a": np.array([1.0, k * 1e300])} for k in (1, 2)]
     plan = made(tmp_path, huge, dtype="float32")
     assert "--dtype float64 holds them" in complaint(plan, run(plan, tmp_path))[1]
+    plan = made(tmp_path, [{"a": np.array([1.0, 1.7e308])} for _ in "ab"] + [{"a": np.ones(2)}])
+    findings = run(plan, tmp_path, [[1.0, 1.0, -1.0]])
+    assert findings == [Finding("a", 0, 0, 1, np.inf)]
+    assert complaint(plan, findings)[1].endswith("too large for float64; no dtype holds them")
 
 
 def test_constants(tmp_path: Path) -> None:
