@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from posthoc_cli import __version__
 from posthoc_cli.cli.options import MAX_VALUES, read_device, read_list, read_targets, shortest
@@ -308,6 +309,44 @@ def test_an_unexpected_error_is_one_line(tmp_path: Path) -> None:
     missing = run("OSError(5, 'Input/output error', 'disk')")
     assert missing.returncode == 1
     assert missing.stderr.startswith("posthoc: disk: Input/output error; ")
+
+
+def test_a_name_too_long_and_a_working_folder_that_is_gone(
+    posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "synthesize", "snapshots", "--sigma-rel", "0.07", "-o"
+    posthoc_here(*arguments, "x" * 300 + ".safetensors").failed(
+        1, r"x+\.safetensors: File name too long; choose a shorter name"
+    )
+
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    posthoc_here(*arguments, "x.safetensors", "-q").failed(
+        1, "working folder: No such file or directory; change to one that exists"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
+def test_streams_that_the_caller_has_closed(snapshots: Path, tmp_path: Path) -> None:
+    """Nothing that is opened then takes their numbers: an output least of all."""
+    command = f"'{COMMAND}' synthesize snapshots --gamma 3 -o"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", "<&- 2>&-"):
+        for output, code in (("x.safetensors", 0), ("x.safetensors", 2), ("x.bin", 2)):
+            done = subprocess.run(
+                ["sh", "-c", f"{command} {output} {closed}"],
+                cwd=tmp_path,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == code, done
+            assert (done.stderr == "") == ("2>" in closed), done
+            assert "posthoc: " not in done.stdout
+        assert len(load_file(tmp_path / "x.safetensors")) == 3
+        os.unlink(tmp_path / "x.safetensors")
 
 
 def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:

@@ -8,6 +8,7 @@ stderr: 0 done, 1 the machine failed, 2 the command line is wrong, 3 the snapsho
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -19,8 +20,7 @@ from posthoc_cli.errors import MachineError, PosthocError, printable
 
 def main() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
-    if sys.stdout is None:  # closed by the caller, as with `>&-`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _open_what_is_closed()
     with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
         # A name that the terminal's encoding lacks is escaped, and stops nothing.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -64,7 +64,12 @@ def _unexpected(error: Exception) -> MachineError:
         )
     if isinstance(error, OSError):
         subject = "stdout" if error.filename is None else str(error.filename)
-        return MachineError(subject, error.strerror or kind, "check the disk and the permissions")
+        remedy = "check the disk and the permissions"
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = "choose a shorter name"
+        elif error.filename is None and error.errno == errno.ENOENT:
+            subject, remedy = "working folder", "change to one that exists"
+        return MachineError(subject, error.strerror or kind, remedy)
     return MachineError(
         "unexpected error",
         f"{kind}: {error}" if str(error) else kind,
@@ -87,6 +92,21 @@ def _finish_stdout() -> None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
+
+
+def _open_what_is_closed() -> None:
+    """Give what the caller has closed, as with `>&-`, somewhere to go.
+
+    Else the first files to be opened get the numbers 0 to 2, and what some library then has to say
+    on stderr ends in the middle of an output.
+    """
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.dup(fd)
+    os.close(fd)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _clean_up_when_terminated() -> None:
