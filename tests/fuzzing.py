@@ -439,7 +439,8 @@ def _recipe(rng: random.Random, file: Draft) -> None:
     """What posthoc writes into its own outputs, made up by someone else."""
     odd: tuple[Any, ...] = (
         *(None, "", "nan", "inf", "1e400", -1, 0, True, [], [1], {}, {"file": 1}, "\x1b[2J\n"),
-        *(10**30, 10**400, 1e300, float("nan"), float("inf"), -0.0, "x" * 10_000, "\ud800"),
+        *(10**30, 10**400, 1.7e308, 5e-324, float("nan"), float("inf"), -0.0, "x" * 10_000),
+        *("\ud800", -1.7e308),
     )
     own = os.fsdecode(file.name + b".safetensors")
     files = (own, own, "before_1500_16.97.safetensors", "good-1000.safetensors", "a\x1b[2J", "gone")

@@ -197,3 +197,9 @@ def test_bars_fit(values: list[float]) -> None:
     longest = max(values, key=abs)
     if longest:
         assert "█" in bars.draw(longest).plain
+
+
+@pytest.mark.parametrize("values", [[1.7e308], [1.7e308, -1.7e308], [5e-324], [-5e-324, 0.0]])
+def test_weights_that_someone_made_up_have_no_bars(values: list[float]) -> None:
+    bars = Bars(values, 20, "utf-8")
+    assert {bars.draw(value).plain.strip() for value in values} == {"│"}

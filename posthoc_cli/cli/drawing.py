@@ -93,7 +93,9 @@ class Bars:
 
     def __init__(self, values: Sequence[float], width: int, encoding: str) -> None:
         lowest, highest = min([0.0, *values]), max([0.0, *values])
-        self.scale = (width - 1) / ((highest - lowest) or 1.0)
+        span = highest - lowest
+        # Beyond it are recipes that someone else made up: their bars are none.
+        self.scale = (width - 1) / span if 1e-300 < span < 1e300 else 0.0
         self.left = round(-lowest * self.scale)
         self.right = width - 1 - self.left
         blocks = encoding.lower().startswith("utf")
@@ -103,7 +105,7 @@ class Bars:
     def draw(self, value: float) -> Text:
         from rich.text import Text
 
-        halves = round(2 * abs(value) * self.scale)
+        halves = round(abs(value) * self.scale * 2)
         minus = plus = ""
         if value < 0:
             minus = (self.half_left * (halves % 2) + self.full * (halves // 2))[-self.left or 99 :]
