@@ -1,4 +1,4 @@
-"""Kills, broken disks and changing inputs: a little of what `make soak` does for half an hour."""
+"""Kills, broken disks and changing inputs: a little of what `make soak` does at length."""
 
 from __future__ import annotations
 
