@@ -16,8 +16,10 @@ from safetensors.numpy import load_file
 from posthoc_cli import atomicfile, reading, synthesis
 from tests.command import Posthoc
 from tests.soak.changing import CHANGES, _changed, _reads
+from tests.soak.disk import _too_large
 from tests.soak.kill import interrupt, kill
-from tests.soak.scenes import make_snapshots
+from tests.soak.races import _race
+from tests.soak.scenes import make_snapshots, scenes
 from tests.soak.special import special
 from tests.soak.tally import Tally
 
@@ -39,6 +41,18 @@ def test_a_run_that_ends_early_leaves_nothing_half_done(section: Callable[..., N
     tally = Tally("few")
     section(SEED, tally, rounds=3, megabytes=1, most=2)
     assert tally.total == 6
+    assert tally.losses == []
+
+
+@posix
+@linux
+def test_runs_at_once_and_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    tally, rng = Tally("few"), random.Random(SEED)
+    scene = next(scenes(tmp_path, 1, SEED))
+    for runners in (2, 3):
+        tally.count("races", _race(scene, rng, runners))
+    _too_large(scene, 2, rng, tally)
+    assert tally.total == 4
     assert tally.losses == []
 
 
