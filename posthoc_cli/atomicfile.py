@@ -47,6 +47,7 @@ class AtomicFile:
         self._lock = threading.Lock()
         self._fd = -1
         self._temporary: Path | None = None
+        self._own: os.stat_result | None = None
 
     def __enter__(self) -> AtomicFile:
         self.check_absent()
@@ -64,6 +65,7 @@ class AtomicFile:
         with writing_to(self.path):
             _remove_abandoned(self.path.parent)
             self._fd, self._temporary = _make_temporary(self.path)
+            self._own = os.fstat(self._fd)
             try:
                 _reserve(self._fd, self.size)
             except BaseException:
@@ -121,6 +123,13 @@ class AtomicFile:
                 os.unlink(self._temporary)
             self._temporary = None
 
+    def withdraw(self) -> None:
+        """Remove it from its place again if it has landed there, unless in that of another."""
+        if not self.overwrite and self._own is not None:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(self.path), self._own):
+                    os.unlink(self.path)
+
     def _close(self) -> None:
         if self._fd >= 0:
             with contextlib.suppress(OSError):
@@ -155,7 +164,6 @@ def together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterato
     They land in their order, once all are on the disk. `stale` are files that would contradict
     them, such as the index of an output that they replace: gone before the first one lands.
     """
-    landed: list[AtomicFile] = []
     try:
         for file in files:
             file.check_absent()
@@ -172,12 +180,9 @@ def together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterato
                 path.unlink(missing_ok=True)
         for file in files:
             file.land()
-            landed.append(file)
-    except BaseException:
-        for file in landed:
-            if not file.overwrite:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.path)
+    except BaseException:  # an interrupt may come between a landing and any note of it
+        for file in reversed(files):
+            file.withdraw()
         raise
     finally:
         for file in files:

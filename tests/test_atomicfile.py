@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,29 @@ def test_together_nothing_lands_before_all_are_on_the_disk(
     with together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
         assert stale.exists()
     assert entries(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_together_an_interrupt_between_two_landings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Each file is linked to its place, then its temporary name goes: it may come after either."""
+    calls = iter(range(100))
+
+    def interrupted(call: Callable[..., None]) -> Callable[..., None]:
+        def after(*arguments: object) -> None:
+            call(*arguments)
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        return after
+
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+    with pytest.raises(KeyboardInterrupt), together(files):
+        monkeypatch.setattr(os, "link", interrupted(os.link))
+        monkeypatch.setattr(os, "unlink", interrupted(os.unlink))
+    monkeypatch.undo()
+    assert entries(tmp_path) == []
 
 
 def test_missing_space_is_told_before_the_work(
