@@ -22,7 +22,7 @@ from tests.soak.tally import Tally
 ROUNDS = 30
 """Of each change."""
 
-TRAINER_ROUNDS = 60
+TRAINER_ROUNDS = 40
 
 
 def _truncate(path: Path, rng: random.Random) -> None:

@@ -55,7 +55,7 @@ def _wait_for_writing(scene: Scene, process: subprocess.Popen[str]) -> None:
 
 
 def interrupt(
-    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16, most: int = 5
+    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 8, most: int = 5
 ) -> None:
     """SIGINT, SIGTERM and SIGHUP in turn, at `rounds` random moments of each command.
 

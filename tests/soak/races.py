@@ -12,7 +12,7 @@ from tests.soak.fuzz import harm_of
 from tests.soak.scenes import Scene, scenes
 from tests.soak.tally import Tally
 
-ROUNDS = 40
+ROUNDS = 30
 
 
 def races(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 4) -> None:
