@@ -460,3 +460,29 @@ def test_a_snapshot_that_is_still_being_written(
         assert "ema-5000-0.05.safetensors: incomplete: not a whole" in done.out
     else:
         assert left_out in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_that_comes_where_no_exception_gets_out(name: str, code: int) -> None:
+    """As in a callback while Python imports, or in an object's __del__."""
+    script = f"""
+import os, signal, sys, time
+import posthoc_cli.cli as cli, posthoc_cli.cli.app as app
+
+class Unlucky:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.001)
+
+def run():
+    Unlucky()
+    for _ in range(1000):
+        time.sleep(0.01)
+
+app.run = run
+sys.exit(cli.main())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    said = "posthoc: interrupted\n" if name == "SIGINT" else ""
+    assert (done.returncode, done.stderr) == (code, said)
