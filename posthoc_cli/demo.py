@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from posthoc_cli.tracking import PostHocEMA
+from posthoc_cli.training.tracking import PostHocEMA
 
 SNAPSHOT_PROFILES = (0.05, 0.10)
 TRUE_PROFILES = (0.03, 0.07, 0.15, 0.20)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.atomicfile import writing_to
 from posthoc_cli.errors import UsageError
-from posthoc_cli.profiles import Profile
+from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.storage.atomic import writing_to
 
 FloatArray = npt.NDArray[np.float64]
 

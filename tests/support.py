@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import gamma_to_sigma_rel
-from posthoc_cli.snapshots import Snapshot
-from posthoc_cli.tensorfile import DTYPE_BITS, TensorInfo, read_layout
+from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.solver.profiles import gamma_to_sigma_rel
+from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo, read_layout
 
 STORED = {
     "F64": np.dtype(np.float64),

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from posthoc_cli.profiles import sigma_rel_to_gamma
-
-from .command import ENVIRONMENT, ROOT
-from .support import write_tensors
+from posthoc_cli.solver.profiles import sigma_rel_to_gamma
+from tests.command import ENVIRONMENT, ROOT
+from tests.support import write_tensors
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -55,7 +54,7 @@ def write_checkpoints(folder: Path) -> None:
     single file."""
     import torch
 
-    from .test_edm2 import Network, half, name_stand_ins, snapshot
+    from tests.formats.test_edm2 import Network, half, name_stand_ins, snapshot
 
     for name in ("ema-run", "edm2-run", "run"):
         (folder / name).mkdir()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posthoc_cli import tensorfile
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.shards import open_layout
-from posthoc_cli.tensorfile import read_layout
+from posthoc_cli.storage import header as tensorfile
+from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.shards import open_layout
 from tests.command import Posthoc, write_snapshot
 from tests.fuzzing import MUTATIONS, Case, make_case
 from tests.soak.fuzz import harm_of, try_case

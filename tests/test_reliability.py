@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from posthoc_cli import atomicfile, reading, synthesis
+from posthoc_cli.storage import atomic as atomicfile
+from posthoc_cli.storage import readers as reading
+from posthoc_cli.synthesis import engine as synthesis
 from tests.command import Posthoc
 from tests.soak.changing import CHANGES, _changed, _reads
 from tests.soak.disk import _too_large

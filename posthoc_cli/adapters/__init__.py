@@ -1,1 +1,5 @@
-"""Callbacks that track EMAs in other libraries' training loops; each imports its library."""
+"""The callbacks' public names: `posthoc_cli.adapters.lightning` and `.transformers`."""
+
+from posthoc_cli.training import adapters
+
+__path__ = adapters.__path__

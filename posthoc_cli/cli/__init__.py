@@ -54,7 +54,9 @@ def _fail(error: Exception) -> int:
     if not isinstance(error, PosthocError):
         error = _unexpected(error)
     _finish_stdout()
-    _say(f"posthoc: {error}")
+    from posthoc_cli.cli.spelling import spelled_error
+
+    _say(f"posthoc: {spelled_error(error)}")
     return error.exit_code
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from posthoc_cli import __version__
+from posthoc_cli._version import __version__
 from posthoc_cli.cli.convert import convert
 from posthoc_cli.cli.demo import demo
 from posthoc_cli.cli.helptext import Command, Group

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import printable
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _finite(value: Any) -> Any:
 def note(message: str, quiet: bool) -> None:
     """Say on stderr what happened, unless the user wants to hear of errors only."""
     if not quiet:
-        print(f"posthoc: {printable(message)}", file=sys.stderr)
+        print(f"posthoc: {printable(spelled(message))}", file=sys.stderr)
 
 
 def warn(messages: Sequence[str], quiet: bool) -> None:

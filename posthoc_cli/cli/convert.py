@@ -19,24 +19,25 @@ from posthoc_cli.cli.console import (
     stdout_console,
     warn,
 )
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.conversion import Converted, Job, Options
+    from posthoc_cli.synthesis.conversion import Converted, Job, Options
 
 _OUTPUT = "Output"
 
 
 def _kinds() -> list[str]:
-    from posthoc_cli.conversion import KINDS
+    from posthoc_cli.synthesis.conversion import KINDS
 
     return ["auto", *KINDS]
 
 
 def _dtypes() -> list[str]:
-    from posthoc_cli.plan import OUTPUT_DTYPES
+    from posthoc_cli.synthesis.plan import OUTPUT_DTYPES
 
     return ["same", *OUTPUT_DTYPES]
 
@@ -145,8 +146,8 @@ def convert(
     options.check_choice("--from", kind, _kinds())
     options.check_choice("--dtype", dtype, _dtypes())
 
-    from posthoc_cli.conversion import Options, explanations, find_jobs
-    from posthoc_cli.naming import compile_pattern
+    from posthoc_cli.snapshots.names import compile_pattern
+    from posthoc_cli.synthesis.conversion import Options, explanations, find_jobs
 
     indexed = tuple(float(value) for value in options.read_list("--profiles", profiles or ()))
     chosen = Options(
@@ -185,7 +186,7 @@ class _Outcome:
 
 
 def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) -> _Outcome:
-    from posthoc_cli.conversion import convert as convert_one
+    from posthoc_cli.synthesis.conversion import convert as convert_one
 
     outcome = _Outcome([job.done for job in jobs if job.done], [])
     todo = [job for job in jobs if job.done is None]
@@ -234,12 +235,12 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
                 "bytes": one.bytes,
                 "seconds": one.seconds or 0.0,
                 "skipped": one.seconds is None,
-                "warnings": [printable(text) for text in one.warnings],
+                "warnings": [printable(spelled(text)) for text in one.warnings],
             }
             for one in outcome.converted
         ],
         "problems": [
-            {"file": name, "message": printable(f"{error.problem}; {error.remedy}")}
+            {"file": name, "message": printable(spelled(f"{error.problem}; {error.remedy}"))}
             for name, error in outcome.problems
         ],
     }
@@ -278,7 +279,7 @@ def _draw(console: Console, outcome: _Outcome) -> None:
         console.print("\nProblems" if outcome.converted else "Problems", style="bold")
         entries = [(name, f"{error.problem}; {error.remedy}") for name, error in outcome.problems]
         for line in _grouped(entries):
-            console.print(f"  {printable(line)}", style="red", soft_wrap=True)
+            console.print(f"  {printable(spelled(line))}", style="red", soft_wrap=True)
 
 
 def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:

@@ -10,8 +10,9 @@ from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, plain_table, print_table
 from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.solve import Solved, title
-from posthoc_cli.diagnosis import Verdict, compare
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import printable
+from posthoc_cli.snapshots.diagnosis import Verdict, compare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ def describe_diagnosis(solved: Solved, verdicts: Sequence[Verdict]) -> dict[str,
 
 def _describe_verdict(verdict: Verdict, at: int) -> dict[str, Any]:
     if verdict.solution is None or verdict.expected is None:
-        return {"method": verdict.method, "problem": verdict.problem}
+        return {"method": verdict.method, "problem": spelled(verdict.problem)}
     solution, expected = verdict.solution, verdict.expected
     return {
         "method": verdict.method,
@@ -81,7 +82,7 @@ def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]
         scale = float(solved.expected.distance[at]) or math.nan
         for verdict in verdicts:
             if verdict.solution is None or verdict.expected is None:
-                problems.append(f"{verdict.method}: no weights ({verdict.problem})")
+                problems.append(f"{verdict.method}: no weights ({spelled(verdict.problem)})")
                 continue
             errors = (verdict.expected.total, verdict.expected.approximation)
             table.add_row(

@@ -23,13 +23,14 @@ from posthoc_cli.cli.console import (
     warn,
 )
 from posthoc_cli.cli.drawing import Row, draw_weights, width_of
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.snapshots import Inventory, Snapshot
-    from posthoc_cli.tensorfile import Layout
+    from posthoc_cli.snapshots.folder import Inventory, Snapshot
+    from posthoc_cli.storage.header import Layout
 
 
 def inspect(
@@ -66,7 +67,7 @@ def inspect(
       posthoc inspect ema-0.07.safetensors
     """
     if os.path.isfile(folder):
-        from posthoc_cli.shards import index_listing
+        from posthoc_cli.storage.shards import index_listing
 
         path = Path(folder)
         path = index_listing(path) or path  # of a shard, that of which it is a part
@@ -120,7 +121,7 @@ def describe(inventory: Inventory) -> dict[str, Any]:
             for snapshot in inventory.snapshots
         ],
         "skipped": [{"file": file, "reason": reason} for file, reason in inventory.skipped],
-        "problems": [{"file": file, "message": text} for file, text in inventory.problems],
+        "problems": [{"file": file, "message": spelled(text)} for file, text in inventory.problems],
     }
 
 
@@ -152,7 +153,9 @@ def _draw(console: Console, inventory: Inventory) -> None:
         if entries:
             console.print(f"\n{heading}" if inventory.snapshots else heading, style="bold")
         for file, text in entries:
-            console.print(f"  {printable(file)}: {printable(text)}", style=style, soft_wrap=True)
+            console.print(
+                f"  {printable(file)}: {printable(spelled(text))}", style=style, soft_wrap=True
+            )
 
 
 def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
@@ -277,8 +280,8 @@ class Recipe:
 
 def _read_recipe(path: Path) -> tuple[Layout, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
-    from posthoc_cli.recipe import read_recipe
-    from posthoc_cli.shards import open_layout
+    from posthoc_cli.storage.shards import open_layout
+    from posthoc_cli.synthesis.recipe import read_recipe
 
     layout = open_layout(path)
     document = read_recipe(layout.metadata)
@@ -319,7 +322,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _draw_recipe(console: Console, layout: Layout, recipe: Recipe, everything: bool) -> None:
-    from posthoc_cli.snapshots import Contents
+    from posthoc_cli.snapshots.folder import Contents
 
     contents = Contents.of(layout.tensors)
     target = recipe.target

@@ -13,8 +13,8 @@ import typer
 from posthoc_cli.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from posthoc_cli.profiles import Profile
-    from posthoc_cli.snapshots import Inventory
+    from posthoc_cli.snapshots.folder import Inventory
+    from posthoc_cli.solver.profiles import Profile
 
 MAX_VALUES = 10_000
 """Values that one option may list; more is a slip of the keyboard."""
@@ -27,7 +27,7 @@ _TARGETS = "Targets"
 
 
 def _methods() -> list[str]:
-    from posthoc_cli.weights import METHODS
+    from posthoc_cli.solver.methods import METHODS
 
     return list(METHODS)
 
@@ -161,8 +161,8 @@ def read_targets(sigma_rel: Sequence[str] | None, gamma: Sequence[str] | None) -
     A value that is listed again counts once. Raises UsageError for a value out of bounds, and when
     there is none.
     """
-    from posthoc_cli.identity import MAX_GAMMA, MIN_SIGMA_REL
-    from posthoc_cli.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
+    from posthoc_cli.snapshots.identity import MAX_GAMMA, MIN_SIGMA_REL
+    from posthoc_cli.solver.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
 
     targets: list[Target] = []
     for value in dict.fromkeys(read_list("--sigma-rel", sigma_rel or ())):
@@ -299,7 +299,7 @@ def read_method(method: str | None, raw: bool) -> str:
 
     Raises UsageError for one that is unknown, or that isn't for raw checkpoints or only for them.
     """
-    from posthoc_cli.weights import METHODS, check_method
+    from posthoc_cli.solver.methods import METHODS, check_method
 
     if method is None:
         return "share" if raw else "edm2"
@@ -345,7 +345,7 @@ class Reading:
 
 def read_snapshots(folder: str, reading: Reading) -> Inventory:
     """The inventory of `folder`."""
-    from posthoc_cli.snapshots import read_folder
+    from posthoc_cli.snapshots.folder import read_folder
 
     if reading.raw and reading.profiles:
         raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
@@ -370,6 +370,6 @@ def say_what_is_skipped(inventory: Inventory, quiet: bool) -> None:
 
 
 def at_step(targets: Sequence[Target], step: int) -> list[Profile]:
-    from posthoc_cli.profiles import Profile
+    from posthoc_cli.solver.profiles import Profile
 
     return [Profile(step, target.gamma) for target in targets]

@@ -95,8 +95,8 @@ def plan(
 
 
 def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
-    from posthoc_cli.identity import MIN_SIGMA_REL
-    from posthoc_cli.profiles import MAX_SIGMA_REL
+    from posthoc_cli.snapshots.identity import MIN_SIGMA_REL
+    from posthoc_cli.solver.profiles import MAX_SIGMA_REL
 
     values = options.read_list("--profiles", profiles or ["0.05,0.10"])
     widths = tuple(sorted({float(value) for value in values}))
@@ -113,7 +113,7 @@ def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
 
 
 def _outlook(label: str, steps: int, every: int, widths: tuple[float, ...], at: int) -> Outlook:
-    from posthoc_cli.reach import planned, reachable
+    from posthoc_cli.solver.reach import planned, reachable
 
     snapshots = planned(steps, every, widths, at)
     step = int(snapshots[0].step)
@@ -122,7 +122,7 @@ def _outlook(label: str, steps: int, every: int, widths: tuple[float, ...], at: 
 
 
 def _alternatives(steps: int, every: int, widths: tuple[float, ...]) -> list[Outlook]:
-    from posthoc_cli.reach import best_extra_width
+    from posthoc_cli.solver.reach import best_extra_width
 
     choices = []
     if every > 1:

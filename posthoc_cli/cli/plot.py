@@ -65,7 +65,7 @@ def plot(
       posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
-    from posthoc_cli.diagnosis import compare
+    from posthoc_cli.snapshots.diagnosis import compare
 
     path = Path(output)
     if path.suffix.lower() not in plotting.FORMATS:

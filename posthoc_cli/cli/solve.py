@@ -27,10 +27,10 @@ from posthoc_cli.errors import SnapshotError, UsageError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.kriging import Expected, Trajectory
-    from posthoc_cli.sampling import Measures
-    from posthoc_cli.snapshots import Snapshot
-    from posthoc_cli.weights import Solution
+    from posthoc_cli.snapshots.folder import Snapshot
+    from posthoc_cli.snapshots.sampling import Measures
+    from posthoc_cli.solver.blup import Expected, Trajectory
+    from posthoc_cli.solver.methods import Solution
 
 TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
@@ -165,8 +165,8 @@ def solve_folder(
     With `sample`, and for blup, the values of the snapshots are sampled too, but for those of the
     tensors that the globs `leave_out` fit.
     """
-    from posthoc_cli.snapshots import select
-    from posthoc_cli.weights import solve
+    from posthoc_cli.snapshots.folder import select
+    from posthoc_cli.solver.methods import solve
 
     method = options.read_method(method, reading.raw)
     device = options.read_device(device)
@@ -178,7 +178,7 @@ def solve_folder(
     wanted = options.at_step(targets, step)
     measures = trajectory = expected = None
     if sample or method == "blup":
-        from posthoc_cli.diagnosis import observe
+        from posthoc_cli.snapshots.diagnosis import observe
 
         measures, trajectory = observe(snapshots, leave_out)
         if measures.broken:
@@ -191,7 +191,7 @@ def solve_folder(
                 folder, f"no weights give {target}", "use more snapshots, or another target"
             )
     if trajectory is not None:
-        from posthoc_cli.kriging import expect
+        from posthoc_cli.solver.blup import expect
 
         expected = expect(trajectory, own, wanted, solution.weights)
     return Solved(
@@ -257,7 +257,7 @@ def _listed(solved: Solved, which: Sequence[int]) -> str:
 
 
 def _reach(solved: Solved) -> str:
-    from posthoc_cli.reach import reachable
+    from posthoc_cli.solver.reach import reachable
 
     profiles = [snapshot.profile for snapshot in solved.snapshots]
     ranges = reachable(profiles, solved.step, FAR_OFF)

@@ -27,14 +27,14 @@ from posthoc_cli.cli.solve import describe as describe_solved
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.nonfinite import Finding
-    from posthoc_cli.plan import Plan
+    from posthoc_cli.synthesis.nonfinite import Finding
+    from posthoc_cli.synthesis.plan import Plan
 
 _OUTPUT = "Output"
 
 
 def _dtypes() -> list[str]:
-    from posthoc_cli.plan import OUTPUT_DTYPES
+    from posthoc_cli.synthesis.plan import OUTPUT_DTYPES
 
     return ["same", *OUTPUT_DTYPES]
 
@@ -178,8 +178,8 @@ def synthesize(
         _check_error(solved, max_error)
     paths = output_paths(output, folder, solved.targets, solved.step)
 
-    from posthoc_cli.plan import make_plan
-    from posthoc_cli.shards import standing
+    from posthoc_cli.storage.shards import standing
+    from posthoc_cli.synthesis.plan import make_plan
 
     kept = {path for path in paths if skip_existing and standing(path)}
     for path in paths:
@@ -199,7 +199,7 @@ def synthesize(
         progress=not quiet,
     )
     if findings:
-        from posthoc_cli.nonfinite import complaint
+        from posthoc_cli.synthesis.nonfinite import complaint
 
         subject, problem = complaint(plan, findings)
         note(f"warning: {subject}: {problem} (--strict makes this an error)", quiet)
@@ -241,7 +241,7 @@ def _write(
     wanted = [at for at, path in enumerate(paths) if path not in kept]
     written = {at: Output(*_standing(path), None) for at, path in enumerate(paths) if path in kept}
     if wanted:
-        from posthoc_cli.synthesis import execute
+        from posthoc_cli.synthesis.engine import execute
 
         with progress_bar(counted(len(wanted), "file"), plan.bytes_to_read, progress) as advance:
             begin = time.perf_counter()
@@ -263,7 +263,7 @@ def _write(
 
 def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
     """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.shards import listed_in, standing
+    from posthoc_cli.storage.shards import listed_in, standing
 
     main = standing(path)[0]
     shards = [] if main == path else [path.with_name(name) for name in sorted(listed_in(main))]
@@ -274,8 +274,8 @@ def _recipes(
     solved: Solved, wanted: Sequence[int], globs: dict[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
     """The recipes of the targets `wanted`; `globs` are those of the tensors copied and dropped."""
-    from posthoc_cli.reading import fingerprint
-    from posthoc_cli.recipe import make_recipe
+    from posthoc_cli.storage.readers import fingerprint
+    from posthoc_cli.synthesis.recipe import make_recipe
 
     marks = [(each.bytes, fingerprint(each.layout)) for each in solved.snapshots]
     recipes = []

@@ -9,11 +9,12 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, print_json, progress_bar
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import SnapshotError, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.comparison import Problem
-    from posthoc_cli.verification import Report
+    from posthoc_cli.synthesis.comparison import Problem
+    from posthoc_cli.synthesis.verification import Report
 
 
 def verify(
@@ -47,8 +48,8 @@ def verify(
       posthoc verify ema-0.07.safetensors snapshots
       posthoc verify ema-0.07.safetensors snapshots --full
     """
-    from posthoc_cli.verification import find_output
-    from posthoc_cli.verification import verify as verify_layout
+    from posthoc_cli.synthesis.verification import find_output
+    from posthoc_cli.synthesis.verification import verify as verify_layout
 
     layout = find_output(out)
     with progress_bar("verify", None, not quiet) as advance:
@@ -80,7 +81,7 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
                 "file": problem.path.name,
                 "tensor": problem.tensor,
                 "element": None if problem.element is None else list(problem.element),
-                "message": printable(f"{problem.problem}; {problem.remedy}"),
+                "message": printable(spelled(f"{problem.problem}; {problem.remedy}")),
             }
             for problem in report.problems
         ],

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from posthoc_cli.diagnosis import compare, observe
-from posthoc_cli.profiles import Profile, decay, sigma_rel_to_gamma
-from posthoc_cli.snapshots import Snapshot, read_folder
+from posthoc_cli.snapshots.diagnosis import compare, observe
+from posthoc_cli.snapshots.folder import Snapshot, read_folder
+from posthoc_cli.solver.profiles import Profile, decay, sigma_rel_to_gamma
 
 WIDTHS = (0.05, 0.10)
 TARGETS = (0.03, 0.07, 0.15, 0.20, 0.25)

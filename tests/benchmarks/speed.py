@@ -31,7 +31,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from posthoc_cli.tensorfile import lay_out
+from posthoc_cli.storage.header import lay_out
 
 HERE = Path(__file__).parent
 POSTHOC = shutil.which("posthoc", path=sysconfig.get_path("scripts")) or "posthoc"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posthoc_cli.tensorfile import read_layout
+from posthoc_cli.storage.header import read_layout
 from tests.command import COMMAND, ENVIRONMENT, Run
 from tests.soak.fuzz import MOST_BYTES, harm_of
 from tests.soak.heavy import measured

@@ -27,7 +27,7 @@ import typer
 
 from posthoc_cli.cli import main
 from posthoc_cli.errors import PosthocError
-from posthoc_cli.tensorfile import read_layout
+from posthoc_cli.storage.header import read_layout
 from tests.command import Run
 from tests.fuzzing import Case, make_case
 from tests.soak.tally import Tally

@@ -1,0 +1,53 @@
+"""How the command line spells what the library calls its arguments: `only=` is `--only`.
+
+The library's messages name arguments as a Python caller writes them: `only=`, `raw=True`,
+`method='blup'`, `profiles=[0.05, 0.10]`. A user of the command sees options in their place.
+"""
+
+from __future__ import annotations
+
+import re
+
+from posthoc_cli.errors import PosthocError
+
+_SAME = (
+    *("copy", "device", "drop", "dtype", "force", "gamma", "key", "max_error", "max_shard_size"),
+    *("method", "only", "pattern", "profiles", "raw", "sigma_rel", "skip_existing"),
+    *("skip_incomplete", "step", "strict", "update_every"),
+)
+OPTIONS = {"output": "-o", "tool": "--from"} | {
+    name: "--" + name.replace("_", "-") for name in _SAME
+}
+"""The option of each argument."""
+
+# Quoted names of files come first: what looks like an argument within them is none.
+_ARGUMENT = re.compile(
+    r"(?<!\w)'[^']*'(?!\w)|\b(?P<name>"
+    + "|".join(OPTIONS)
+    + r")=(?:True\b|'(?P<text>[^']*)'|\[(?P<list>[^\]]*)\]|(?P<plain>\w[\w.:]*))?"
+)
+
+
+def spelled(text: str) -> str:
+    """`text` of a message with options in place of arguments."""
+    return _ARGUMENT.sub(_option, text)
+
+
+def spelled_error(error: PosthocError) -> PosthocError:
+    """The same error in the words of the command line."""
+    subject = error.subject
+    if match := _ARGUMENT.fullmatch(subject):
+        subject = _option(match)
+    return type(error)(subject, spelled(error.problem), spelled(error.remedy))
+
+
+def _option(match: re.Match[str]) -> str:
+    if match["name"] is None:
+        return match[0]
+    option = OPTIONS[match["name"]]
+    if match["text"] is not None:
+        quoted = "{" in match["text"] or " " in match["text"]
+        return f"{option} '{match['text']}'" if quoted else f"{option} {match['text']}"
+    if match["list"] is not None:
+        return f"{option} {match['list'].replace(', ', ',')}"
+    return f"{option} {match['plain']}" if match["plain"] else option

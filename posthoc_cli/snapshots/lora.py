@@ -1,0 +1,91 @@
+"""LoRA networks: their `.alpha` tensors, which are no weights.
+
+Next to the factors of each module, `X.lora_down.weight` and `X.lora_up.weight`, trainers store
+`X.alpha`: by how much their product counts. It is set before training and is no part of it, so
+checkpoints that differ in it are of different networks, and a mean of the two would be of neither.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from posthoc_cli.storage.header import TensorInfo
+from posthoc_cli.storage.readers import Reader
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.folder import Snapshot
+
+_FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
+"""What follows a module's name in those of its factors, by all trainers that store an alpha."""
+
+_ALPHA = ".alpha"
+
+_FORMATS = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+}
+
+
+def alphas(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The names of a LoRA's alphas: one number each, in a module that has factors of a LoRA.
+
+    A network's own parameter that happens to be called alpha has none beside it.
+    """
+    modules = {name[: match.start()] for name in tensors if (match := _FACTOR.search(name))}
+    return [
+        name
+        for name, info in tensors.items()
+        if name.endswith(_ALPHA) and info.elements == 1 and name[: -len(_ALPHA)] in modules
+    ]
+
+
+def different_alphas(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, str]]:
+    """Those of `snapshots` that have other alphas than the newest, and the first difference.
+
+    Only the alphas are read. Raises what Reader does.
+    """
+    if not snapshots:
+        return
+    newest = snapshots[-1].layout
+    names = sorted(alphas(newest.tensors))
+    if not names:
+        return
+    with Reader(newest) as reader:
+        wanted = {name: _read(reader, newest.tensors[name]) for name in names}
+    for snapshot in snapshots[:-1]:
+        tensors = snapshot.layout.tensors
+        with Reader(snapshot.layout) as reader:
+            for name in names:
+                info = tensors.get(name)
+                if info is None or info.dtype != newest.tensors[name].dtype:
+                    continue  # tensors that aren't the same are told elsewhere
+                here = _read(reader, info)
+                if here != wanted[name]:
+                    values = (_value(info.dtype, data) for data in (here, wanted[name]))
+                    yield snapshot, "tensor '{}' is {} here and {}".format(name, *values)
+                    break
+
+
+def _read(reader: Reader, info: TensorInfo) -> bytes:
+    data = bytearray(info.end - info.start)
+    reader.read(info.start, memoryview(data))
+    return bytes(data)
+
+
+def _value(dtype: str, data: bytes) -> str:
+    """The number that an alpha is, for people; its bytes where it is of a rare dtype."""
+    if dtype == "BF16":
+        data, dtype = bytes(2) + data, "F32"
+    if dtype in _FORMATS:
+        return f"{np.frombuffer(data, _FORMATS[dtype])[0]:.9g}"
+    return f"0x{data[::-1].hex()}"

@@ -1,0 +1,299 @@
+"""What the snapshots' values tell, measured on a sample: how far they are from each other, and how
+much of that is rounding.
+
+The sample is the same in each run, and the same elements in every snapshot, wherever they lie: the
+elements of all averaged tensors, in the order of the tensors' names, are cut into strata of equal
+length, and each gives one short block. It is read by range, a few snapshots' worth of values at a
+time, so neither the snapshots' size nor their number costs memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo
+from posthoc_cli.storage.readers import Reader
+from posthoc_cli.synthesis.accumulators import values_of
+from posthoc_cli.synthesis.plan import AVERAGED
+
+BLOCKS = 1024
+"""Places that are read in each snapshot; half as many in each of very many snapshots."""
+
+VERY_MANY = 128
+
+BLOCK = 256
+"""Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
+
+_HELD_BYTES = 1 << 25
+"""The most that the values of all snapshots held at a time may take, as float64."""
+
+_HUGE = 1e150
+"""Values beyond it, whose squares overflow, count as infinite."""
+
+_GOLDEN = (5**0.5 - 1) / 2
+"""Blocks begin at multiples of it, modulo one, within their strata: unlike equal distances, that
+never falls in step with the rows of a matrix."""
+
+FloatArray = npt.NDArray[np.float64]
+
+_FORMATS: dict[str, tuple[np.dtype[Any], int, int]] = {
+    "F64": (np.dtype("<u8"), 11, 52),
+    "F32": (np.dtype("<u4"), 8, 23),
+    "F16": (np.dtype("<u2"), 5, 10),
+    "BF16": (np.dtype("<u2"), 8, 7),
+    "F8_E4M3": (np.dtype("u1"), 4, 3),
+    "F8_E5M2": (np.dtype("u1"), 5, 2),
+    "F8_E4M3FNUZ": (np.dtype("u1"), 4, 3),
+    "F8_E5M2FNUZ": (np.dtype("u1"), 5, 2),
+}
+"""For each dtype its bits as whole numbers, and how many of them are exponent and mantissa."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """Means over the sampled elements; tensors that are the same in all snapshots don't count.
+
+    `differences` [snapshots, snapshots]: squared differences. `rounding` [snapshots]: variance of
+    the rounding to the stored dtype, ulp^2 / 12. `squares` [snapshots]: squared values. `values`
+    is the number of elements they are taken over, of `sampled`; `broken` how many were left out as
+    some snapshot has NaN or infinity there.
+    """
+
+    differences: FloatArray
+    rounding: FloatArray
+    squares: FloatArray
+    values: int
+    sampled: int
+    broken: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Elements `first` to `first + count` of a tensor; a complex element counts as two."""
+
+    name: str
+    dtype: str
+    first: int
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
+    def start(self, tensors: Mapping[str, TensorInfo]) -> int:
+        """Where the piece begins in the data section of a file with these tensors."""
+        return tensors[self.name].start + self.first * DTYPE_BITS[self.dtype] // 8
+
+
+def measure(
+    snapshots: Sequence[Snapshot],
+    *,
+    leave_out: Sequence[str] = (),
+    blocks: int | None = None,
+    block: int = BLOCK,
+) -> Measures:
+    """Measure a consistent set of snapshots on some `blocks * block` of their elements.
+
+    `leave_out` are globs of tensors that won't be averaged, and so shall not count. Raises
+    SnapshotError when no sampled element is finite in all snapshots or a file changed since its
+    header was read, MachineError when one can't be read.
+    """
+    if blocks is None:
+        blocks = BLOCKS if len(snapshots) <= VERY_MANY else BLOCKS // 2
+    tensors = {
+        name: info
+        for name, info in snapshots[-1].layout.tensors.items()
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
+    }
+    pieces = _choose(tensors, blocks, block)
+    most = max(_HELD_BYTES // (8 * len(snapshots)), block)
+    sums = _Sums(len(snapshots))
+    for group in _groups(pieces, most):
+        _add(sums, snapshots, group)
+    sampled = sum(piece.count for piece in pieces)
+    if sampled and sums.broken == sampled:
+        raise SnapshotError(
+            str(snapshots[-1].layout.path.parent),
+            "every value that was sampled is NaN or infinite in some snapshot",
+            "leave out the snapshots taken after training broke, with only= or step=",
+        )
+    return sums.means(sampled)
+
+
+class _Sums:
+    """Running sums over elements."""
+
+    def __init__(self, snapshots: int) -> None:
+        self.products = np.zeros((snapshots, snapshots))
+        self.rounding = np.zeros(snapshots)
+        self.squares = np.zeros(snapshots)
+        self.values = 0
+        self.broken = 0
+
+    def means(self, sampled: int) -> Measures:
+        count = max(self.values, 1)
+        own = np.diagonal(self.products)
+        differences = np.maximum(own[:, None] + own[None, :] - 2 * self.products, 0.0)
+        return Measures(
+            differences=differences / count,
+            rounding=self.rounding / count,
+            squares=self.squares / count,
+            values=self.values,
+            sampled=sampled,
+            broken=self.broken,
+        )
+
+
+def _choose(tensors: Mapping[str, TensorInfo], blocks: int, block: int) -> list[_Piece]:
+    """The pieces that make up the sample, in the order in which they lie in the file."""
+    averaged = [(name, info) for name, info in sorted(tensors.items()) if info.dtype in AVERAGED]
+    counts = [info.elements * (2 if info.dtype == "C64" else 1) for _, info in averaged]
+    ends = np.cumsum(counts, dtype=np.int64)
+    total = int(ends[-1]) if averaged else 0
+    if total <= blocks * block:
+        spans = [(0, total)]
+    else:
+        edges = [total * k // blocks for k in range(blocks + 1)]
+        spans = []
+        for k, (low, high) in enumerate(pairwise(edges)):
+            first = low + int((k * _GOLDEN) % 1.0 * (high - low - block + 1))
+            spans.append((first, first + block))
+    pieces = []
+    for first, last in spans:
+        at = int(np.searchsorted(ends, first, side="right"))
+        while first < last:
+            name, info = averaged[at]
+            begin = int(ends[at]) - counts[at]
+            stop = min(last, int(ends[at]))
+            dtype = "F32" if info.dtype == "C64" else info.dtype
+            pieces += [
+                _Piece(name, dtype, start - begin, min(block, stop - start))
+                for start in range(first, stop, block)
+            ]
+            first, at = stop, at + 1
+    return sorted(pieces, key=lambda piece: piece.start(tensors))
+
+
+def _groups(pieces: Sequence[_Piece], most: int) -> list[list[_Piece]]:
+    """`pieces`, some `most` elements at a time."""
+    groups: list[list[_Piece]] = []
+    elements = most
+    for piece in pieces:
+        if elements + piece.count > most:
+            groups.append([])
+            elements = 0
+        groups[-1].append(piece)
+        elements += piece.count
+    return groups
+
+
+def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -> None:
+    """Add the elements of `pieces` to the sums."""
+    elements = sum(piece.count for piece in pieces)
+    values = np.empty((len(snapshots), elements))
+    variances = np.empty(elements)
+    # Each tensor's part is judged by itself: one that never changes carries no rounding noise, as
+    # it comes out of every sum with weights that sum to one as it went in.
+    places = np.cumsum([0, *(piece.count for piece in pieces)])
+    parts = [
+        int(places[at])
+        for at, piece in enumerate(pieces)
+        if at == 0 or piece.name != pieces[at - 1].name
+    ]
+    rounding = np.empty((len(snapshots), len(parts)))
+    runs = _runs(pieces)
+    raw = np.empty(sum(piece.bytes for piece in pieces), np.uint8)
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for row, snapshot in enumerate(snapshots):
+        tensors = snapshot.layout.tensors
+        if id(tensors) not in ranges:
+            ranges[id(tensors)] = _ranges(pieces, tensors)
+        _read(snapshot, ranges[id(tensors)], raw)
+        for dtype, first, last, start, end in runs:
+            stored = raw[start:end]
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
+                values[row, first:last] = values_of(dtype, stored)
+            variances[first:last] = _variances(dtype, stored.view(_FORMATS[dtype][0]))
+        rounding[row] = np.add.reduceat(variances, parts)
+
+    finite = (np.abs(values) < _HUGE).all(axis=0)
+    broken = elements - int(np.count_nonzero(finite))
+    if broken:
+        values[:, ~finite] = 0.0
+    # All that follows is about differences, which may be a millionth of the values.
+    reference = values[-1].copy()
+    squares = np.einsum("ij,ij->i", values, values)
+    constant_squares = reference**2
+    values -= reference
+    moved = values.any(axis=0)
+    varying = np.logical_or.reduceat(moved, parts)
+    lengths = np.diff([*parts, elements])
+    still = np.repeat(~varying, lengths)
+    sums.products += values @ values.T
+    sums.rounding += rounding[:, varying].sum(axis=1)
+    sums.squares += squares - constant_squares[still].sum()
+    sums.values += int(np.count_nonzero(finite & ~still))
+    sums.broken += broken
+
+
+def _runs(pieces: Sequence[_Piece]) -> list[tuple[str, int, int, int, int]]:
+    """Stretches of one dtype: dtype, first and last element, first and last byte."""
+    runs: list[tuple[str, int, int, int, int]] = []
+    element = byte = 0
+    for piece in pieces:
+        first, start = element, byte
+        element, byte = element + piece.count, byte + piece.bytes
+        if runs and runs[-1][0] == piece.dtype:
+            _, first, _, start, _ = runs.pop()
+        runs.append((piece.dtype, first, element, start, byte))
+    return runs
+
+
+def _ranges(pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo]) -> list[tuple[int, int]]:
+    """The byte ranges of `pieces` in a file's data section, those that touch joined."""
+    ranges: list[tuple[int, int]] = []
+    for piece in pieces:
+        start = piece.start(tensors)
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], start + piece.bytes)
+        else:
+            ranges.append((start, start + piece.bytes))
+    return ranges
+
+
+def _read(
+    snapshot: Snapshot, ranges: Sequence[tuple[int, int]], raw: npt.NDArray[np.uint8]
+) -> None:
+    """Fill `raw` with `ranges` of the snapshot's data, one after the other."""
+    with Reader(snapshot.layout) as reader:
+        into = raw.data
+        for start, end in ranges:
+            reader.read(start, into[: end - start])
+            into = into[end - start :]
+
+
+def _variances(dtype: str, bits: npt.NDArray[Any]) -> FloatArray:
+    """ulp^2 / 12 of each value: the variance of an even spread over what rounds to it.
+
+    The exponent alone tells the distance to the next value: `2^(max(exponent, 1) - bias -
+    mantissa bits)`.
+    """
+    _, exponent_bits, mantissa_bits = _FORMATS[dtype]
+    exponents = np.maximum(np.arange(1 << exponent_bits), 1)
+    bias = (1 << (exponent_bits - 1)) - (0 if dtype.endswith("FNUZ") else 1)
+    with np.errstate(over="ignore", under="ignore"):
+        table = np.ldexp(1.0, 2 * (exponents - bias - mantissa_bits)) / 12
+    if dtype in ("F64", "F32", "F16", "BF16", "F8_E5M2"):
+        table[-1] = 0.0  # infinity and NaN
+    table[np.isinf(table)] = 0.0  # of values that are left out, as their squares overflow
+    found: FloatArray = table[(bits >> mantissa_bits) & ((1 << exponent_bits) - 1)]
+    return found

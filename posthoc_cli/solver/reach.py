@@ -1,0 +1,119 @@
+"""Which widths a set of snapshots reaches: from the profiles alone, before or after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Profile, cosine, sigma_rel_to_gamma
+
+FloatArray = npt.NDArray[np.float64]
+
+NARROWEST = 0.001
+"""No target narrower than this is looked at: it is the network itself."""
+
+_GRID = 240
+
+
+def least_profile_error(
+    snapshots: Sequence[Profile], step: float
+) -> Callable[[FloatArray], FloatArray]:
+    """A function of sigma_rel [widths]: the least profile error any weights can have at `step`.
+
+    Unlike a solve it needs no weights, and so takes snapshots however alike. Profiles need
+    gamma > -1/2.
+    """
+    steps = np.array([float(each.step) for each in snapshots])
+    gammas = np.array([float(each.gamma) for each in snapshots])
+    values, vectors = np.linalg.eigh(
+        cosine(steps[:, None], gammas[:, None], steps[None, :], gammas[None, :])
+    )
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    basis = vectors[:, kept] / np.sqrt(values[kept])
+
+    def error(sigma_rel: FloatArray) -> FloatArray:
+        gamma = sigma_rel_to_gamma(np.asarray(sigma_rel, np.float64))
+        wanted = cosine(steps[:, None], gammas[:, None], np.float64(step), gamma[None, :])
+        caught = np.sum((basis.T @ wanted) ** 2, axis=0)
+        left: FloatArray = np.sqrt(np.maximum(1 - caught, 0.0))
+        return left
+
+    return error
+
+
+def reachable(
+    snapshots: Sequence[Profile], step: float, within: float
+) -> list[tuple[float, float]]:
+    """The ranges of sigma_rel that can be had at `step` with a profile error of at most `within`.
+
+    Narrowest first; more than one where the snapshots' widths lie far apart, none where no
+    snapshot is near `step`. Profiles need gamma > -1/2.
+    """
+    error = least_profile_error(snapshots, step)
+    highest = MAX_SIGMA_REL * (1 - 1e-9)
+    grid = np.geomspace(NARROWEST, highest, _GRID)
+    own = [each.sigma_rel for each in snapshots if each.step == step and each.gamma > 0]
+    grid = np.unique([*grid, *np.clip(own, NARROWEST, highest)])
+    good = error(grid) <= within
+    edges = np.flatnonzero(np.diff(good.astype(int)))
+    ends = [0, *(edges + 1), len(grid)]
+    ranges = []
+    for first, last in pairwise(ends):
+        if good[first]:
+            low = _bisect(error, within, grid[first], grid[max(first - 1, 0)])
+            high = _bisect(error, within, grid[last - 1], grid[min(last, len(grid) - 1)])
+            ranges.append((low, high))
+    return ranges
+
+
+def _bisect(
+    error: Callable[[FloatArray], FloatArray], within: float, good: float, bad: float
+) -> float:
+    """Where, from `good` to `bad`, the error crosses `within`; `good` itself at the grid's end."""
+    for _ in range(24):
+        middle = (good * bad) ** 0.5
+        if float(error(np.array([middle]))[0]) <= within:
+            good = middle
+        else:
+            bad = middle
+    return float(good)
+
+
+MOST_STEPS = 256
+"""Of a plan with more steps than this every second, third, ... is looked at: it reaches a little
+more than is said then."""
+
+EXTRA_WIDTHS = (0.01, 0.02, 0.03, 0.15, 0.20, 0.25)
+"""Profiles that a plan could have besides those it has."""
+
+
+def planned(
+    steps: int, every: int, widths: Sequence[float], at: int | None = None
+) -> list[Profile]:
+    """The snapshots there will be at step `at` (by default the last) of a run of `steps` steps."""
+    last = (steps if at is None else at) // every * every
+    stride = every * -(-last // every // MOST_STEPS)
+    gammas = [float(sigma_rel_to_gamma(width)) for width in widths]
+    return [
+        Profile(step, gamma) for step in range(last, 0, -max(stride, every)) for gamma in gammas
+    ]
+
+
+def best_extra_width(
+    steps: int, every: int, widths: Sequence[float], within: float
+) -> float | None:
+    """The one of EXTRA_WIDTHS that widens most, on a log scale, what a plan reaches.
+
+    None when the plan has something like each of them.
+    """
+
+    def span(width: float) -> float:
+        snapshots = planned(steps, every, [*widths, width])
+        ranges = reachable(snapshots, snapshots[0].step, within)
+        return float(sum(np.log(high / low) for low, high in ranges))
+
+    new = [width for width in EXTRA_WIDTHS if all(abs(width / one - 1) > 0.1 for one in widths)]
+    return max(new, key=span, default=None)

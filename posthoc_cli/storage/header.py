@@ -1,0 +1,283 @@
+"""The safetensors layout: where each tensor lies.
+
+A safetensors file is eight bytes of header length, a JSON header that maps each tensor's name to
+its dtype, shape and place, and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, in_bytes, printable
+
+DTYPE_BITS = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F32": 32, "U32": 32, "I32": 32,
+    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
+    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4,
+}  # fmt: skip
+"""Bits of one element of each dtype, by the name that safetensors gives it; a file has them in
+this order, as the safetensors library writes them."""
+
+MAX_HEADER = 32 << 20
+"""Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
+
+MAX_TENSORS = 150_000
+"""Tensors of the largest file that is read. Beyond it, reading the header alone takes seconds and
+gigabytes: the work of someone who means harm."""
+
+_MAX_ITEMS = 12 * MAX_TENSORS
+"""Quotes, and commas, of a header; a tensor takes ten quotes and some seven commas."""
+
+_ALIGNMENT = 8
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: `start` and `end` are byte offsets within the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file of a layout: its data section is bytes `first` to `first + length` of the whole.
+
+    `data_start` is the byte offset of the data section in the file, `size` the file's length;
+    `modified`, the time of its last change in nanoseconds, and `inode` tell whether it is still
+    the same.
+    """
+
+    path: Path
+    first: int
+    length: int
+    data_start: int
+    size: int
+    modified: int = 0
+    inode: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What the header of a safetensors file says, or those of several that hold one network.
+
+    The tensors' offsets are within the data sections of `parts`, thought to lie end to end.
+    Layouts whose headers agree share one `tensors` mapping, so that 600 snapshots of a large
+    network cost little more than one.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(part.size for part in self.parts)
+
+
+def spans(parts: Sequence[Part], start: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """Where bytes `start` to `start + length` of the data lie: part, offset in its file, bytes."""
+    at = bisect.bisect_right(parts, start, key=lambda part: part.first) - 1
+    while length:
+        part = parts[at]
+        inside = start - part.first
+        count = min(length, part.length - inside)
+        if count > 0:  # some parts hold no data
+            yield at, part.data_start + inside, count
+            start, length = start + count, length - count
+        at += 1
+
+
+Cache = dict[Hashable, Mapping[str, TensorInfo]]
+"""The tensors of headers read before, by what tells them apart."""
+
+
+def read_layout(path: Path, cache: Cache | None = None) -> Layout:
+    """Read and check the header of the safetensors file at `path`; none of its data.
+
+    The safetensors library validates the file. `cache` lets calls share `tensors` between files
+    with the same tensors at the same places. Raises IncompleteError for the beginning of a
+    safetensors file, SnapshotError for one that is none, MachineError for one that cannot be read.
+    """
+    try:
+        # A FIFO would block on open, and a device has no length.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SnapshotError(str(path), "not a regular file", "leave it out with only=")
+        with open(path, "rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            _check_length(path, length)
+            header = file.read(length)
+            status = os.fstat(file.fileno())
+        check_items(path, header)
+        with safetensors.safe_open(path, framework="np"):
+            pass
+    except OSError as error:
+        raise MachineError(
+            str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
+        ) from None
+    except (safetensors.SafetensorError, struct.error, UnicodeError) as error:
+        if _ends_early(path):
+            raise IncompleteError(
+                str(path),
+                "not a whole safetensors file (its end is missing)",
+                "wait until it is written, copy it again, or leave it out",
+            ) from None
+        raise _corrupt(path, str(error)) from None
+    try:
+        metadata, rest = _split_metadata(header)
+        tensors = cache.get(rest) if cache is not None else None
+        if tensors is None:
+            tensors = _parse_tensors(rest)
+            if cache is not None:
+                cache[rest] = tensors
+    except _NOT_A_HEADER:  # then the library has seen another file
+        raise _corrupt(path, "it changed while it was read") from None
+    end = max((info.end for info in tensors.values()), default=0)
+    data_start = _LENGTH.size + length
+    if len(header) != length or data_start + end != status.st_size:
+        raise _corrupt(path, "its length changed while it was read")
+    part = Part(path, 0, end, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
+    return Layout(path, tensors, metadata, (part,))
+
+
+_NOT_A_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What parsing a header raises that the library has not validated."""
+
+
+def _check_length(path: Path, length: int) -> None:
+    if length > MAX_HEADER:
+        raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
+
+
+def check_items(path: Path, header: bytes) -> None:
+    """Raise SnapshotError for a header that would be slow to parse, before anyone parses it."""
+    items = max(header.count(b'"'), header.count(b","))
+    if header.count(b"{") > MAX_TENSORS + 2 or items > _MAX_ITEMS:
+        raise SnapshotError(
+            str(path),
+            f"its header holds more than {MAX_TENSORS:,} tensors need",
+            "leave it out with only=",
+        )
+
+
+def _ends_early(path: Path) -> bool:
+    """Whether a file that is not valid may be the beginning of one that is."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(_LENGTH.size)
+            if len(start) < _LENGTH.size:
+                return True
+            (length,) = _LENGTH.unpack(start)
+            if length > MAX_HEADER:
+                return False
+            header = file.read(length)
+        if len(header) < length:
+            return header[:1] in (b"", b"{")
+        _, rest = _split_metadata(header)
+        data = max((info.end for info in _parse_tensors(rest).values()), default=0)
+        return bool(_LENGTH.size + length + data > size)
+    except (OSError, *_NOT_A_HEADER):
+        return False
+
+
+def _corrupt(path: Path, detail: str) -> SnapshotError:
+    return SnapshotError(
+        str(path), f"not a whole safetensors file ({detail})", "copy it again or leave it out"
+    )
+
+
+def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
+    """The `__metadata__` of a header, and the rest of the header as bytes that ignore it.
+
+    Snapshots of one run differ in their metadata only; every writer puts it first, so what follows
+    it can be compared between files without being parsed.
+    """
+    opening = re.match(rb'\s*\{\s*"__metadata__"\s*:\s*', header)
+    if opening:
+        text = header[opening.end() :].decode()
+        metadata, end = json.JSONDecoder().raw_decode(text)
+        return metadata or {}, b"{" + text[end:].strip(" ,\t\r\n").encode()
+    parsed = json.loads(header)
+    metadata = parsed.pop("__metadata__", None)
+    return metadata or {}, json.dumps(parsed).encode()
+
+
+def _parse_tensors(header: bytes) -> dict[str, TensorInfo]:
+    with _without_collections():
+        return {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in json.loads(header).items()
+        }
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Make very many objects without the search for garbage among them, which takes as long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Lay out a file that shall hold `tensors`, name -> (dtype, shape).
+
+    Returns the header, its length included, and where each tensor lies after it. Tensors go by
+    dtype, largest elements first so that each is aligned, then by name: the same tensors always
+    get the same places.
+    """
+    infos: dict[str, TensorInfo] = {}
+    position = 0
+    rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
+    for name in sorted(tensors, key=lambda name: (rank[tensors[name][0]], name)):
+        dtype, shape = tensors[name]
+        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        infos[name] = TensorInfo(dtype, tuple(shape), position, end)
+        position = end
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, info in infos.items():
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.start, info.end],
+        }
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
+    return _LENGTH.pack(len(text)) + text, infos
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, in the system's words, without the paths it adds."""
+    return printable(error.strerror or str(error))

@@ -1,0 +1,84 @@
+"""Threads that share the work on a file, and one that flushes it to disk behind them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from posthoc_cli.storage.atomic import AtomicFile
+
+FLUSH_EVERY = 0.1
+"""Seconds between flushes of what was written meanwhile."""
+
+MAX_WORKERS = 8
+"""Each worker has buffers of its own, up to 40 MB of them."""
+
+Piece = TypeVar("Piece")
+Own = TypeVar("Own")
+
+
+def default_workers() -> int:
+    """One for each processor that this process may run on, up to MAX_WORKERS."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    return min(os.cpu_count() or 1, MAX_WORKERS)
+
+
+def share(
+    pieces: Iterator[Piece],
+    work: Callable[[Piece, Own], None],
+    own: Callable[[], Own],
+    workers: int,
+) -> None:
+    """Have `workers` threads do `work` on the pieces, each with what it made by `own` for itself.
+
+    The first exception stops all of them and is raised, an interrupt included.
+    """
+    lock, stop = threading.Lock(), threading.Event()
+
+    def take() -> Piece | None:
+        with lock:
+            return None if stop.is_set() else next(pieces, None)
+
+    def worker() -> None:
+        piece = take()
+        mine = own() if piece is not None else None
+        while piece is not None and mine is not None:
+            work(piece, mine)
+            piece = take()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="posthoc") as pool:
+        try:
+            tasks = [pool.submit(worker) for _ in range(workers)]
+            wait(tasks, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    for task in tasks:
+        task.result()
+
+
+@contextlib.contextmanager
+def flushed_behind(files: Sequence[AtomicFile]) -> Iterator[None]:
+    """Flush what is written to disk while the work goes on.
+
+    Left to itself the system gathers gigabytes, and the flush at the end waits for all of them
+    while the processors have nothing to do.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(FLUSH_EVERY):
+            for file in files:
+                file.flush()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
+        task = pool.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+    task.result()

@@ -1,0 +1,208 @@
+"""Weighted sums of rows of bytes, chunk after chunk, on the CPU or on a torch device.
+
+Both classes have the same four methods. A worker owns one and calls, for each chunk: `begin`; for
+each group of snapshots `staging`, which gives the rows to read into, then `add`; and `result` once
+a target. Sums are held in float64 and rounded once, and each element's sum is taken in the
+snapshots' order: it depends neither on the chunk nor on the group that it falls in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.storage.header import DTYPE_BITS
+from posthoc_cli.synthesis import kernels
+
+Weights = npt.NDArray[np.float64]
+
+FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""The names that both ml_dtypes and torch have for safetensors' float8 dtypes."""
+
+
+class Summing(Protocol):
+    """Sums up to `capacity` elements, or rows of `row_bytes`, at a time, `group` rows a call.
+
+    Both are multiples of kernels.STRIDE elements.
+    """
+
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
+        """Start the sums of `elements` elements stored as `dtype`, to be rounded to `out_dtype`."""
+
+    def staging(self) -> list[memoryview]:
+        """Rows to read the next snapshots into, as bytes, each long enough for the chunk."""
+
+    def add(self, weights: Weights, *, last: bool) -> None:
+        """Add the rows last staged; `weights` is [rows, targets], C-contiguous.
+
+        `last` tells that these are the last, after which `result` may be called.
+        """
+
+    def result(self, target: int) -> memoryview:
+        """The bytes of one target's sums, rounded; good until the next call of any method."""
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether a result may be infinite or not a number; if not, none of them is."""
+
+
+class CpuSumming:
+    """Sums on the CPU, by the kernels compiled for it.
+
+    As long as all snapshots fit in one group, sums never leave the registers.
+    """
+
+    def __init__(self, row_bytes: int, capacity: int, targets: int, group: int) -> None:
+        self._rows = np.zeros((group, row_bytes), np.uint8)
+        self._views = [row.data for row in self._rows]
+        self._addresses = np.array([row.ctypes.data for row in self._rows], np.uintp)
+        self._sums = np.zeros((targets, capacity))
+        self._out = np.zeros((targets, capacity * 8), np.uint8)
+        self._wide = np.zeros((0, 0), np.float32)
+        self._dtype = self._out_dtype = ""
+        self._elements = 0
+        self._begun = False
+        self.suspicious = False
+
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
+        if dtype != self._dtype and dtype in FLOAT8:
+            self._table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
+            self._wide = np.zeros(self._rows.shape, np.float32)
+            self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
+        self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
+        self._begun = False
+
+    def staging(self) -> list[memoryview]:
+        return self._views
+
+    def add(self, weights: Weights, *, last: bool) -> None:
+        dtype, addresses = self._dtype, self._addresses
+        if dtype in FLOAT8:
+            for stored, wide in zip(self._rows[: len(weights)], self._wide, strict=False):
+                np.take(self._table, stored[: self._elements], out=wide[: self._elements])
+            dtype, addresses = "F32", self._wide_addresses
+        before = self._sums if self._begun else None
+        out, out_dtype = self._sums.view(np.uint8), "F64"
+        if last and self._out_dtype not in FLOAT8:
+            out, out_dtype = self._out, self._out_dtype
+        self.suspicious = kernels.accumulate(
+            dtype, addresses, weights, before, out, out_dtype, self._elements
+        )
+        self._begun = True
+
+    def result(self, target: int) -> memoryview:
+        row = self._out[target]
+        if self._out_dtype in FLOAT8:
+            with np.errstate(all="ignore"):
+                sums = self._sums[target, : self._elements]
+                row = sums.astype(_float8(self._out_dtype)).view(np.uint8)
+                self.suspicious |= not np.isfinite(values_of(self._out_dtype, row)).all()
+        data: memoryview = row.data[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
+        return data
+
+
+def values_of(dtype: str, bits: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """The values that the bytes `bits` hold, in some floating dtype that has them exactly."""
+    if dtype == "BF16":
+        shifted: npt.NDArray[np.uint32] = bits.view("<u2").astype("<u4") << np.uint32(16)
+        return shifted.view("<f4")
+    if dtype in FLOAT8:
+        table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
+        looked_up: npt.NDArray[np.float32] = table[bits]
+        return looked_up
+    return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+
+
+def _float8(dtype: str) -> Any:
+    import ml_dtypes  # only here: few snapshots need it
+
+    return np.dtype(getattr(ml_dtypes, FLOAT8[dtype]))
+
+
+class TorchSumming:
+    """Sums on a torch device, each worker on a stream of its own.
+
+    While one worker waits for its stream the others read; within a worker, two staging buffers let
+    the next group be read while the last one is copied and summed.
+    """
+
+    def __init__(
+        self, row_bytes: int, capacity: int, targets: int, group: int, device: str
+    ) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
+        self._dtypes = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            **{dtype: getattr(torch, name) for dtype, name in FLOAT8.items()},
+        }
+        self._stream: Any = (
+            torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                self._device
+            )
+            if self._cuda
+            else None
+        )
+        on_device: dict[str, Any] = {"device": self._device}
+        on_host: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": self._cuda}
+        self._buffers = [torch.empty(group, row_bytes, **on_host) for _ in range(2)]
+        self._free: list[Any] = [None, None]  # the event after which a staging buffer is free
+        self._turn = 0
+        self._received = torch.empty(group, row_bytes, dtype=torch.uint8, **on_device)
+        self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
+        self._out = torch.empty(capacity * 8, **on_host)
+        self._dtype = self._out_dtype = ""
+        self._elements = self._bytes = 0
+        self.suspicious = False
+
+    def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
+        self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
+        self._bytes = elements * DTYPE_BITS[dtype] // 8
+        self.suspicious = False
+        with self._on_stream():
+            self._sums[:, :elements] = 0.0
+
+    def staging(self) -> list[memoryview]:
+        self._turn = 1 - self._turn
+        if self._free[self._turn] is not None:
+            self._free[self._turn].synchronize()
+        return [row.data for row in self._buffers[self._turn].numpy()]
+
+    def add(self, weights: Weights, *, last: bool) -> None:
+        rows = len(weights)
+        with self._on_stream():
+            received = self._received[:rows, : self._bytes]
+            received.copy_(self._buffers[self._turn][:rows, : self._bytes], non_blocking=True)
+            if self._cuda:
+                self._free[self._turn] = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._free[self._turn].record(self._stream)
+            for row, row_weights in zip(received, weights.tolist(), strict=True):
+                values = row.view(self._dtypes[self._dtype]).to(self._torch.float64)
+                for sums, weight in zip(self._sums, row_weights, strict=True):
+                    sums[: self._elements].add_(values, alpha=weight)
+
+    def result(self, target: int) -> memoryview:
+        with self._on_stream():
+            narrowed = self._sums[target, : self._elements].to(self._dtypes[self._out_dtype])
+            out = self._out[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
+            out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
+            finite = self._torch.isfinite(narrowed.to(self._torch.float64)).all()
+        if self._cuda:
+            self._stream.synchronize()
+        self.suspicious |= not finite.item()
+        return out.numpy().data
+
+    def _on_stream(self) -> Any:
+        return self._torch.cuda.stream(self._stream)  # does nothing when the stream is None

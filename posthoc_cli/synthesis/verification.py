@@ -1,0 +1,255 @@
+"""An output and its snapshots in, what is wrong with it out: its recipe is followed again."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+
+import numpy as np
+
+from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.snapshots.folder import Snapshot, recipe_of
+from posthoc_cli.storage.header import Cache, Layout, TensorInfo
+from posthoc_cli.storage.readers import fingerprint
+from posthoc_cli.storage.shards import index_path, open_layout
+from posthoc_cli.storage.workers import default_workers
+from posthoc_cli.synthesis.comparison import ANEW, Comparison, Problem, Progress, in_order, sample
+from posthoc_cli.synthesis.plan import OUTPUT_DTYPES, UNAVERAGEABLE, Plan, make_plan
+from posthoc_cli.synthesis.recipe import Ingredients, Source, ingredients
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was found: `compared` of the output's `values`, a complex number counting as two.
+
+    Of its `sources`, `known` could be told to be the very files it was made of, or not. `rounded`
+    values are not the nearest to the sum, but within the contract, as those made on a GPU may be.
+    """
+
+    sources: int
+    known: int
+    tensors: int
+    values: int
+    compared: int
+    rounded: int
+    problems: list[Problem]
+
+
+def find_output(path: Path) -> Layout:
+    """Open the output at `path`, or the shards that it became.
+
+    Raises UsageError when there is neither, and what `open_layout` raises.
+    """
+    if not os.path.lexists(path) and os.path.lexists(index_path(path)):
+        path = index_path(path)
+    if not os.path.exists(path):
+        raise UsageError(str(path), "there is no such file", "give a file that synthesize wrote")
+    return open_layout(path)
+
+
+def verify(
+    out: Layout,
+    folder: Path | None = None,
+    *,
+    full: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check that the sources of an output are what they were, and that it is what they give.
+
+    `folder` is where the sources lie, by default beside the output. A sample of the values is
+    compared, some of every tensor unless there are thousands; with `full` all of them, in constant
+    memory. With a problem in the sources, or in the tensors' names, shapes and dtypes, no value is.
+
+    Raises UsageError when `folder` isn't there or must be given; SnapshotError for an output
+    without a recipe, or whose recipe makes no sense, and when a file changes meanwhile;
+    MachineError when one can't be read.
+    """
+    recipe = _ingredients(out)
+    folder = _folder(out, folder, recipe)
+    layouts, problems = _open_sources(folder, recipe)
+    known = sum(source.fingerprint is not None for source in recipe.sources)
+    report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems)
+    if problems:
+        return report
+    snapshots = [
+        Snapshot(layout, int(source.step), 0.0, 0.0, "metadata")
+        for layout, source in zip(layouts, recipe.sources, strict=True)
+    ]
+    newest = max(snapshots, key=lambda snapshot: snapshot.step)  # the first of those
+    problems = _other_tensors(snapshots, newest) or _wrong_tensors(out, newest, recipe)
+    if problems:
+        return dataclasses.replace(report, problems=problems)
+    plan, problems = _plan(out, snapshots, newest, recipe)
+    values = sum(run.bounds[-1] for run in plan.runs)
+    report = dataclasses.replace(report, values=values, problems=problems)
+    if problems:
+        return report
+    chunks = None if full else sample(plan)
+    weights = np.array([[source.weight] for source in recipe.sources])
+    comparison = Comparison(plan, weights, out, chunks, progress)
+    comparison.run(workers or default_workers())
+    return dataclasses.replace(
+        report,
+        compared=comparison.compared,
+        rounded=comparison.rounded,
+        problems=comparison.problems(),
+    )
+
+
+# The recipe and its sources
+
+
+def _ingredients(out: Layout) -> Ingredients:
+    recipe = recipe_of(out)
+    if recipe is None:
+        raise SnapshotError(
+            str(out.path),
+            "posthoc didn't make it: it carries no recipe",
+            "give a file that synthesize wrote",
+        )
+    try:
+        return ingredients(recipe)
+    except ValueError as error:
+        raise SnapshotError(
+            str(out.path), f"its recipe doesn't make sense ({error})", "synthesize it anew"
+        ) from None
+
+
+def _folder(out: Layout, folder: Path | None, recipe: Ingredients) -> Path:
+    if folder is None:
+        beside = out.path.parent
+        if not any(os.path.lexists(beside / source.file) for source in recipe.sources):
+            raise UsageError(
+                "FOLDER", f"no snapshot of {out.path} lies beside it", "give the snapshots' folder"
+            )
+        return beside
+    if not folder.is_dir():
+        problem = "is not a folder" if os.path.lexists(folder) else "there is no such folder"
+        raise UsageError(str(folder), problem, "give the folder of the snapshots")
+    return folder
+
+
+def _open_sources(folder: Path, recipe: Ingredients) -> tuple[list[Layout], list[Problem]]:
+    layouts, problems = [], []
+    headers: Cache = {}
+    for source in recipe.sources:
+        path = folder / source.file
+        if not os.path.lexists(path):
+            remedy = "give the folder that has all the snapshots it was made of"
+            problems.append(Problem(path, "is not there", remedy))
+            continue
+        try:
+            layouts.append(open_layout(path, headers))
+            same = _is_same(source, layouts[-1])
+        except SnapshotError as error:
+            problems.append(Problem(path, error.problem, error.remedy))
+            continue
+        if not same:
+            remedy = "put that one in its place, or synthesize the output anew"
+            problems.append(Problem(path, "is not the file that the output was made of", remedy))
+    return layouts, problems
+
+
+def _is_same(source: Source, layout: Layout) -> bool:
+    if source.size is not None and source.size != layout.size:
+        return False
+    return source.fingerprint is None or source.fingerprint == fingerprint(layout)
+
+
+def _other_tensors(snapshots: Sequence[Snapshot], newest: Snapshot) -> list[Problem]:
+    """The sources whose tensors are not those of the newest; they can't be its own any more."""
+    wanted = _described(newest.layout.tensors)
+    same = {id(newest.layout.tensors): True}
+    problems = []
+    for snapshot in snapshots:
+        tensors = snapshot.layout.tensors
+        if id(tensors) not in same:
+            same[id(tensors)] = _described(tensors) == wanted
+        if not same[id(tensors)]:
+            problem = f"has other tensors than '{newest.file}'"
+            remedy = "put the right file in its place"
+            problems.append(Problem(snapshot.layout.path, problem, remedy))
+    return problems
+
+
+# The output's tensors
+
+
+def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (info.dtype, info.shape) for name, info in tensors.items()}
+
+
+def _wrong_tensors(out: Layout, newest: Snapshot, recipe: Ingredients) -> list[Problem]:
+    """The tensors that the output has and should not have, and the other way round."""
+    source = newest.layout.tensors
+    problems = [
+        Problem(out.path, "is not in its snapshots", ANEW, name)
+        for name in in_order(out)
+        if name not in source
+    ]
+    # Older recipes don't say what was dropped.
+    if any(each.fingerprint is not None for each in recipe.sources):
+        problems += [
+            Problem(out.path, "is missing", ANEW, name)
+            for name in source
+            if name not in out.tensors and not _fits(name, recipe.dropped)
+        ]
+    if not problems and not out.tensors:
+        problems.append(Problem(out.path, "holds no tensors", ANEW))
+    return problems
+
+
+def _plan(
+    out: Layout, snapshots: Sequence[Snapshot], newest: Snapshot, recipe: Ingredients
+) -> tuple[Plan, list[Problem]]:
+    """The plan by which the output was made, and those of its tensors that don't fit it."""
+    kept: dict[int, dict[str, TensorInfo]] = {}
+    for snapshot in snapshots:
+        tensors = snapshot.layout.tensors
+        if id(tensors) not in kept:
+            kept[id(tensors)] = {name: tensors[name] for name in out.tensors}
+    reduced = [
+        dataclasses.replace(
+            each, layout=dataclasses.replace(each.layout, tensors=kept[id(each.layout.tensors)])
+        )
+        for each in snapshots
+    ]
+    copied = [
+        escape(name)
+        for name, info in newest.layout.tensors.items()
+        if name in out.tensors and (info.dtype in UNAVERAGEABLE or _fits(name, recipe.copied))
+    ]
+    there = _described(out.tensors)
+    best: tuple[Plan, list[str]] | None = None
+    for dtype in ("same", *OUTPUT_DTYPES):
+        plan = make_plan(reduced, dtype=dtype, copy=copied)
+        wrong = [name for name in in_order(out) if there[name] != plan.tensors[name]]
+        if best is None or len(wrong) < len(best[1]):
+            best = plan, wrong
+        if not wrong:
+            break
+    assert best is not None
+    plan, wrong = best
+    return plan, [
+        Problem(
+            out.path,
+            f"is {_form(there[name])} and should be {_form(plan.tensors[name])}",
+            ANEW,
+            name,
+        )
+        for name in wrong
+    ]
+
+
+def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
+    return f"{tensor[0]} {list(tensor[1])}"
+
+
+def _fits(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,1 @@
+"""Callbacks that track EMAs in other libraries' training loops; each imports its library."""

@@ -1,0 +1,98 @@
+"""Tensors out of a training process and into a safetensors file, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posthoc_cli.storage.atomic import AtomicFile
+from posthoc_cli.storage.header import lay_out
+from posthoc_cli.training.averaging import gather, is_sharded
+
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
+    torch.uint16: "U16", torch.int16: "I16", torch.uint32: "U32", torch.int32: "I32",
+    torch.uint64: "U64", torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+    torch.complex64: "C64",
+}  # fmt: skip
+"""torch's dtypes, by the names that safetensors gives them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a file to be: its value, the dtype to save it in, and the network's own tensor.
+
+    `value` is sharded as `like` is.
+    """
+
+    value: Tensor
+    dtype: torch.dtype
+    like: Tensor
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(self.like)
+
+    def on_host(self, *, copy: bool = False) -> Tensor:
+        """The whole tensor in its final dtype, in host memory.
+
+        Every process must call it if it is sharded.
+        """
+        whole = gather(self.value.detach(), self.like)
+        return whole.to("cpu", self.dtype, copy=copy)
+
+
+def stage(entries: Mapping[str, Entry], *, hold: bool) -> dict[str, Entry]:
+    """`entries` copied to host memory, each once however many names it has.
+
+    A process that doesn't `hold` the result takes part in gathering what is sharded, and gets
+    nothing.
+    """
+    staged: dict[int, Entry] = {}
+    result = {}
+    for name, entry in entries.items():
+        if not (hold or entry.sharded):
+            continue
+        if id(entry.value) not in staged:
+            value = entry.on_host(copy=True)
+            if not hold:
+                continue
+            staged[id(entry.value)] = Entry(value, entry.dtype, value)
+        result[name] = staged[id(entry.value)]
+    return result
+
+
+def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> list[str]:
+    """Write `entries` to `path`, whole or not at all, replacing what is there.
+
+    Tensors with several names are written under each, since the format has no shared ones.
+    Returns the names of tensors with values that float16, if they are in it, made infinite.
+    Raises MachineError when the disk is full or the folder can't be written.
+    """
+    header, places = lay_out(
+        {name: (DTYPES[entry.dtype], tuple(entry.like.shape)) for name, entry in entries.items()},
+        metadata,
+    )
+    size = len(header) + max((info.end for info in places.values()), default=0)
+    overflowing = []
+    with AtomicFile(path, size, overwrite=True) as file:
+        file.write_at(0, header)
+        for name, info in places.items():
+            if not info.elements:
+                continue
+            value = entries[name].on_host().contiguous().view(-1)
+            # All exponent bits set: infinite or not a number. Torch's isfinite takes ten times
+            # as long as the write.
+            if value.dtype == torch.float16 and np.any(
+                (value.view(torch.int16).numpy() & 0x7C00) == 0x7C00
+            ):
+                overflowing.append(name)
+            file.write_at(len(header) + info.start, value.view(torch.uint8).numpy().data)
+    return overflowing

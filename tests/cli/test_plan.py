@@ -1,0 +1,154 @@
+"""`posthoc plan` and `posthoc plot`, run as a user would."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posthoc_cli.cli.options import read_size
+from posthoc_cli.errors import UsageError
+from posthoc_cli.plotting import density
+from posthoc_cli.solver.profiles import Profile
+from tests.command import Posthoc, on_terminal, visible
+
+PLAN = ["plan", "--steps", "10000", "--every", "500"]
+
+
+def test_json(posthoc_here: Posthoc, check_json) -> None:
+    run = posthoc_here(*PLAN, "--bytes-per-snapshot", "1.5 GB", "--json")
+    assert (run.code, run.err) == (0, "")
+    check_json("plan", run.json)
+    end = run.json["run"][-1]
+    assert (end["step"], end["snapshots"], end["profiles"]) == (10000, 40, [0.05, 0.1])
+    assert end["bytes"] == 40 * 1_500_000_000
+    assert [one["step"] for one in run.json["run"]] == [2500, 5000, 10000]
+    (tight,), (loose,) = (one["sigma_rel"] for one in end["reachable"])
+    assert loose["from"] < tight["from"] < 0.05 < 0.1 < tight["to"] < loose["to"]
+    denser, more, both = run.json["alternatives"]
+    assert (denser["every"], denser["snapshots"]) == (250, 80)
+    assert (more["every"], more["snapshots"], len(more["profiles"])) == (500, 60, 3)
+    assert (both["every"], both["snapshots"]) == (250, 120)
+    for one in run.json["alternatives"]:
+        wider = one["reachable"][0]["sigma_rel"]
+        assert wider[0]["from"] <= tight["from"]
+        assert wider[-1]["to"] >= tight["to"]
+
+
+def test_table(tmp_path: Path, posthoc_here: Posthoc) -> None:
+    arguments = [*PLAN, "--bytes-per-snapshot", "1.2GB", "--profiles", "0.05,0.10,0.25"]
+    lines = visible(on_terminal(arguments, tmp_path))
+    assert max(map(len, lines)) <= 80
+    plain = posthoc_here(*arguments).out
+    assert re.search(r"^end +10000 +60 +72.0 GB +0\.0\d+-0\.2\d+ +0\.0\d+-0\.2\d+$", plain, re.M)
+    assert re.search(r"^every 250 steps +10000 +120 +144.0 GB ", plain, re.M)
+    assert "\x1b" not in plain
+
+
+def test_run_that_ends_between_snapshots(posthoc_here: Posthoc) -> None:
+    run = posthoc_here("plan", "--steps", "1000", "--every", "300")
+    assert run.err.startswith("posthoc: --every 300: the last snapshot is 100 steps before the end")
+    assert re.search(r"^end +900 +6 ", run.out, re.M)
+    assert posthoc_here("plan", "--steps", "1000", "--every", "300", "-q").err == ""
+
+
+def test_plans_that_have_all_there_is(posthoc_here: Posthoc, check_json) -> None:
+    every = ["plan", "--steps", "50", "--profiles", "0.01,0.02,0.03,0.15,0.20,0.25", "--json"]
+    run = posthoc_here(*every, "--every", "1")
+    check_json("plan", run.json)
+    assert run.json["alternatives"] == []
+    assert len(posthoc_here(*every, "--every", "2").json["alternatives"]) == 1
+    assert posthoc_here(*every[:-1], "--every", "1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--steps", "10", "--every", "11"], "--every: 11 is not from 1 to 10; .*"),
+        (["--steps", "10", "--every", "0"], "--every: 0 is not from 1 to 10; .*"),
+        (["--steps", "-5", "--every", "1"], "--every: 1 is not from 1 to -5; .*"),
+        (["--steps", "9", "--every", "1", "--profiles", "0.3"], "--profiles: 0.3 is out of .*"),
+        (
+            ["--steps", "9", "--every", "1", "--bytes-per-snapshot", "big"],
+            "--bytes-per-snapshot: 'big' is no size; .*",
+        ),
+    ],
+)
+def test_plan_refuses(posthoc_here: Posthoc, arguments: list[str], line: str) -> None:
+    posthoc_here("plan", *arguments).failed(2, line)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12", 12),
+        ("1.2GB", 1_200_000_000),
+        ("3 mb", 3_000_000),
+        ("1GiB", 2**30),
+        ("0.5k", 500),
+        ("2T", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert read_size("--bytes-per-snapshot", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "0", "1XB", "1 2"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError):
+        read_size("--bytes-per-snapshot", text)
+
+
+def test_densities_are_densities() -> None:
+    at = (np.arange(200_000) + 0.5) / 200
+    for gamma in (-0.4, 0.0, 6.94, 40.0):
+        total = density(Profile(800, gamma), at).sum() / 200
+        assert total == pytest.approx(1, abs=0.01)
+    assert density(Profile(800, 3.0), np.array([800.0, 800.1])).tolist() == [4 / 800, 0.0]
+
+
+SIGNS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+def test_figures(posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["plot", "snapshots", "--sigma-rel", "0.07", "--gamma", "3", "-o", f"x.{kind}"]
+    run = posthoc_here(*arguments, "-q")
+    assert (run.code, run.out, run.err) == (0, "", "")
+    first = (tmp_path / f"x.{kind}").read_bytes()
+    assert first.startswith(SIGNS[kind])
+    posthoc_here(*arguments, "-q").failed(2, rf"x\.{kind}: exists already; .*")
+    assert posthoc_here(*arguments, "--force", "-q").code == 0
+    assert (tmp_path / f"x.{kind}").read_bytes() == first
+    if kind == "svg":
+        text = first.decode()
+        for word in ("wanted", "algorithm3", "edm2", "blup", "training step", "0.05"):
+            assert f">{word}<" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--gamma", "3", "-o", "x.jpg"], r"-o: 'x\.jpg' doesn't end in .*"),
+        (["-o", "x.png"], "--sigma-rel: no target is given; .*"),
+        (["--gamma", "1,2,...,9", "-o", "x.png"], "--sigma-rel: 9 targets; give up to 6 .*"),
+    ],
+)
+def test_plot_refuses(
+    posthoc_here: Posthoc, snapshots: Path, arguments: list[str], line: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    posthoc_here("plot", "snapshots", *arguments).failed(2, line)
+
+
+def test_without_matplotlib(
+    posthoc_here: Posthoc, snapshots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    posthoc_here("plot", "snapshots", "--gamma", "3", "-o", "x.png").failed(
+        2, r"posthoc plot: matplotlib is not installed; pip install 'posthoc-cli\[plot\]'"
+    )

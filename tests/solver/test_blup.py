@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import mpmath
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli.solver.blup import Trajectory, _moments, expect, fit, predict
+from posthoc_cli.solver.profiles import Profile, decay, sigma_rel_to_gamma
+
+WIDTHS = (0.05, 0.10)
+
+
+def run_of(count: int, every: int = 100, widths: Sequence[float] = WIDTHS) -> list[Profile]:
+    return [
+        Profile(every * (k + 1), float(sigma_rel_to_gamma(width)))
+        for k in range(count)
+        for width in widths
+    ]
+
+
+def walk_of(snapshots: Sequence[Profile], seed: int = 0, noise: float = 0.0) -> Trajectory:
+    steps = sorted({float(each.step) for each in snapshots})
+    rates = np.exp(np.random.default_rng(seed).normal(0, 1.5, len(steps)))
+    return Trajectory(np.array([0.0, *steps]), rates, np.full(len(snapshots), noise), 1.0)
+
+
+def before(profile: Profile, at: mpmath.mpf) -> mpmath.mpf:
+    """G: the share of the average that lies before `at`."""
+    if profile.raw:
+        return mpmath.mpf(0 if at < profile.step else 1)
+    return min(mpmath.mpf(1), (at / profile.step) ** (profile.gamma + 1))
+
+
+def brute_moment(trajectory: Trajectory, a: Profile, b: Profile, end: float) -> mpmath.mpf:
+    edges = sorted({*trajectory.edges.tolist(), a.step, b.step, end})
+    total = mpmath.mpf(0)
+    for low, high in pairwise(edges):
+        if high > end:
+            break
+        at = min(
+            int(np.searchsorted(trajectory.edges, low, "right")) - 1, len(trajectory.rates) - 1
+        )
+        # Steep powers live at the upper end of an interval.
+        points = [low, *(high - (high - low) * mpmath.mpf(10) ** -k for k in range(8)), high]
+        points = sorted(set(points))
+        total += trajectory.rates[at] * mpmath.quad(lambda u: before(a, u) * before(b, u), points)
+    return total
+
+
+@pytest.mark.parametrize(
+    "profiles",
+    [
+        [Profile(100, 6.94), Profile(250, 16.97), Profile(250, 6.94), Profile(400, 0.0)],
+        [Profile(30, -0.9), Profile(400, -0.3), Profile(200, 0.5)],
+        [Profile(399, 1e4), Profile(400, 1e4), Profile(400, 3.0), Profile(1, 500.0)],
+        [Profile(30, np.inf), Profile(200, np.inf), Profile(399, np.inf), Profile(400, np.inf)],
+        [Profile(200, np.inf), Profile(200, 3.0), Profile(400, 3.0), Profile(400, np.inf)],
+    ],
+)
+def test_moments_are_the_integrals_they_stand_for(profiles: list[Profile]) -> None:
+    trajectory = walk_of([Profile(step, 1.0) for step in (100, 200, 300)])
+    found = _moments(trajectory, profiles)
+    for i, a in enumerate(profiles):
+        for j, b in enumerate(profiles):
+            exact = brute_moment(trajectory, a, b, max(each.step for each in profiles))
+            assert found[i, j] == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_expected_error_is_the_integral_of_the_profiles_difference() -> None:
+    snapshots, target = run_of(4), Profile(400, 3.0)
+    trajectory = walk_of(snapshots, noise=0.25)
+    weights = np.random.default_rng(1).normal(size=8)
+    weights /= weights.sum()
+    found = expect(trajectory, snapshots, [target], weights[None])
+    u = (np.arange(400_000) + 0.5) / 1000
+    after = [
+        np.where(u < each.step, 1 - (u / each.step) ** (each.gamma + 1), 0.0)
+        for each in (*snapshots, target)
+    ]
+    rate = trajectory.rates[np.searchsorted(trajectory.edges[1:], u)]
+    off = sum(w * f for w, f in zip([*weights, -1.0], after, strict=True))
+    assert found.approximation[0] ** 2 == pytest.approx(np.sum(rate * off**2) / 1000, rel=1e-5)
+    assert found.rounding[0] ** 2 == pytest.approx(0.25 * np.sum(weights**2))
+    assert found.total[0] == pytest.approx(np.hypot(found.approximation, found.rounding)[0])
+    assert found.distance[0] ** 2 == pytest.approx(
+        np.sum(rate * (1 - after[-1]) ** 2) / 1000, rel=1e-5
+    )
+
+
+def simulated(
+    rates: npt.NDArray[np.float64], snapshots: Sequence[Profile], targets: Sequence[Profile]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A walk of many parameters; the averages tracked: [snapshots, p], [targets, p], the end."""
+    rng = np.random.default_rng(0)
+    every = [*snapshots, *targets]
+    gammas = np.array([each.gamma for each in every])
+    values = rng.normal(0, 3, 3000)
+    averages = np.zeros((len(every), len(values)))
+    taken = np.zeros_like(averages)
+    for step, rate in enumerate(rates.tolist(), start=1):
+        values = values + rng.normal(0, rate**0.5, len(values))
+        beta = decay(gammas, step)[:, None]
+        averages = beta * averages + (1 - beta) * values
+        for at in [k for k, each in enumerate(every) if each.step == step]:
+            taken[at] = averages[at]
+    return taken[: len(snapshots)], taken[len(snapshots) :], values
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_errors_of_a_simulated_walk_are_as_expected(count: int) -> None:
+    length = 800
+    rates = np.exp(-np.linspace(0, 5, length))
+    snapshots = run_of(count, length // count)
+    targets = [Profile(length, float(sigma_rel_to_gamma(w))) for w in (0.04, 0.07, 0.15, 0.22)]
+    averages, truth, end = simulated(rates, snapshots, targets)
+    noise = np.full(len(snapshots), 1e-6)
+    stored = averages + np.random.default_rng(1).normal(0, 1e-3, averages.shape)
+    differences = ((stored[:, None] - stored[None]) ** 2).mean(axis=2)
+    trajectory = fit(snapshots, differences, noise, (stored**2).mean(axis=1))
+    middles = (trajectory.edges[1:] + trajectory.edges[:-1]) / 2
+    known = rates[np.minimum(middles.astype(int), length - 1)]
+    assert np.abs(np.log(trajectory.rates / known)).max() < 0.5
+    assert trajectory.start == pytest.approx(9, abs=0.02 * rates.sum())
+    best, _ = predict(trajectory, snapshots, targets)
+    other = np.zeros_like(best)
+    other[:, -1], other[:, -4] = 1.5, -0.5
+    for weights in (best, other, 0.9 * best):
+        expected = expect(trajectory, snapshots, targets, weights)
+        measured = np.sqrt(((weights @ stored - truth) ** 2).mean(axis=1))
+        assert expected.total == pytest.approx(measured, rel=0.12)
+    assert expected.distance == pytest.approx(np.sqrt(((truth - end) ** 2).mean(axis=1)), rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**6), st.floats(-0.95, 1e4)), min_size=1, max_size=7, unique=True
+    ),
+    st.floats(-0.95, 1e4),
+    st.sampled_from([0.0, 1e-12, 1.0]),
+    st.integers(0, 99),
+)
+def test_no_weights_are_better(
+    known: list[tuple[int, float]], wanted: float, noise: float, seed: int
+) -> None:
+    snapshots = [Profile(*each) for each in known]
+    target = [Profile(max(each.step for each in snapshots), wanted)]
+    trajectory = walk_of(snapshots, seed, noise)
+    weights, condition = predict(trajectory, snapshots, target)
+    assert weights.sum() == pytest.approx(1, abs=1e-9)
+    assert np.isfinite(condition)
+    best = expect(trajectory, snapshots, target, weights)
+    rng = np.random.default_rng(seed)
+    for scale in (1e-3, 0.1, 1.0):
+        change = rng.normal(size=len(snapshots)) * scale
+        trial = weights + change - change.mean()
+        tried = expect(trajectory, snapshots, target, trial)
+        # To rounding, which is relative to how far the target is from the network.
+        assert best.total[0] <= tried.total[0] * (1 + 1e-6) + 1e-6 * best.distance[0]
+
+
+def test_a_target_that_is_a_snapshot_is_that_snapshot() -> None:
+    snapshots = run_of(6)
+    weights, _ = predict(walk_of(snapshots), snapshots, [snapshots[-1]])
+    wanted = np.eye(len(snapshots))[-1]
+    assert weights[0] == pytest.approx(wanted, abs=1e-6)
+    expected = expect(walk_of(snapshots), snapshots, [snapshots[-1]], wanted[None])
+    assert expected.total[0] < 1e-7 * expected.distance[0]
+
+
+def measured_of(
+    snapshots: Sequence[Profile], noise: float = 1e-6
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What sampling would measure of a walk with even rates."""
+    steps = np.array([0.0, max(float(each.step) for each in snapshots)])
+    moments = _moments(Trajectory(steps, np.ones(1), np.zeros(0), 0.0), snapshots)
+    own = np.diagonal(moments)
+    differences = own[:, None] + own[None] - 2 * moments + 2 * noise
+    np.fill_diagonal(differences, 0.0)
+    return differences, np.full(len(snapshots), noise), np.ones(len(snapshots))
+
+
+def test_units_and_order_do_not_matter() -> None:
+    snapshots, target = run_of(5), [Profile(500, 3.0)]
+    measured = measured_of(snapshots)
+    weights, _ = predict(fit(snapshots, *measured), snapshots, target)
+    larger, _ = predict(fit(snapshots, *(1e-9 * each for each in measured)), snapshots, target)
+    assert larger == pytest.approx(weights, abs=1e-6)
+
+    longer = [Profile(7 * each.step, each.gamma) for each in snapshots]
+    slower, _ = predict(fit(longer, *measured), longer, [Profile(3500, 3.0)])
+    assert slower == pytest.approx(weights, abs=1e-6)
+
+    order = np.random.default_rng(0).permutation(len(snapshots))
+    mixed = [snapshots[at] for at in order]
+    differences, noise, squares = measured
+    trajectory = fit(mixed, differences[np.ix_(order, order)], noise, squares)
+    shuffled, _ = predict(trajectory, mixed, target)
+    assert shuffled[0] == pytest.approx(weights[0, order], abs=1e-6)
+
+
+def test_noise_is_spread_over_more_snapshots() -> None:
+    snapshots, target = run_of(20), [Profile(2000, 40.0)]
+    gains = []
+    for noise in (1e-9, 1.0, 1e3):
+        weights, _ = predict(walk_of(snapshots, noise=noise), snapshots, target)
+        gains.append(float(np.linalg.norm(weights)))
+    assert gains == sorted(gains, reverse=True)
+    assert gains[-1] < 1 < gains[0]
+
+
+def test_rates_are_found_from_some_of_many_pairs() -> None:
+    snapshots = run_of(100)
+    trajectory = fit(snapshots, *measured_of(snapshots))
+    assert trajectory.rates == pytest.approx(np.ones(100), rel=0.02)
+
+
+def test_rates_of_a_walk_that_stops_are_small_but_not_zero() -> None:
+    snapshots = run_of(8)
+    edges = np.array([0.0, 500.0, 800.0])
+    moments = _moments(Trajectory(edges, np.array([1.0, 0.0]), np.zeros(0), 0.0), snapshots)
+    own = np.diagonal(moments)
+    differences = np.maximum(own[:, None] + own[None] - 2 * moments, 0)
+    trajectory = fit(snapshots, differences, np.zeros(16), np.ones(16))
+    assert (trajectory.rates > 0).all()
+    assert trajectory.rates[-1] < 1e-3 < trajectory.rates[0]
+
+
+def test_snapshots_that_are_all_the_same() -> None:
+    snapshots, target = run_of(5), [Profile(500, 3.0)]
+    trajectory = fit(snapshots, np.zeros((10, 10)), np.zeros(10), np.ones(10))
+    weights, _ = predict(trajectory, snapshots, target)
+    assert weights.sum() == pytest.approx(1)
+    assert np.abs(weights).max() < 10
+    assert expect(trajectory, snapshots, target, weights).relative[0] == 0
+
+
+def test_differences_that_are_rounding_only() -> None:
+    snapshots, target = run_of(5), [Profile(500, 3.0)]
+    differences = 2.0 * (1 - np.eye(10))
+    trajectory = fit(snapshots, differences, np.ones(10), np.ones(10))
+    weights, _ = predict(trajectory, snapshots, target)
+    assert np.linalg.norm(weights) < 0.5
+    assert expect(trajectory, snapshots, target, weights).approximation[0] < 0.2
+
+
+def test_a_single_snapshot_tells_nothing_of_its_error() -> None:
+    snapshots, target = [Profile(500, 6.94)], [Profile(500, 3.0)]
+    trajectory = fit(snapshots, np.zeros((1, 1)), np.zeros(1), np.ones(1))
+    weights, _ = predict(trajectory, snapshots, target)
+    assert weights.tolist() == [[1.0]]
+    assert np.isnan(expect(trajectory, snapshots, target, weights).total[0])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_duplicates_share_their_weight(noise: float) -> None:
+    snapshots = run_of(4)
+    target = [Profile(400, 4.0)]
+    plain, _ = predict(walk_of(snapshots, noise=noise), snapshots, target)
+    doubled = [*snapshots, snapshots[-1]]
+    weights, _ = predict(walk_of(doubled, noise=noise), doubled, target)
+    assert weights[0, -1] == pytest.approx(weights[0, -2], abs=1e-4)
+    assert weights[0, -1] + weights[0, -2] == pytest.approx(plain[0, -1], abs=1e-3)
+
+
+def test_a_target_between_the_last_snapshot_and_the_next() -> None:
+    snapshots, target = run_of(4), [Profile(450, 6.94)]
+    trajectory = walk_of(snapshots)
+    weights, _ = predict(trajectory, snapshots, target)
+    assert weights.sum() == pytest.approx(1)
+    found = expect(trajectory, snapshots, target, weights)
+    # What happened since the last snapshot, nothing can tell.
+    power = target[0].gamma + 1
+    u = np.linspace(400, 450, 100_001)
+    late = trajectory.rates[-1] * np.trapezoid((1 - (u / 450) ** power) ** 2, u)
+    assert found.total[0] ** 2 >= late * 0.999
+
+
+def test_the_same_on_torch() -> None:
+    torch = pytest.importorskip("torch")
+    compat = pytest.importorskip("array_api_compat.torch")
+    snapshots, target = run_of(6), [Profile(600, 3.0), Profile(600, 30.0)]
+    trajectory = walk_of(snapshots, noise=1e-3)
+    one, _ = predict(trajectory, snapshots, target)
+    other, _ = predict(trajectory, snapshots, target, compat, torch.as_tensor)
+    assert isinstance(other, torch.Tensor)
+    assert other.numpy() == pytest.approx(one, rel=1e-6, abs=1e-9)
+
+
+# Raw checkpoints
+
+
+def raws(*steps: float) -> list[Profile]:
+    return [Profile(step, np.inf) for step in steps]
+
+
+def hats(steps: list[float], target: Profile) -> npt.NDArray[np.float64]:
+    """The weights of straight lines between checkpoints, and the first one before it."""
+    u = (np.arange(400_000) + 0.5) / 400_000 * target.step
+    share = (target.gamma + 1) * (u / target.step) ** target.gamma / 400_000
+    return np.array([share @ np.interp(u, steps, row) for row in np.eye(len(steps))])
+
+
+def test_of_an_even_walk_seen_exactly_the_weights_are_those_of_straight_lines() -> None:
+    steps, target = [100.0, 250.0, 700.0, 1000.0], Profile(1000, 3.0)
+    walk = Trajectory(np.array([0.0, 1000.0]), np.ones(1), np.zeros(4), 0.0)
+    weights, condition = predict(walk, raws(*steps), [target])
+    assert weights[0] == pytest.approx(hats(steps, target), abs=1e-6)
+    assert condition < 1e3
+
+
+@pytest.mark.parametrize("count", [4, 16, 200])
+def test_raw_checkpoints_of_a_simulated_walk(count: int) -> None:
+    length = 800
+    rates = np.exp(-np.linspace(0, 5, length))
+    snapshots = raws(*range(length // count, length + 1, length // count))
+    targets = [Profile(length, float(sigma_rel_to_gamma(w))) for w in (0.04, 0.07, 0.15, 0.22)]
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 3, 1000)
+    truth, stored, gammas = np.zeros((4, 1000)), [], np.array([each.gamma for each in targets])
+    for step, rate in enumerate(rates.tolist(), start=1):
+        values = values + rng.normal(0, rate**0.5, 1000)
+        beta = decay(gammas, step)[:, None]
+        truth = beta * truth + (1 - beta) * values
+        if step % (length // count) == 0:
+            stored.append(values)
+    stored = np.array(stored)
+    squares = (stored**2).mean(axis=1)
+    differences = np.maximum(squares[:, None] + squares - 2 * stored @ stored.T / 1000, 0)
+    fitted = fit(snapshots, differences, np.full(count, 1e-9), squares)
+    assert np.isfinite(fitted.rates).all()
+    weights, _ = predict(fitted, snapshots, targets)
+    expected = expect(fitted, snapshots, targets, weights)
+    measured = np.sqrt(((weights @ stored - truth) ** 2).mean(axis=1))
+    assert expected.total == pytest.approx(measured, rel=0.25)
+    distance = np.sqrt(((values - truth) ** 2).mean(axis=1))
+    assert expected.distance == pytest.approx(distance, rel=0.25)
+
+
+def test_raw_checkpoints_that_never_moved_or_are_one() -> None:
+    for count in (1, 3):
+        snapshots = raws(*range(100, 100 * count + 1, 100))
+        none = fit(snapshots, np.zeros((count, count)), np.zeros(count), np.ones(count))
+        weights, _ = predict(none, snapshots, [Profile(100 * count, 6.94)])
+        assert weights.sum() == pytest.approx(1)
+        assert np.isfinite(weights).all()

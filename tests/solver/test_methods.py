@@ -1,0 +1,232 @@
+"""The solve, against the reference numbers and against what the weights mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.solver.blup import Trajectory, expect
+from posthoc_cli.solver.methods import METHODS, PROFILE_METHODS, RAW_METHODS, solve
+from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
+
+CASES = json.loads((Path(__file__).parent / "reference_weights.json").read_text())["cases"]
+TARGETS = [(case, target) for case in CASES for target in case["targets"]]
+NAMES = [f"{case['name']}: {target['sigma_rel']}" for case, target in TARGETS]
+
+DEVICES = ["cpu", "torch-cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def profile(step: float, sigma_rel: float) -> Profile:
+    return Profile(step, sigma_rel_to_gamma(sigma_rel))
+
+
+def pairs(count: int, spacing: int = 1000) -> list[Profile]:
+    return [profile(spacing * k, s) for k in range(1, count + 1) for s in (0.05, 0.10)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("case", "target"), TARGETS, ids=NAMES)
+def test_the_reference_numbers(case: dict, target: dict, device: str) -> None:
+    snapshots = [
+        profile(case["snapshots"][i]["step"], case["snapshots"][i]["sigma_rel"])
+        for i in target["used"]
+    ]
+    targets = [profile(target["step"], target["sigma_rel"])]
+    device = device.removeprefix("torch-") + (":0" if device.startswith("torch-") else "")
+    for method, expected in (
+        ("edm2", target["edm2_weights"]),
+        ("algorithm3", target["algorithm3_weights_exact"]),
+    ):
+        solution = solve(snapshots, targets, method, device)
+        error = np.abs(solution.weights[0] - expected).max() / np.abs(expected).max()
+        assert error < 1e-9
+    assert solution.profile_error[0] == pytest.approx(target["profile_error_exact"], rel=1e-6)
+
+
+def test_several_targets_are_each_what_they_are_alone() -> None:
+    snapshots = pairs(8)
+    targets = [profile(8000, s) for s in (0.03, 0.07, 0.2)] + [profile(9000, 0.1)]
+    for method in PROFILE_METHODS:
+        together = solve(snapshots, targets, method)
+        assert together.weights.shape == (4, 16)
+        for k, target in enumerate(targets):
+            alone = solve(snapshots, [target], method)
+            assert np.allclose(alone.weights[0], together.weights[k], rtol=0, atol=1e-12)
+            assert alone.profile_error[0] == pytest.approx(together.profile_error[k], abs=1e-9)
+
+
+def test_a_target_that_is_a_snapshot_is_that_snapshot() -> None:
+    snapshots = pairs(4)
+    for method in PROFILE_METHODS:
+        solution = solve(snapshots, [snapshots[6]], method)
+        assert np.allclose(solution.weights[0], np.eye(8)[6], rtol=0, atol=1e-12)
+        assert solution.profile_error[0] < 1e-7
+        assert solution.noise_gain[0] == pytest.approx(1)
+
+
+def test_diagnostics_are_those_of_the_weights() -> None:
+    snapshots, target = pairs(5), profile(5000, 0.2)
+    grid = (np.arange(200_000) + 0.5) / 200_000 * 5000
+
+    def density(p: Profile) -> np.ndarray:
+        inside = (p.gamma + 1) / p.step * (grid / p.step) ** p.gamma
+        return np.where(grid < p.step, inside, 0)
+
+    for method in PROFILE_METHODS:
+        solution = solve(snapshots, [target], method)
+        weights = solution.weights[0]
+        difference = density(target) - weights @ np.array([density(p) for p in snapshots])
+        expected = np.sqrt(np.sum(difference**2) / np.sum(density(target) ** 2))
+        assert solution.profile_error[0] == pytest.approx(expected, rel=1e-4)
+        assert solution.noise_gain[0] == pytest.approx(np.linalg.norm(weights))
+        assert solution.sum_of_weights[0] == pytest.approx(weights.sum(), abs=1e-13)
+    assert abs(solve(snapshots, [target], "edm2").sum_of_weights[0] - 1) < 1e-13
+    assert abs(solve(snapshots, [target], "algorithm3").sum_of_weights[0] - 1) > 1e-3
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_the_snapshots_does_not_matter(random: object) -> None:
+    snapshots = pairs(6)
+    order = list(range(12))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    target = [profile(6000, 0.15)]
+    straight = solve(snapshots, target).weights[0]
+    shuffled = solve([snapshots[i] for i in order], target).weights[0]
+    assert np.allclose(shuffled, straight[order], rtol=0, atol=1e-12)
+
+
+@given(st.floats(1e-3, 1e6))
+def test_the_unit_of_the_steps_does_not_matter(unit: float) -> None:
+    snapshots, target = pairs(4), profile(4000, 0.07)
+    scaled = [Profile(p.step * unit, p.gamma) for p in (*snapshots, target)]
+    one, other = solve(snapshots, [target]), solve(scaled[:-1], scaled[-1:])
+    assert np.allclose(one.weights, other.weights, rtol=0, atol=1e-10)
+    assert one.condition_number == pytest.approx(other.condition_number, rel=1e-6)
+
+
+def test_six_hundred_snapshots() -> None:
+    snapshots = pairs(300)
+    solution = solve(snapshots, [profile(300_000, 0.08)])
+    assert 1e6 < solution.condition_number < 1e10
+    assert solution.profile_error[0] < 1e-3
+    assert abs(solution.sum_of_weights[0] - 1) < 1e-12
+
+
+def test_profiles_too_alike_are_named() -> None:
+    snapshots = [*pairs(3), Profile(2000, sigma_rel_to_gamma(0.05) * (1 + 1e-13))]
+    with pytest.raises(SnapshotError, match=r"step 2000, sigma_rel 0.05 and step 2000, sigma_rel"):
+        solve(snapshots, [profile(3000, 0.07)])
+
+
+def test_what_cannot_be_solved() -> None:
+    with pytest.raises(ValueError, match="after the target's step"):
+        solve(pairs(3), [profile(2500, 0.07)])
+    for method in PROFILE_METHODS:
+        with pytest.raises(UsageError, match=f"--method {method}: has no weights for gamma -0.6"):
+            solve([*pairs(2), Profile(1500, -0.6)], [profile(2000, 0.07)], method)
+    with pytest.raises(ValueError, match="needs a trajectory"):
+        solve(pairs(2), [profile(2000, 0.07)], "blup")
+    with pytest.raises(ValueError, match="unknown method"):
+        solve(pairs(2), [profile(2000, 0.07)], "magic")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blup_is_one_more_method(device: str) -> None:
+    snapshots, target = pairs(8), [profile(8000, 0.03), profile(8000, 0.2)]
+    device = device.removeprefix("torch-") + (":0" if device.startswith("torch-") else "")
+    edges, rates = np.arange(9) * 1000.0, np.linspace(2, 1, 8)
+    trajectory = Trajectory(edges, rates, np.full(16, 1e-3), 1.0)
+    blup = solve(snapshots, target, "blup", device, trajectory)
+    assert isinstance(blup.weights, np.ndarray)
+    assert blup.method == "blup"
+    assert np.allclose(blup.sum_of_weights, 1, rtol=0, atol=1e-12)
+    assert np.allclose(blup.noise_gain, np.linalg.norm(blup.weights, axis=1))
+    assert np.allclose(
+        blup.weights, solve(snapshots, target, "blup", "cpu", trajectory).weights, atol=1e-7
+    )
+    # The profile it gives is not the nearest there is: that is algorithm 3's.
+    nearest = solve(snapshots, target, "algorithm3")
+    assert (blup.profile_error > nearest.profile_error).all()
+    expected = expect(trajectory, snapshots, target, blup.weights).total
+    assert (expected < expect(trajectory, snapshots, target, nearest.weights).total).all()
+
+
+def test_blup_takes_profiles_without_a_norm() -> None:
+    snapshots = [*pairs(3), Profile(3000, -0.7)]
+    trajectory = Trajectory(np.arange(4) * 1000.0, np.ones(3), np.zeros(7), 1.0)
+    blup = solve(snapshots, [Profile(3000, -0.8), Profile(3000, 3.0)], "blup", "cpu", trajectory)
+    assert np.allclose(blup.sum_of_weights, 1)
+    assert np.isnan(blup.profile_error).all()
+
+
+# Raw checkpoints
+
+
+def raws(*steps: float) -> list[Profile]:
+    return [Profile(step, float("inf")) for step in steps]
+
+
+def test_share_is_the_share_of_the_profile_in_each_interval() -> None:
+    steps = [100, 250, 700, 1000]
+    targets = [Profile(1000, -0.9), Profile(1000, 0.0), Profile(1000, 6.94)]
+    solution = solve(raws(*steps), targets, "share")
+    for target, weights in zip(targets, solution.weights, strict=True):
+        power = target.gamma + 1
+        ends = np.array([0, *steps]) ** power / 1000**power
+        assert weights == pytest.approx(np.diff(ends), rel=1e-13)
+    assert solution.method == "share"
+    assert solution.condition_number == 1
+    assert np.isnan(solution.profile_error).all()
+    assert solution.noise_gain == pytest.approx(np.linalg.norm(solution.weights, axis=1))
+
+
+def test_the_last_checkpoint_also_stands_for_what_is_after_it() -> None:
+    solution = solve(raws(100, 200), [Profile(400, 1.0)], "share")
+    assert solution.weights[0] == pytest.approx([1 / 16, 15 / 16])
+
+
+@given(
+    st.lists(st.integers(1, 2**53), min_size=1, max_size=8, unique=True),
+    st.floats(-0.999, 1e12),
+    st.floats(1, 2),
+)
+def test_shares_sum_to_one_whatever_the_steps(steps: list[int], gamma: float, on: float) -> None:
+    target = Profile(max(steps) * on, gamma)
+    solution = solve(raws(*steps), [target], "share")
+    assert (solution.weights >= 0).all()
+    assert solution.sum_of_weights[0] == pytest.approx(1, abs=1e-12)
+    shuffled = solve(raws(*sorted(steps)), [target], "share").weights[0]
+    assert solution.weights[0].tolist() == shuffled[np.argsort(np.argsort(steps))].tolist()
+
+
+def test_shares_of_steps_side_by_side_keep_their_digits() -> None:
+    first, last = 2**53 - 1, 2**53
+    weights = solve(raws(first, last), [Profile(last, 9.0)], "share").weights[0]
+    assert weights[1] == pytest.approx(10 / 2**53, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_for_emas_or_for_raw_checkpoints(method: str) -> None:
+    emas = pairs(2)
+    target = [profile(9000, 0.1)]
+    walk = Trajectory(np.array([0.0, 9000.0]), np.ones(1), np.zeros(4), 0.0)
+    if method not in RAW_METHODS:
+        with pytest.raises(UsageError, match="raw checkpoints have no profile; use share or blup"):
+            solve([*emas[:3], *raws(3000)], target, method, trajectory=walk)
+    if method == "share":
+        with pytest.raises(UsageError, match="is for raw checkpoints only; add --raw if they are"):
+            solve([*emas[:3], *raws(3000)], target, method)
+
+
+def test_blup_takes_emas_and_raw_checkpoints_together() -> None:
+    mixed = [*pairs(1), *raws(500, 2000)]
+    walk = Trajectory(np.array([0.0, 2000.0]), np.ones(1), np.full(4, 1e-9), 0.0)
+    solution = solve(mixed, [Profile(2000, 3.0)], "blup", trajectory=walk)
+    assert solution.sum_of_weights[0] == pytest.approx(1)
+    assert np.isnan(solution.profile_error[0])

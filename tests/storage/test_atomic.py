@@ -1,0 +1,276 @@
+"""The atomic writer under failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from posthoc_cli.errors import MachineError, UsageError
+from posthoc_cli.storage import atomic as atomicfile
+from posthoc_cli.storage.atomic import AtomicFile, together
+
+
+def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
+    for name in ("x" * 255, "\N{GRINNING FACE}" * 63):  # bytes are what is limited
+        with AtomicFile(tmp_path / name, 1) as file:
+            file.write_at(0, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+class Trouble(Exception):
+    pass
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_nothing_appears_when_the_work_fails(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with pytest.raises(Trouble), AtomicFile(path, 10) as file:
+        file.write_at(0, b"half")
+        raise Trouble
+    assert entries(tmp_path) == []
+
+
+def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    with pytest.raises(Trouble), AtomicFile(path, 3, overwrite=True) as file:
+        file.write_at(0, b"new")
+        raise Trouble
+    assert path.read_bytes() == b"old"
+    with AtomicFile(path, 3, overwrite=True) as file:
+        file.write_at(0, b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert entries(tmp_path) == ["out"]
+
+
+def test_an_existing_file_is_refused_before_and_after_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with pytest.raises(UsageError, match="exists already"), AtomicFile(path, 1) as file:
+        file.write_at(0, b"x")
+        path.write_bytes(b"another run was faster")
+    assert path.read_bytes() == b"another run was faster"
+    with pytest.raises(UsageError, match="exists already"), AtomicFile(path, 1):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == ["out"]
+
+
+def test_landing_works_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with AtomicFile(tmp_path / "out", 1) as file:
+        file.write_at(0, b"x")
+    assert (tmp_path / "out").read_bytes() == b"x"
+    with pytest.raises(UsageError), AtomicFile(tmp_path / "new", 1) as file:
+        (tmp_path / "new").write_bytes(b"faster")
+    assert (tmp_path / "new").read_bytes() == b"faster"
+
+
+@pytest.mark.parametrize("missing", ["posix_fallocate", "pwrite", "O_DIRECTORY"])
+def test_calls_that_only_some_systems_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.delattr(os, missing, raising=False)
+    with AtomicFile(tmp_path / "out", 8) as file:
+        file.write_at(4, b"efgh")
+        file.write_at(0, b"abcd")
+    assert (tmp_path / "out").read_bytes() == b"abcdefgh"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are a POSIX matter")
+def test_the_mode_is_what_the_umask_gives(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with AtomicFile(tmp_path / "out", 0):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o640
+
+
+def test_a_full_disk_and_a_missing_folder_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(MachineError, match=r"No such file or directory.*create the folder"),
+        AtomicFile(tmp_path / "no" / "out", 1),
+    ):
+        pytest.fail("must not begin")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomicfile, "_reserve", full)
+    with (
+        pytest.raises(MachineError, match=r"out: cannot be written \(No space left.*free some"),
+        AtomicFile(tmp_path / "out", 1),
+    ):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == []
+
+
+# Several that land together
+
+
+def test_together_all_land_or_none(tmp_path: Path) -> None:
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+    with together(files):
+        for file in files:
+            file.write_at(0, b"x")
+        assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    assert entries(tmp_path) == ["a", "b", "c"]
+
+    files = [AtomicFile(tmp_path / name, 1) for name in "def"]
+    with pytest.raises(UsageError, match="e: exists already"), together(files):
+        for file in files:
+            file.write_at(0, b"x")
+        (tmp_path / "e").write_bytes(b"another run was faster")
+    assert entries(tmp_path) == ["a", "b", "c", "e"]
+    assert (tmp_path / "e").read_bytes() == b"another run was faster"
+
+
+def test_together_nothing_lands_before_all_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+
+    def full() -> None:
+        raise MachineError("c", "cannot be written", "")
+
+    monkeypatch.setattr(files[2], "finish", full)
+    stale = tmp_path / "stale"
+    stale.write_bytes(b"old")
+    with pytest.raises(MachineError), together(files, [stale]):
+        pass
+    assert entries(tmp_path) == ["stale"]
+    with together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
+        assert stale.exists()
+    assert entries(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_together_an_interrupt_between_two_landings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Each file is linked to its place, then its temporary name goes: it may come after either."""
+    calls = iter(range(100))
+
+    def interrupted(call: Callable[..., None]) -> Callable[..., None]:
+        def after(*arguments: object) -> None:
+            call(*arguments)
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        return after
+
+    files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
+    with pytest.raises(KeyboardInterrupt), together(files):
+        monkeypatch.setattr(os, "link", interrupted(os.link))
+        monkeypatch.setattr(os, "unlink", interrupted(os.unlink))
+    monkeypatch.undo()
+    assert entries(tmp_path) == []
+
+
+def test_missing_space_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    files = [AtomicFile(tmp_path / name, 1_000_000) for name in "ab"]
+    message = r"500\.0 kB of the 2\.0 MB to be written are missing on its disk; free some space"
+    with pytest.raises(MachineError, match=message), together(files):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == []
+    with files[0] as file:  # alone it fits
+        file.write_at(0, b"x")
+    with (
+        pytest.raises(MachineError, match=r"7.5 MB of the 9\.0 MB"),
+        AtomicFile(tmp_path / "c", 9_000_000),
+    ):
+        pytest.fail("must not begin")
+
+
+# What a run that was killed leaves
+
+
+def abandoned(folder: Path, name: str = "old.safetensors") -> Path:
+    path = folder / f".{name}.0123456789ab.posthoc-tmp"
+    path.write_bytes(b"half")
+    return path
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_next_run_removes_what_a_killed_one_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if locks and atomicfile.fcntl is None:
+        pytest.skip("no locks here")
+    if not locks:
+        monkeypatch.setattr(atomicfile, "fcntl", None)
+    left = abandoned(tmp_path)
+    others = [tmp_path / ".mine.posthoc-tmp", tmp_path / ".x.0123456789ab.posthoc-tmp.bak"]
+    for path in others:
+        path.write_bytes(b"not ours")
+    (tmp_path / ".d.0123456789ab.posthoc-tmp").mkdir()
+    if not locks:  # without them, only its age tells
+        with AtomicFile(tmp_path / "first", 0):
+            assert left.exists()
+        os.utime(left, (0, 0))
+    with AtomicFile(tmp_path / "out", 0):
+        assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / "one", 3) as one:
+        with AtomicFile(tmp_path / "two", 3) as two:
+            one.write_at(0, b"one")
+            two.write_at(0, b"two")
+        with AtomicFile(tmp_path / "three", 0):
+            pass
+    assert (tmp_path / "one").read_bytes() == b"one"
+    assert entries(tmp_path) == ["one", "three", "two"]
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, stolen = atomicfile.fcntl.flock, []
+
+    def late(fd: int, how: int) -> None:
+        if not stolen:
+            stolen.append(next(tmp_path.iterdir()))
+            stolen[0].unlink()
+        lock(fd, how)
+
+    monkeypatch.setattr(atomicfile.fcntl, "flock", late)
+    with AtomicFile(tmp_path / "out", 1) as file:
+        file.write_at(0, b"x")
+    assert entries(tmp_path) == ["out"]
+    assert len(stolen) == 1
+
+
+@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomicfile.fcntl, "flock", none)
+    left = abandoned(tmp_path)
+    with AtomicFile(tmp_path / "out", 1) as file:
+        file.write_at(0, b"x")
+    assert left.exists()
