@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.profiles import Profile
-from posthoc_cli.storage.atomic import writing_to
+from posthoc_cli.storage.atomic import write_errors
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -105,7 +105,7 @@ def draw(
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        with writing_to(path):
+        with write_errors(path):
             figure.savefig(path, dpi=200, metadata=metadata)
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel
-from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo, read_layout
+from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.storage.header import TensorInfo, read_header
 
 STORED = {
     "F64": np.dtype(np.float64),
@@ -48,7 +49,7 @@ def write_layout(
     blob = b""
     for name in order or list(tensors):
         dtype, shape = tensors[name]
-        size = int(np.prod(shape)) * DTYPE_BITS[dtype] // 8
+        size = int(np.prod(shape)) * DTYPES[dtype].bits // 8
         content = data[name] if data else bytes(size)
         assert len(content) == size
         offsets = [len(blob), len(blob) + size]
@@ -77,7 +78,7 @@ def write_tensors(
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray]:
     """Every tensor of a file, as an array."""
-    layout = read_layout(path)
+    layout = read_header(path)
     data = path.read_bytes()[layout.parts[0].data_start :]
     return {
         name: np.frombuffer(data[info.start : info.end], STORED[info.dtype]).reshape(info.shape)
@@ -91,7 +92,7 @@ def snapshot_of(
     cache: dict[bytes, Mapping[str, TensorInfo]] | None = None,
     gamma: float = 6.94,
 ) -> Snapshot:
-    layout = read_layout(path, cache)
+    layout = read_header(path, cache)
     return Snapshot(layout, step, gamma, float(gamma_to_sigma_rel(gamma)), "metadata")
 
 

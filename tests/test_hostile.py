@@ -15,8 +15,8 @@ import pytest
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.storage import header as tensorfile
-from posthoc_cli.storage.header import read_layout
-from posthoc_cli.storage.shards import open_layout
+from posthoc_cli.storage.header import read_header
+from posthoc_cli.storage.shards import open_tensors
 from tests.command import Posthoc, write_snapshot
 from tests.fuzzing import MUTATIONS, Case, make_case
 from tests.soak.fuzz import harm_of, try_case
@@ -129,7 +129,7 @@ def test_names_of_tensors_do_nothing(name: str, posthoc_here: Posthoc, tmp_path:
     (folder / "1000.safetensors").unlink()
     run = posthoc_here("synthesize", "snapshots", "--gamma", "3", "-o", "y.safetensors")
     assert (run.code, harm_of(run)) == (0, [])
-    assert list(read_layout(tmp_path / "y.safetensors").tensors) == [name + "?"]
+    assert list(read_header(tmp_path / "y.safetensors").tensors) == [name + "?"]
 
 
 @posix
@@ -194,15 +194,15 @@ def test_a_header_with_too_much_in_it_is_not_even_parsed(
         header = header_of(tensors)
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(tensors))
         if tensors == 100:
-            assert len(read_layout(path).tensors) == 100
+            assert len(read_header(path).tensors) == 100
             continue
         with pytest.raises(SnapshotError, match=r"header holds more than 100 tensors need"):
-            read_layout(path)
+            read_header(path)
     many = ",".join(f'"{at}":""' for at in range(400)).encode()
     header = b'{"__metadata__":{' + many + b"}}"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(SnapshotError, match=r"header holds more than 100 tensors need"):
-        read_layout(path)
+        read_header(path)
 
 
 def test_a_header_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_header_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
         file.write(struct.pack("<Q", tensorfile.MAX_HEADER + 8))
         file.truncate(tensorfile.MAX_HEADER + 16)
     with pytest.raises(SnapshotError, match=r"a header of 33\.6 MB, above 33\.6 MB"):
-        read_layout(path)
+        read_header(path)
 
 
 def test_a_file_that_changes_between_two_looks_is_refused(
@@ -226,7 +226,7 @@ def test_a_file_that_changes_between_two_looks_is_refused(
         tensorfile.safetensors, "safe_open", lambda path, framework: library(whole, framework)
     )
     with pytest.raises(SnapshotError, match="changed while it was read"):
-        read_layout(other)
+        read_header(other)
 
 
 # Indexes of shards
@@ -262,9 +262,9 @@ def test_an_index_that_makes_no_sense(index: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors.index.json"
     path.write_bytes(index)
     with pytest.raises(SnapshotError):
-        open_layout(path)
+        open_tensors(path)
     path.write_bytes(b'{"weight_map":{"a":"x.safetensors"},"metadata":{"step":7}}')
-    assert open_layout(path).metadata == {"step": "7"}
+    assert open_tensors(path).metadata == {"step": "7"}
 
 
 # Values

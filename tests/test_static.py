@@ -28,15 +28,19 @@ UNDER_ANOTHER_NAME = {
 """What may only be called by its full name, so that the calls are seen."""
 
 WITH_TORCH = {
-    *("adapters/lightning.py", "adapters/transformers.py", "averaging.py", "demo.py"),
-    *("karras.py", "saving.py", "tracking.py"),
+    "demo.py",
+    *(
+        f"training/{name}.py"
+        for name in ("adapters/lightning", "adapters/transformers", "averaging", "karras")
+    ),
+    *("training/saving.py", "training/tracking.py"),
 }
 """Modules for a training loop, where torch is there anyway; the commands start without it."""
 
 EXCEPTIONS = {
     "tests/test_docs.py": {"shell=True"},
-    "tests/test_tracking.py": {"exec()", "compile()"},
-    "tests/test_unpickling.py": {"pickle.loads()"},
+    "tests/training/test_tracking.py": {"exec()", "compile()"},
+    "tests/formats/test_pickles.py": {"pickle.loads()"},
 }
 """They run what our own documentation shows, as a reader would; or compare what is read as data
 with what Python makes of a pickle that the test itself has made."""

@@ -37,7 +37,7 @@ def _kinds() -> list[str]:
 
 
 def _dtypes() -> list[str]:
-    from posthoc_cli.synthesis.plan import OUTPUT_DTYPES
+    from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
 
     return ["same", *OUTPUT_DTYPES]
 

@@ -12,13 +12,13 @@ from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.solve import Solved, title
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import printable
-from posthoc_cli.snapshots.diagnosis import Verdict, compare
+from posthoc_cli.snapshots.diagnosis import MethodEstimate, compare
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def compare_methods(solved: Solved) -> list[Verdict]:
+def compare_methods(solved: Solved) -> list[MethodEstimate]:
     assert solved.trajectory is not None
     return compare(
         [snapshot.profile for snapshot in solved.snapshots],
@@ -28,7 +28,7 @@ def compare_methods(solved: Solved) -> list[Verdict]:
     )
 
 
-def describe_diagnosis(solved: Solved, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def describe_diagnosis(solved: Solved, verdicts: Sequence[MethodEstimate]) -> dict[str, Any]:
     assert solved.measures is not None
     assert solved.expected is not None
     return {
@@ -48,7 +48,7 @@ def describe_diagnosis(solved: Solved, verdicts: Sequence[Verdict]) -> dict[str,
     }
 
 
-def _describe_verdict(verdict: Verdict, at: int) -> dict[str, Any]:
+def _describe_verdict(verdict: MethodEstimate, at: int) -> dict[str, Any]:
     if verdict.solution is None or verdict.expected is None:
         return {"method": verdict.method, "problem": spelled(verdict.problem)}
     solution, expected = verdict.solution, verdict.expected
@@ -64,7 +64,7 @@ def _describe_verdict(verdict: Verdict, at: int) -> dict[str, Any]:
     }
 
 
-def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[Verdict]) -> None:
+def draw_diagnosis(console: Console, solved: Solved, verdicts: Sequence[MethodEstimate]) -> None:
     """For each target a line a method; errors relative to the distance of EMA and network."""
     assert solved.measures is not None
     assert solved.expected is not None

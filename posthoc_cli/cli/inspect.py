@@ -29,8 +29,8 @@ from posthoc_cli.errors import SnapshotError, in_bytes, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.snapshots.folder import Inventory, Snapshot
-    from posthoc_cli.storage.header import Layout
+    from posthoc_cli.snapshots.folder import FolderContents, Snapshot
+    from posthoc_cli.storage.header import TensorIndex
 
 
 def inspect(
@@ -67,10 +67,10 @@ def inspect(
       posthoc inspect ema-0.07.safetensors
     """
     if os.path.isfile(folder):
-        from posthoc_cli.storage.shards import index_listing
+        from posthoc_cli.storage.shards import index_of_shard
 
         path = Path(folder)
-        path = index_listing(path) or path  # of a shard, that of which it is a part
+        path = index_of_shard(path) or path  # of a shard, that of which it is a part
         itself = [*(only or ()), glob.escape(path.name)]
         inventory = options.read_snapshots(
             str(path.parent), options.Reading(pattern, profiles, itself, raw, skip_incomplete)
@@ -102,7 +102,7 @@ def inspect(
         )
 
 
-def describe(inventory: Inventory) -> dict[str, Any]:
+def describe(inventory: FolderContents) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     return {
         "folder": str(inventory.folder),
@@ -143,7 +143,7 @@ class _Column:
         return len(set(self.cells)) == 1
 
 
-def _draw(console: Console, inventory: Inventory) -> None:
+def _draw(console: Console, inventory: FolderContents) -> None:
     if inventory.snapshots:
         _draw_snapshots(console, inventory.snapshots)
     for heading, entries, style in (
@@ -278,12 +278,12 @@ class Recipe:
     document: dict[str, Any]
 
 
-def _read_recipe(path: Path) -> tuple[Layout, Recipe | None]:
+def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
-    from posthoc_cli.storage.shards import open_layout
+    from posthoc_cli.storage.shards import open_tensors
     from posthoc_cli.synthesis.recipe import read_recipe
 
-    layout = open_layout(path)
+    layout = open_tensors(path)
     document = read_recipe(layout.metadata)
     if document is None:
         return layout, None
@@ -321,7 +321,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _draw_recipe(console: Console, layout: Layout, recipe: Recipe, everything: bool) -> None:
+def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everything: bool) -> None:
     from posthoc_cli.snapshots.folder import Contents
 
     contents = Contents.of(layout.tensors)

@@ -13,7 +13,7 @@ import typer
 from posthoc_cli.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.folder import Inventory
+    from posthoc_cli.snapshots.folder import FolderContents
     from posthoc_cli.solver.profiles import Profile
 
 MAX_VALUES = 10_000
@@ -343,7 +343,7 @@ class Reading:
     skip_incomplete: bool = False
 
 
-def read_snapshots(folder: str, reading: Reading) -> Inventory:
+def read_snapshots(folder: str, reading: Reading) -> FolderContents:
     """The inventory of `folder`."""
     from posthoc_cli.snapshots.folder import read_folder
 
@@ -360,7 +360,7 @@ def read_snapshots(folder: str, reading: Reading) -> Inventory:
     )
 
 
-def say_what_is_skipped(inventory: Inventory, quiet: bool) -> None:
+def note_skipped(inventory: FolderContents, quiet: bool) -> None:
     """Name on stderr the snapshots that --skip-incomplete leaves out."""
     from posthoc_cli.cli.console import note
 

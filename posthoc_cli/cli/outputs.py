@@ -45,10 +45,10 @@ def output_paths(output: str, folder: str, targets: Sequence[Target], step: int)
 
 def make_folder(output: str) -> None:
     """Make the folder that -o names, if it names one that isn't there yet."""
-    from posthoc_cli.storage.atomic import writing_to
+    from posthoc_cli.storage.atomic import write_errors
 
     if is_folder(output) and not os.path.isdir(output):
-        with writing_to(Path(output)):
+        with write_errors(Path(output)):
             os.mkdir(output)
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from posthoc_cli.snapshots.folder import Snapshot
-    from posthoc_cli.snapshots.sampling import Measures
-    from posthoc_cli.solver.blup import Expected, Trajectory
+    from posthoc_cli.snapshots.sampling import SampleMoments
+    from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.methods import Solution
 
 TABLES = 3
@@ -61,9 +61,9 @@ class Solved:
     step: int
     device: str
     solution: Solution
-    measures: Measures | None = None
+    measures: SampleMoments | None = None
     trajectory: Trajectory | None = None
-    expected: Expected | None = None
+    expected: ExpectedError | None = None
 
 
 def solve(
@@ -139,7 +139,7 @@ def solve(
         else:
             shown.draw_diagnosis(stdout_console(), solved, verdicts)
         return
-    say_what_is_doubtful(solved, quiet)
+    note_large_errors(solved, quiet)
     if as_json:
         print_json(describe(solved))
     elif as_csv:
@@ -171,7 +171,7 @@ def solve_folder(
     method = options.read_method(method, reading.raw)
     device = options.read_device(device)
     inventory = options.read_snapshots(folder, reading)
-    options.say_what_is_skipped(inventory, quiet)
+    options.note_skipped(inventory, quiet)
     warn(inventory.warnings, quiet)
     snapshots, step = select(inventory.usable(), step)
     own = [snapshot.profile for snapshot in snapshots]
@@ -199,7 +199,7 @@ def solve_folder(
     )
 
 
-def say_what_is_doubtful(solved: Solved, quiet: bool) -> None:
+def note_large_errors(solved: Solved, quiet: bool) -> None:
     """One line on stderr for targets out of reach, and one for rounding that is blown up."""
     if quiet:
         return

@@ -22,19 +22,19 @@ from posthoc_cli.cli.console import (
 )
 from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.outputs import make_folder, output_paths
-from posthoc_cli.cli.solve import Solved, say_what_is_doubtful, solve_folder
+from posthoc_cli.cli.solve import Solved, note_large_errors, solve_folder
 from posthoc_cli.cli.solve import describe as describe_solved
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.synthesis.nonfinite import Finding
+    from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
     from posthoc_cli.synthesis.plan import Plan
 
 _OUTPUT = "Output"
 
 
 def _dtypes() -> list[str]:
-    from posthoc_cli.synthesis.plan import OUTPUT_DTYPES
+    from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
 
     return ["same", *OUTPUT_DTYPES]
 
@@ -187,7 +187,7 @@ def synthesize(
             note(f"{path}: exists already; skipped", quiet)
 
     plan = make_plan(solved.snapshots, dtype=dtype, copy=copy or (), drop=drop or ())
-    say_what_is_doubtful(solved, quiet)
+    note_large_errors(solved, quiet)
     make_folder(output)
     written, findings = _write(
         plan,
@@ -232,12 +232,12 @@ def _write(
     how: dict[str, Any],
     *,
     progress: bool,
-) -> tuple[list[Output], list[Finding]]:
+) -> tuple[list[Output], list[NonfiniteTensor]]:
     """Write those of `paths`, one for each target, that are not `kept`, in one pass.
 
     `globs` of tensors go into the recipes; `how` are further options of execute.
     """
-    findings: list[Finding] = []
+    findings: list[NonfiniteTensor] = []
     wanted = [at for at, path in enumerate(paths) if path not in kept]
     written = {at: Output(*_standing(path), None) for at, path in enumerate(paths) if path in kept}
     if wanted:
@@ -263,10 +263,10 @@ def _write(
 
 def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
     """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.storage.shards import listed_in, standing
+    from posthoc_cli.storage.shards import shard_names, standing
 
     main = standing(path)[0]
-    shards = [] if main == path else [path.with_name(name) for name in sorted(listed_in(main))]
+    shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
     return main, shards, sum(each.stat().st_size for each in (main, *shards))
 
 
@@ -277,7 +277,7 @@ def _recipes(
     from posthoc_cli.storage.readers import fingerprint
     from posthoc_cli.synthesis.recipe import make_recipe
 
-    marks = [(each.bytes, fingerprint(each.layout)) for each in solved.snapshots]
+    marks = [(each.bytes, fingerprint(each.index)) for each in solved.snapshots]
     recipes = []
     for at in wanted:
         recipe = make_recipe(
@@ -299,7 +299,7 @@ def _recipes(
 
 
 def _describe(
-    solved: Solved, written: Sequence[Output], findings: Sequence[Finding]
+    solved: Solved, written: Sequence[Output], findings: Sequence[NonfiniteTensor]
 ) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe_solved(solved)

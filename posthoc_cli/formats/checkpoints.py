@@ -29,7 +29,8 @@ from posthoc_cli.formats.pickles import (
     shown,
     unpickle,
 )
-from posthoc_cli.storage.header import DTYPE_BITS, reason
+from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
+from posthoc_cli.storage.header import reason
 
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 1 << 62
@@ -57,7 +58,7 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         """Of the tensor, not of what it takes in the file."""
-        return self.elements * DTYPE_BITS[self.dtype] // 8
+        return self.elements * DTYPES[self.dtype].bits // 8
 
     @property
     def contiguous(self) -> bool:
@@ -480,14 +481,6 @@ def _entry_data(source: Source, entry: _Entry, what: str) -> tuple[int, int]:
 
 # Tensors.
 
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "bool": "BOOL", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
@@ -512,7 +505,7 @@ _REFUSED_TENSORS = {
 
 
 def _itemsize(path: Path, dtype: str) -> int:
-    return _SIZES[dtype] if dtype in _SIZES else DTYPE_BITS[_DTYPES[dtype]] // 8
+    return _SIZES[dtype] if dtype in _SIZES else DTYPES[BY_NAME[dtype]].bits // 8
 
 
 def _storage_id(path: Path, identity: Any, legacy: bool = False) -> tuple[str, str, int]:
@@ -545,7 +538,7 @@ def _tensor(
     path: Path, storage: _Storage, torch_dtype: str, offset: Any, shape: Any, strides: Any
 ) -> StoredTensor:
     """A view of `storage`, with everything checked that torch would check."""
-    if torch_dtype not in _DTYPES:
+    if torch_dtype not in BY_NAME:
         raise SnapshotError(
             str(path),
             f"holds a tensor of dtype {torch_dtype}, which safetensors has no place for",
@@ -567,7 +560,7 @@ def _tensor(
             "holds a tensor that repeats a few values many times over",
             "save it without that tensor",
         )
-    return StoredTensor(_DTYPES[torch_dtype], shape, strides, storage.offset + offset * itemsize)
+    return StoredTensor(BY_NAME[torch_dtype], shape, strides, storage.offset + offset * itemsize)
 
 
 def _are_sizes(value: Any) -> bool:
@@ -682,7 +675,7 @@ _INERT = frozenset(
     {("torch", name) for name in _STORAGES}
     | {("torch.cuda", name) for name in _STORAGES}
     | {("torch.storage", name) for name in ("UntypedStorage", "TypedStorage")}
-    | {("torch", name) for name in (*_DTYPES, *_SIZES, "complex32", "device")}
+    | {("torch", name) for name in (*BY_NAME, *_SIZES, "complex32", "device")}
     | {(module, "Tensor") for module in ("torch", "torch._tensor")}
     | {("torch.nn.modules.container", name) for name in _CONTAINERS}
     | {(f"numpy.{module}", name) for module, name in _NUMPY}

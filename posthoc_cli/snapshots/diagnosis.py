@@ -7,25 +7,25 @@ from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.snapshots.sampling import Measures, measure
-from posthoc_cli.solver.blup import Expected, Trajectory, expect, fit
+from posthoc_cli.snapshots.sampling import SampleMoments, measure
+from posthoc_cli.solver.blup import ExpectedError, Trajectory, expect, fit
 from posthoc_cli.solver.methods import EMA_METHODS, RAW_METHODS, Solution, solve
 from posthoc_cli.solver.profiles import Profile
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class MethodEstimate:
     """One method's weights and their expected errors; or the `problem` why it has none."""
 
     method: str
     solution: Solution | None
-    expected: Expected | None
+    expected: ExpectedError | None
     problem: str = ""
 
 
 def observe(
     snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
-) -> tuple[Measures, Trajectory]:
+) -> tuple[SampleMoments, Trajectory]:
     """Measure a sample of the snapshots' values, and fit how the network moved.
 
     `leave_out` are globs of tensors that won't be averaged. Raises what sampling.measure does.
@@ -40,7 +40,7 @@ def compare(
     targets: Sequence[Profile],
     trajectory: Trajectory,
     device: str = "cpu",
-) -> list[Verdict]:
+) -> list[MethodEstimate]:
     """Every method's weights for the targets, with their expected errors.
 
     Of raw checkpoints, those of the methods for them.
@@ -50,8 +50,8 @@ def compare(
         try:
             solution = solve(snapshots, targets, method, device, trajectory)
         except (SnapshotError, UsageError) as error:
-            verdicts.append(Verdict(method, None, None, f"{error.subject}: {error.problem}"))
+            verdicts.append(MethodEstimate(method, None, None, f"{error.subject}: {error.problem}"))
             continue
         expected = expect(trajectory, snapshots, targets, solution.weights)
-        verdicts.append(Verdict(method, solution, expected))
+        verdicts.append(MethodEstimate(method, solution, expected))
     return verdicts

@@ -26,12 +26,19 @@ from posthoc_cli.errors import (
     brief,
     printable,
 )
-from posthoc_cli.snapshots.identity import MIN_SIGMA_REL, Clues, Identity, clues, identify, settle
+from posthoc_cli.snapshots.identity import (
+    MIN_SIGMA_REL,
+    Identity,
+    StepCounts,
+    agree_on_unit,
+    clues,
+    identify,
+)
 from posthoc_cli.snapshots.lora import different_alphas
 from posthoc_cli.snapshots.names import SAME_WIDTH, Pattern, compile_pattern, read_name
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Profile
-from posthoc_cli.storage.header import Cache, Layout, TensorInfo, reason
-from posthoc_cli.storage.shards import ENDING, is_index, listed_in, network_in, open_layout
+from posthoc_cli.storage.header import Cache, TensorIndex, TensorInfo, reason
+from posthoc_cli.storage.shards import ENDING, find_network, is_index, open_tensors, shard_names
 from posthoc_cli.synthesis.recipe import read_recipe
 
 _OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
@@ -59,7 +66,7 @@ class Snapshot:
     `contents` is shared between snapshots that share their tensors mapping.
     """
 
-    layout: Layout
+    index: TensorIndex
     step: int
     gamma: float
     sigma_rel: float
@@ -69,27 +76,27 @@ class Snapshot:
     @property
     def file(self) -> str:
         """The name of the file in its folder, as it is: pass it through `printable` to show it."""
-        return self.layout.path.name
+        return self.index.path.name
 
     @property
     def dtypes(self) -> dict[str, int]:
         """How many tensors have each dtype."""
-        return dict((self.contents or Contents.of(self.layout.tensors)).dtypes)
+        return dict((self.contents or Contents.of(self.index.tensors)).dtypes)
 
     @property
     def tensors(self) -> int:
         """How many tensors the file holds."""
-        return len(self.layout.tensors)
+        return len(self.index.tensors)
 
     @property
     def parameters(self) -> int:
         """The number of elements of all tensors, whatever their dtype."""
-        return (self.contents or Contents.of(self.layout.tensors)).parameters
+        return (self.contents or Contents.of(self.index.tensors)).parameters
 
     @property
     def bytes(self) -> int:
         """The size of the file."""
-        return self.layout.size
+        return self.index.size
 
     @property
     def profile(self) -> Profile:
@@ -97,7 +104,7 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class Inventory:
+class FolderContents:
     """What a folder holds. File names are as they are; all messages can go to a terminal.
 
     `snapshots` are those with a step and a profile, by step, sigma_rel and file name; with
@@ -137,7 +144,7 @@ def read_folder(
     only: Sequence[str] = (),
     raw: bool = False,
     skip_incomplete: bool = False,
-) -> Inventory:
+) -> FolderContents:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
     `pattern` is that of `compile_pattern`, `profiles` the sigma_rel values by index, `only` globs
@@ -152,13 +159,13 @@ def read_folder(
     folder = Path(folder)
     compiled = compile_pattern(pattern, raw) if pattern is not None else None
     widths = () if raw else _check_profiles(profiles, compiled)
-    inventory = Inventory(folder)
+    inventory = FolderContents(folder)
     names = _choose(folder, _list(folder, inventory), only, compiled)
     if widths and not any(_has_index(folder / name, compiled) for name in names):
         inventory.warnings.append("profiles= isn't used: no file name has an index")
     headers: Cache = {}
-    found: dict[str, tuple[Layout, Identity, list[str]]] = {}
-    unsettled: dict[str, tuple[Layout, Clues]] = {}
+    found: dict[str, tuple[TensorIndex, Identity, list[str]]] = {}
+    unsettled: dict[str, tuple[TensorIndex, StepCounts]] = {}
 
     def leave_out(name: str, error: SnapshotError) -> None:
         if skip_incomplete and isinstance(error, IncompleteError):
@@ -182,7 +189,7 @@ def read_folder(
                 found[name] = layout, *identify(title, layout.metadata, compiled, widths)
         except SnapshotError as error:
             leave_out(name, error)
-    settled = settle({name: said for name, (_, said) in unsettled.items()})
+    settled = agree_on_unit({name: said for name, (_, said) in unsettled.items()})
     for name, outcome in settled.items():
         if isinstance(outcome, SnapshotError):
             leave_out(name, outcome)
@@ -227,7 +234,7 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 
-def recipe_of(layout: Layout) -> dict[str, Any] | None:
+def recipe_of(layout: TensorIndex) -> dict[str, Any] | None:
     """The recipe in a file that posthoc made; None in any other."""
     return read_recipe(layout.metadata)
 
@@ -235,7 +242,7 @@ def recipe_of(layout: Layout) -> dict[str, Any] | None:
 # Which files
 
 
-def _list(folder: Path, inventory: Inventory) -> list[str]:
+def _list(folder: Path, inventory: FolderContents) -> list[str]:
     try:
         found = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except FileNotFoundError:
@@ -260,7 +267,7 @@ def _list(folder: Path, inventory: Inventory) -> list[str]:
         elif is_index(name):
             names.append(name)
             with contextlib.suppress(PosthocError):  # what is wrong with it will be told
-                shards |= listed_in(path)
+                shards |= shard_names(path)
         elif name.lower().endswith(ENDING):
             names.append(name)
     if not names and not inventory.skipped:
@@ -271,7 +278,7 @@ def _list(folder: Path, inventory: Inventory) -> list[str]:
 def _held_by(folder: Path) -> str | None:
     """Why a folder is no snapshot: None if it is one, "" if nothing in it looks like one."""
     try:
-        if network_in(folder) is not None:
+        if find_network(folder) is not None:
             return None
         count = sum(name.lower().endswith(ENDING) for name in os.listdir(folder))
     except OSError as error:
@@ -355,10 +362,10 @@ def _has_index(path: Path, pattern: Pattern | None) -> bool:
     return reading is not None and reading.index is not None
 
 
-def _open(path: Path, headers: Cache) -> Layout:
+def _open(path: Path, headers: Cache) -> TensorIndex:
     if os.path.islink(path) and not os.path.exists(path):
         raise SnapshotError(path.name, "a link that leads nowhere", "restore the file or remove it")
-    layout = open_layout(path, headers)
+    layout = open_tensors(path, headers)
     if not layout.tensors:
         raise SnapshotError(path.name, "holds no tensors", "leave it out with only=")
     return layout
@@ -392,11 +399,11 @@ def _differences(snapshots: Sequence[Snapshot]) -> Iterable[tuple[str, str]]:
     if not snapshots:
         return
     newest = snapshots[-1]
-    known: dict[int, str | None] = {id(newest.layout.tensors): None}
+    known: dict[int, str | None] = {id(newest.index.tensors): None}
     for snapshot in snapshots:
-        tensors = snapshot.layout.tensors
+        tensors = snapshot.index.tensors
         if id(tensors) not in known:
-            known[id(tensors)] = _difference(tensors, newest.layout.tensors)
+            known[id(tensors)] = _difference(tensors, newest.index.tensors)
         if difference := known[id(tensors)]:
             yield (
                 snapshot.file,

@@ -5,7 +5,7 @@ The first source that says both decides: pattern=, then the file's own metadata 
 otherwise, a warning names both.
 
 Of a raw checkpoint (`raw=True`) only the step is asked for, and many things may count it: `clues`
-gathers what one file says, `settle` what a folder's files have in common.
+gathers what one file says, `agree_on_unit` what a folder's files have in common.
 """
 
 from __future__ import annotations
@@ -181,14 +181,14 @@ _KEYS = {"step": "step", "ss_steps": "step", "ss_epoch": "epoch"}
 
 
 @dataclass(frozen=True, slots=True)
-class Clues:
+class StepCounts:
     """What a raw checkpoint says of its step, by unit: the step, its source, and who says so."""
 
     steps: Mapping[str, tuple[int, str, str]]
     warnings: list[str] = field(default_factory=list)
 
 
-def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None) -> Clues:
+def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None) -> StepCounts:
     """All that the file `name` with `metadata` says of its step, and warnings.
 
     Raises SnapshotError when the pattern doesn't fit, or metadata's `step` is no number.
@@ -205,7 +205,7 @@ def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None
             warnings.append(
                 f"its name says {reading}, its metadata step {said}; the pattern is used"
             )
-        return Clues({"step": (reading.step, "pattern", "name")}, warnings)
+        return StepCounts({"step": (reading.step, "pattern", "name")}, warnings)
     if "step" in metadata and _whole(metadata["step"]) is None:
         raise _unusable("step", metadata["step"], "a whole number")
     counted = _counted(name, metadata)
@@ -215,10 +215,10 @@ def clues(name: str, metadata: Mapping[str, str], pattern: Pattern | None = None
             warnings.append(
                 f"its name says {unit} {number}, its {where} {step}; the metadata is used"
             )
-    return Clues(counted, warnings)
+    return StepCounts(counted, warnings)
 
 
-def settle(found: Mapping[str, Clues]) -> dict[str, Identity | SnapshotError]:
+def agree_on_unit(found: Mapping[str, StepCounts]) -> dict[str, Identity | SnapshotError]:
     """The identities of a folder's raw checkpoints, by name, or what is wrong with each.
 
     All count in the same unit: the best of UNITS that all of them have, else the one that most of
@@ -269,7 +269,7 @@ def _counted(name: str, metadata: Mapping[str, str]) -> dict[str, tuple[int, str
     return {unit: counted[unit] for unit in UNITS if unit in counted}
 
 
-def _not_counted(name: str, each: Clues, unit: str, others: int) -> SnapshotError:
+def _not_counted(name: str, each: StepCounts, unit: str, others: int) -> SnapshotError:
     if not each.steps:
         problem = "neither its name nor its metadata says its step"
         return UnknownError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
 
@@ -23,17 +24,6 @@ _FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
 """What follows a module's name in those of its factors, by all trainers that store an alpha."""
 
 _ALPHA = ".alpha"
-
-_FORMATS = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-}
 
 
 def alphas(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -56,15 +46,15 @@ def different_alphas(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, 
     """
     if not snapshots:
         return
-    newest = snapshots[-1].layout
+    newest = snapshots[-1].index
     names = sorted(alphas(newest.tensors))
     if not names:
         return
     with Reader(newest) as reader:
         wanted = {name: _read(reader, newest.tensors[name]) for name in names}
     for snapshot in snapshots[:-1]:
-        tensors = snapshot.layout.tensors
-        with Reader(snapshot.layout) as reader:
+        tensors = snapshot.index.tensors
+        with Reader(snapshot.index) as reader:
             for name in names:
                 info = tensors.get(name)
                 if info is None or info.dtype != newest.tensors[name].dtype:
@@ -84,8 +74,8 @@ def _read(reader: Reader, info: TensorInfo) -> bytes:
 
 def _value(dtype: str, data: bytes) -> str:
     """The number that an alpha is, for people; its bytes where it is of a rare dtype."""
-    if dtype == "BF16":
-        data, dtype = bytes(2) + data, "F32"
-    if dtype in _FORMATS:
-        return f"{np.frombuffer(data, _FORMATS[dtype])[0]:.9g}"
+    if dtype in FLOATS:
+        return f"{float(decode(dtype, np.frombuffer(data, np.uint8))[0]):.9g}"
+    if dtype[0] in "IU":
+        return str(np.frombuffer(data, DTYPES[dtype].numpy())[0])
     return f"0x{data[::-1].hex()}"

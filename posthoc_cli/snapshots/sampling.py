@@ -13,17 +13,15 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, decode, rounding_variances
+from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
-from posthoc_cli.synthesis.accumulators import values_of
-from posthoc_cli.synthesis.plan import AVERAGED
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -45,21 +43,9 @@ never falls in step with the rows of a matrix."""
 
 FloatArray = npt.NDArray[np.float64]
 
-_FORMATS: dict[str, tuple[np.dtype[Any], int, int]] = {
-    "F64": (np.dtype("<u8"), 11, 52),
-    "F32": (np.dtype("<u4"), 8, 23),
-    "F16": (np.dtype("<u2"), 5, 10),
-    "BF16": (np.dtype("<u2"), 8, 7),
-    "F8_E4M3": (np.dtype("u1"), 4, 3),
-    "F8_E5M2": (np.dtype("u1"), 5, 2),
-    "F8_E4M3FNUZ": (np.dtype("u1"), 4, 3),
-    "F8_E5M2FNUZ": (np.dtype("u1"), 5, 2),
-}
-"""For each dtype its bits as whole numbers, and how many of them are exponent and mantissa."""
-
 
 @dataclass(frozen=True, slots=True)
-class Measures:
+class SampleMoments:
     """Means over the sampled elements; tensors that are the same in all snapshots don't count.
 
     `differences` [snapshots, snapshots]: squared differences. `rounding` [snapshots]: variance of
@@ -87,11 +73,11 @@ class _Piece:
 
     @property
     def bytes(self) -> int:
-        return self.count * DTYPE_BITS[self.dtype] // 8
+        return self.count * DTYPES[self.dtype].bits // 8
 
     def start(self, tensors: Mapping[str, TensorInfo]) -> int:
         """Where the piece begins in the data section of a file with these tensors."""
-        return tensors[self.name].start + self.first * DTYPE_BITS[self.dtype] // 8
+        return tensors[self.name].start + self.first * DTYPES[self.dtype].bits // 8
 
 
 def measure(
@@ -100,7 +86,7 @@ def measure(
     leave_out: Sequence[str] = (),
     blocks: int | None = None,
     block: int = BLOCK,
-) -> Measures:
+) -> SampleMoments:
     """Measure a consistent set of snapshots on some `blocks * block` of their elements.
 
     `leave_out` are globs of tensors that won't be averaged, and so shall not count. Raises
@@ -111,7 +97,7 @@ def measure(
         blocks = BLOCKS if len(snapshots) <= VERY_MANY else BLOCKS // 2
     tensors = {
         name: info
-        for name, info in snapshots[-1].layout.tensors.items()
+        for name, info in snapshots[-1].index.tensors.items()
         if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
     }
     pieces = _choose(tensors, blocks, block)
@@ -122,7 +108,7 @@ def measure(
     sampled = sum(piece.count for piece in pieces)
     if sampled and sums.broken == sampled:
         raise SnapshotError(
-            str(snapshots[-1].layout.path.parent),
+            str(snapshots[-1].index.path.parent),
             "every value that was sampled is NaN or infinite in some snapshot",
             "leave out the snapshots taken after training broke, with only= or step=",
         )
@@ -139,11 +125,11 @@ class _Sums:
         self.values = 0
         self.broken = 0
 
-    def means(self, sampled: int) -> Measures:
+    def means(self, sampled: int) -> SampleMoments:
         count = max(self.values, 1)
         own = np.diagonal(self.products)
         differences = np.maximum(own[:, None] + own[None, :] - 2 * self.products, 0.0)
-        return Measures(
+        return SampleMoments(
             differences=differences / count,
             rounding=self.rounding / count,
             squares=self.squares / count,
@@ -214,15 +200,15 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     raw = np.empty(sum(piece.bytes for piece in pieces), np.uint8)
     ranges: dict[int, list[tuple[int, int]]] = {}
     for row, snapshot in enumerate(snapshots):
-        tensors = snapshot.layout.tensors
+        tensors = snapshot.index.tensors
         if id(tensors) not in ranges:
             ranges[id(tensors)] = _ranges(pieces, tensors)
         _read(snapshot, ranges[id(tensors)], raw)
         for dtype, first, last, start, end in runs:
             stored = raw[start:end]
             with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
-                values[row, first:last] = values_of(dtype, stored)
-            variances[first:last] = _variances(dtype, stored.view(_FORMATS[dtype][0]))
+                values[row, first:last] = decode(dtype, stored)
+            variances[first:last] = rounding_variances(dtype, stored)
         rounding[row] = np.add.reduceat(variances, parts)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -274,26 +260,8 @@ def _read(
     snapshot: Snapshot, ranges: Sequence[tuple[int, int]], raw: npt.NDArray[np.uint8]
 ) -> None:
     """Fill `raw` with `ranges` of the snapshot's data, one after the other."""
-    with Reader(snapshot.layout) as reader:
+    with Reader(snapshot.index) as reader:
         into = raw.data
         for start, end in ranges:
             reader.read(start, into[: end - start])
             into = into[end - start :]
-
-
-def _variances(dtype: str, bits: npt.NDArray[Any]) -> FloatArray:
-    """ulp^2 / 12 of each value: the variance of an even spread over what rounds to it.
-
-    The exponent alone tells the distance to the next value: `2^(max(exponent, 1) - bias -
-    mantissa bits)`.
-    """
-    _, exponent_bits, mantissa_bits = _FORMATS[dtype]
-    exponents = np.maximum(np.arange(1 << exponent_bits), 1)
-    bias = (1 << (exponent_bits - 1)) - (0 if dtype.endswith("FNUZ") else 1)
-    with np.errstate(over="ignore", under="ignore"):
-        table = np.ldexp(1.0, 2 * (exponents - bias - mantissa_bits)) / 12
-    if dtype in ("F64", "F32", "F16", "BF16", "F8_E5M2"):
-        table[-1] = 0.0  # infinity and NaN
-    table[np.isinf(table)] = 0.0  # of values that are left out, as their squares overflow
-    found: FloatArray = table[(bits >> mantissa_bits) & ((1 << exponent_bits) - 1)]
-    return found

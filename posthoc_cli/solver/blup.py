@@ -65,8 +65,8 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """Expected errors [targets], each a root mean square over the parameters.
+class ExpectedError:
+    """ExpectedError errors [targets], each a root mean square over the parameters.
 
     `approximation` is what is left with snapshots of infinite precision, `rounding` what their
     rounding adds, `total` both. `distance` is how far the target is from the network itself at its
@@ -331,7 +331,7 @@ def expect(
     snapshots: Sequence[Profile],
     targets: Sequence[Profile],
     weights: FloatArray,
-) -> Expected:
+) -> ExpectedError:
     """The errors to be expected of `weights` [targets, snapshots], by whatever method.
 
     Weights that don't sum to one also scale the start; that counts as approximation.
@@ -356,7 +356,7 @@ def expect(
             own = values[-1] ** 2 * _integral(low, high, 2 * powers[-1:])
             distance[at] += rate * float(own[0])
     rounding = weights**2 @ trajectory.noise
-    return Expected(
+    return ExpectedError(
         np.sqrt(approximation),
         np.sqrt(rounding),
         np.sqrt(approximation + rounding),

@@ -62,7 +62,7 @@ class AtomicFile:
 
     def open(self) -> None:
         """Make the temporary file, and reserve its space."""
-        with writing_to(self.path):
+        with write_errors(self.path):
             _remove_abandoned(self.path.parent)
             self._fd, self._temporary = _make_temporary(self.path)
             self._own = os.fstat(self._fd)
@@ -74,7 +74,7 @@ class AtomicFile:
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at byte `offset` of the file."""
-        with writing_to(self.path):
+        with write_errors(self.path):
             view = memoryview(data).cast("B")
             while view:
                 written = self._write_some(view, offset)
@@ -86,7 +86,7 @@ class AtomicFile:
         """
         if not hasattr(os, "copy_file_range"):
             return 0
-        with writing_to(self.path):
+        with write_errors(self.path):
             try:
                 return os.copy_file_range(fd, self._fd, count, offset, start)
             except OSError as error:
@@ -96,18 +96,18 @@ class AtomicFile:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk."""
-        with writing_to(self.path):
+        with write_errors(self.path):
             getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> None:
         """Flush all of it, length and times included."""
-        with writing_to(self.path):
+        with write_errors(self.path):
             os.fsync(self._fd)
 
-    def land(self) -> None:
+    def commit(self) -> None:
         """Give the finished file its name."""
         assert self._temporary is not None
-        with writing_to(self.path):
+        with write_errors(self.path):
             if fcntl is None:
                 self._close()  # Windows renames no open file; elsewhere it stays open: locked
             _land(self._temporary, self.path, self.overwrite)
@@ -123,7 +123,7 @@ class AtomicFile:
                 os.unlink(self._temporary)
             self._temporary = None
 
-    def withdraw(self) -> None:
+    def rollback(self) -> None:
         """Remove it from its place again if it has landed there, unless in that of another."""
         if not self.overwrite and self._own is not None:
             with contextlib.suppress(OSError):
@@ -152,13 +152,13 @@ class AtomicFile:
         try:
             if kind is None:
                 self.finish()
-                self.land()
+                self.commit()
         finally:
             self.discard()
 
 
 @contextlib.contextmanager
-def together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterator[None]:
+def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterator[None]:
     """Open `files` for a `with` block, at the end of which all of them land, or none.
 
     They land in their order, once all are on the disk. `stale` are files that would contradict
@@ -176,13 +176,13 @@ def together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterato
         for file in files:  # before any of them lands, as another run may have been faster
             file.check_absent()
         for path in stale:
-            with writing_to(path):
+            with write_errors(path):
                 path.unlink(missing_ok=True)
         for file in files:
-            file.land()
+            file.commit()
     except BaseException:  # an interrupt may come between a landing and any note of it
         for file in reversed(files):
-            file.withdraw()
+            file.rollback()
         raise
     finally:
         for file in files:
@@ -302,7 +302,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turn the system's errors while `path` is written into one line that says what to do."""
     try:
         yield

@@ -40,15 +40,13 @@ class DType:
         """Whether a stored exponent of all ones means infinity or NaN, as IEEE 754 has it."""
         return self.code in _IEEE
 
-    def numpy(self) -> np.dtype[Any]:
+    def numpy(self) -> Any:
         """The little-endian NumPy dtype of its values; ml_dtypes has those that NumPy lacks."""
         if self.code == "BF16" or self.code in FLOAT8:
             import ml_dtypes  # only here: few snapshots need it
 
-            dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.name or ""))
-            return dtype
-        native: np.dtype[Any] = np.dtype(self.name or "V1")
-        return np.dtype(native.newbyteorder("<"))
+            return np.dtype(getattr(ml_dtypes, self.name or ""))
+        return np.dtype(self.name or "V1").newbyteorder("<")
 
     def unsigned(self) -> np.dtype[Any]:
         """The NumPy dtype of its bits as whole numbers; of packed elements, of their bytes."""
@@ -138,7 +136,8 @@ def decode(code: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
 
 def float8_values(code: str) -> npt.NDArray[np.float32]:
     """The value of each of the 256 bytes of a float8 dtype."""
-    return np.arange(256, dtype=np.uint8).view(DTYPES[code].numpy()).astype(np.float32)
+    values: npt.NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(DTYPES[code].numpy())
+    return values.astype(np.float32)
 
 
 def rounding_variances(code: str, data: npt.NDArray[np.uint8]) -> FloatArray:

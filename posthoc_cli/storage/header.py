@@ -23,17 +23,7 @@ from typing import Any
 import safetensors
 
 from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, in_bytes, printable
-
-DTYPE_BITS = {
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F32": 32, "U32": 32, "I32": 32,
-    "BF16": 16, "F16": 16, "U16": 16, "I16": 16,
-    "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-    "I8": 8, "U8": 8, "BOOL": 8,
-    "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4,
-}  # fmt: skip
-"""Bits of one element of each dtype, by the name that safetensors gives it; a file has them in
-this order, as the safetensors library writes them."""
+from posthoc_cli.storage.dtypes import DTYPES, bytes_of
 
 MAX_HEADER = 32 << 20
 """Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
@@ -82,7 +72,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class TensorIndex:
     """What the header of a safetensors file says, or those of several that hold one network.
 
     The tensors' offsets are within the data sections of `parts`, thought to lie end to end.
@@ -118,7 +108,7 @@ Cache = dict[Hashable, Mapping[str, TensorInfo]]
 """The tensors of headers read before, by what tells them apart."""
 
 
-def read_layout(path: Path, cache: Cache | None = None) -> Layout:
+def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
     """Read and check the header of the safetensors file at `path`; none of its data.
 
     The safetensors library validates the file. `cache` lets calls share `tensors` between files
@@ -163,7 +153,7 @@ def read_layout(path: Path, cache: Cache | None = None) -> Layout:
     if len(header) != length or data_start + end != status.st_size:
         raise _corrupt(path, "its length changed while it was read")
     part = Part(path, 0, end, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
-    return Layout(path, tensors, metadata, (part,))
+    return TensorIndex(path, tensors, metadata, (part,))
 
 
 _NOT_A_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -249,7 +239,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def lay_out(
+def make_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """Lay out a file that shall hold `tensors`, name -> (dtype, shape).
@@ -260,10 +250,10 @@ def lay_out(
     """
     infos: dict[str, TensorInfo] = {}
     position = 0
-    rank = {dtype: place for place, dtype in enumerate(DTYPE_BITS)}
+    rank = {code: place for place, code in enumerate(DTYPES)}
     for name in sorted(tensors, key=lambda name: (rank[tensors[name][0]], name)):
         dtype, shape = tensors[name]
-        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        end = position + bytes_of(dtype, math.prod(shape))
         infos[name] = TensorInfo(dtype, tuple(shape), position, end)
         position = end
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.storage.header import Layout, reason, spans
+from posthoc_cli.storage.header import TensorIndex, reason, spans
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
@@ -69,7 +69,7 @@ class InputFile:
         """Fill `into` with the bytes from `offset` on."""
         fd = self._fd if self._keep_open else self._open()
         try:
-            with reading_from(self._path):
+            with read_errors(self._path):
                 while into:
                     count = self._read_some(fd, offset, into)
                     if count == 0:
@@ -81,13 +81,13 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError if it is not as it was when it was looked at."""
-        with reading_from(self._path):
+        with read_errors(self._path):
             if self._keep_open:
                 self._check(os.fstat(self._fd))
             self._check(os.stat(self._path))  # another file may have taken its name
 
     def _open(self) -> int:
-        with reading_from(self._path):
+        with read_errors(self._path):
             fd = os.open(self._path, _FLAGS)
             try:
                 self._check(os.fstat(fd))
@@ -122,7 +122,7 @@ class Reader:
     MachineError for one that can't be read.
     """
 
-    def __init__(self, layout: Layout, *, keep_open: bool = True) -> None:
+    def __init__(self, layout: TensorIndex, *, keep_open: bool = True) -> None:
         self._parts = layout.parts
         self._files = [
             InputFile(part.path, part.size, part.modified, part.inode, keep_open=keep_open)
@@ -163,7 +163,7 @@ class Reader:
             file.check_unchanged()
 
 
-def fingerprint(layout: Layout) -> str:
+def fingerprint(layout: TensorIndex) -> str:
     """What tells a snapshot from others, wherever it lies and whatever it is called.
 
     32 hex digits of the SHA-256 of its files' headers and of 16 blocks of its data, spread evenly
@@ -198,7 +198,7 @@ def changed(path: Path) -> SnapshotError:
 
 
 @contextlib.contextmanager
-def reading_from(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turn the system's errors while `path` is read into one line that says what to do."""
     try:
         yield

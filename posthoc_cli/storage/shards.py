@@ -26,10 +26,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.storage.header import (
     MAX_HEADER,
     Cache,
-    Layout,
+    TensorIndex,
     TensorInfo,
     check_items,
-    read_layout,
+    read_header,
     reason,
 )
 from posthoc_cli.synthesis.recipe import read_recipe
@@ -44,37 +44,37 @@ def is_index(name: str) -> bool:
     return name.lower().endswith(INDEX_ENDING)
 
 
-def index_listing(path: Path) -> Path | None:
+def index_of_shard(path: Path) -> Path | None:
     """The index beside the file `path` that lists it as a shard, if there is one."""
     stem = re.sub(r"-[0-9]{5}-of-[0-9]{5}\Z", "", path.name[: -len(ENDING)])
     index = path.with_name(stem + INDEX_ENDING)
     with contextlib.suppress(PosthocError):
-        if os.path.exists(index) and path.name in listed_in(index):
+        if os.path.exists(index) and path.name in shard_names(index):
             return index
     return None
 
 
-def open_layout(path: Path, cache: Cache | None = None) -> Layout:
+def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     """The layout of a safetensors file, of the shards of an index, or of a folder with either.
 
-    Raises what read_layout does, and SnapshotError for an index that makes no sense or a folder
+    Raises what read_header does, and SnapshotError for an index that makes no sense or a folder
     that doesn't hold one network.
     """
     if os.path.isdir(path):
-        inside = network_in(path)
+        inside = find_network(path)
         if inside is None:
             raise SnapshotError(
                 str(path),
                 f"a folder that doesn't hold exactly one {ENDING} file, or index of shards",
                 "give the file itself",
             )
-        return dataclasses.replace(open_layout(path / inside, cache), path=path)
+        return dataclasses.replace(open_tensors(path / inside, cache), path=path)
     if is_index(path.name):
         return _read_index(path, cache)
-    return read_layout(path, cache)
+    return read_header(path, cache)
 
 
-def network_in(folder: Path) -> str | None:
+def find_network(folder: Path) -> str | None:
     """The name of the one safetensors file in `folder`, or of the one index; None without one.
 
     Raises OSError for a folder that can't be listed.
@@ -90,7 +90,7 @@ def network_in(folder: Path) -> str | None:
     return found[0]
 
 
-def listed_in(index: Path) -> set[str]:
+def shard_names(index: Path) -> set[str]:
     """The names of the shards that `index` lists.
 
     Raises SnapshotError for an index that makes no sense, MachineError for one that can't be read.
@@ -139,7 +139,7 @@ def _senseless(path: Path, detail: str) -> SnapshotError:
     )
 
 
-def _read_index(path: Path, cache: Cache | None) -> Layout:
+def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
     document = _parse_index(path)
     weight_map = _weight_map(path, document)
     shards = []
@@ -148,7 +148,7 @@ def _read_index(path: Path, cache: Cache | None) -> Layout:
             raise IncompleteError(
                 str(path), f"its shard '{name}' is missing", "copy it again or leave it out"
             )
-        shards.append(read_layout(path.with_name(name), cache))
+        shards.append(read_header(path.with_name(name), cache))
     key = tuple(id(shard.tensors) for shard in shards)  # alive as long as the cache that has them
     tensors = cache.get(key) if cache is not None else None
     if tensors is None:
@@ -178,14 +178,14 @@ def _read_index(path: Path, cache: Cache | None) -> Layout:
     for shard in shards:
         parts.append(dataclasses.replace(shard.parts[0], first=first))
         first += shard.parts[0].length
-    return Layout(path, tensors, metadata, tuple(parts))
+    return TensorIndex(path, tensors, metadata, tuple(parts))
 
 
 def _shard(where: Mapping[str, str], name: str) -> str:
     return f"'{printable(where[name])}'" if name in where else "none"
 
 
-def _joined(path: Path, shards: Sequence[Layout]) -> dict[str, TensorInfo]:
+def _joined(path: Path, shards: Sequence[TensorIndex]) -> dict[str, TensorInfo]:
     """The tensors of all shards, their data sections thought to lie end to end."""
     joined: dict[str, TensorInfo] = {}
     first = 0
@@ -251,7 +251,7 @@ def standing(path: Path) -> list[Path]:
 def made_by_posthoc(path: Path) -> bool:
     """Whether `path` is an output of ours, a shard or an index of one."""
     try:
-        return read_recipe(open_layout(path).metadata) is not None
+        return read_recipe(open_tensors(path).metadata) is not None
     except PosthocError:
         return False
 

@@ -62,7 +62,7 @@ def share(
 
 
 @contextlib.contextmanager
-def flushed_behind(files: Sequence[AtomicFile]) -> Iterator[None]:
+def background_flush(files: Sequence[AtomicFile]) -> Iterator[None]:
     """Flush what is written to disk while the work goes on.
 
     Left to itself the system gathers gigabytes, and the flush at the end waits for all of them

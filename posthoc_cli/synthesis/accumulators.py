@@ -13,21 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.storage.header import DTYPE_BITS
+from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode, float8_values
 from posthoc_cli.synthesis import kernels
 
 Weights = npt.NDArray[np.float64]
 
-FLOAT8 = {
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
-"""The names that both ml_dtypes and torch have for safetensors' float8 dtypes."""
 
-
-class Summing(Protocol):
+class Accumulator(Protocol):
     """Sums up to `capacity` elements, or rows of `row_bytes`, at a time, `group` rows a call.
 
     Both are multiples of kernels.STRIDE elements.
@@ -53,7 +45,7 @@ class Summing(Protocol):
         """Whether a result may be infinite or not a number; if not, none of them is."""
 
 
-class CpuSumming:
+class CpuAccumulator:
     """Sums on the CPU, by the kernels compiled for it.
 
     As long as all snapshots fit in one group, sums never leave the registers.
@@ -73,7 +65,7 @@ class CpuSumming:
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         if dtype != self._dtype and dtype in FLOAT8:
-            self._table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
+            self._table = float8_values(dtype)
             self._wide = np.zeros(self._rows.shape, np.float32)
             self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
@@ -102,31 +94,13 @@ class CpuSumming:
         if self._out_dtype in FLOAT8:
             with np.errstate(all="ignore"):
                 sums = self._sums[target, : self._elements]
-                row = sums.astype(_float8(self._out_dtype)).view(np.uint8)
-                self.suspicious |= not np.isfinite(values_of(self._out_dtype, row)).all()
-        data: memoryview = row.data[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
+                row = sums.astype(DTYPES[self._out_dtype].numpy()).view(np.uint8)
+                self.suspicious |= not np.isfinite(decode(self._out_dtype, row)).all()
+        data: memoryview = row.data[: self._elements * DTYPES[self._out_dtype].bits // 8]
         return data
 
 
-def values_of(dtype: str, bits: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    """The values that the bytes `bits` hold, in some floating dtype that has them exactly."""
-    if dtype == "BF16":
-        shifted: npt.NDArray[np.uint32] = bits.view("<u2").astype("<u4") << np.uint32(16)
-        return shifted.view("<f4")
-    if dtype in FLOAT8:
-        table = np.arange(256, dtype=np.uint8).view(_float8(dtype)).astype(np.float32)
-        looked_up: npt.NDArray[np.float32] = table[bits]
-        return looked_up
-    return bits.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
-
-
-def _float8(dtype: str) -> Any:
-    import ml_dtypes  # only here: few snapshots need it
-
-    return np.dtype(getattr(ml_dtypes, FLOAT8[dtype]))
-
-
-class TorchSumming:
+class TorchAccumulator:
     """Sums on a torch device, each worker on a stream of its own.
 
     While one worker waits for its stream the others read; within a worker, two staging buffers let
@@ -141,13 +115,6 @@ class TorchSumming:
         self._torch = torch
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
-        self._dtypes = {
-            "F64": torch.float64,
-            "F32": torch.float32,
-            "F16": torch.float16,
-            "BF16": torch.bfloat16,
-            **{dtype: getattr(torch, name) for dtype, name in FLOAT8.items()},
-        }
         self._stream: Any = (
             torch.cuda.Stream(  # type: ignore[no-untyped-call]
                 self._device
@@ -169,7 +136,7 @@ class TorchSumming:
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
-        self._bytes = elements * DTYPE_BITS[dtype] // 8
+        self._bytes = elements * DTYPES[dtype].bits // 8
         self.suspicious = False
         with self._on_stream():
             self._sums[:, :elements] = 0.0
@@ -189,14 +156,14 @@ class TorchSumming:
                 self._free[self._turn] = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._free[self._turn].record(self._stream)
             for row, row_weights in zip(received, weights.tolist(), strict=True):
-                values = row.view(self._dtypes[self._dtype]).to(self._torch.float64)
+                values = row.view(DTYPES[self._dtype].torch()).to(self._torch.float64)
                 for sums, weight in zip(self._sums, row_weights, strict=True):
                     sums[: self._elements].add_(values, alpha=weight)
 
     def result(self, target: int) -> memoryview:
         with self._on_stream():
-            narrowed = self._sums[target, : self._elements].to(self._dtypes[self._out_dtype])
-            out = self._out[: self._elements * DTYPE_BITS[self._out_dtype] // 8]
+            narrowed = self._sums[target, : self._elements].to(DTYPES[self._out_dtype].torch())
+            out = self._out[: self._elements * DTYPES[self._out_dtype].bits // 8]
             out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
             finite = self._torch.isfinite(narrowed.to(self._torch.float64)).all()
         if self._cuda:

@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.storage.header import DTYPE_BITS, Layout
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
+from posthoc_cli.storage.header import TensorIndex
 from posthoc_cli.storage.readers import Reader
 from posthoc_cli.storage.workers import share
-from posthoc_cli.synthesis.accumulators import FLOAT8, CpuSumming, Summing, Weights, values_of
+from posthoc_cli.synthesis.accumulators import Accumulator, CpuAccumulator, Weights
 from posthoc_cli.synthesis.engine import GROUP, ROW_BYTES, raise_file_limit
 from posthoc_cli.synthesis.kernels import STRIDE
-from posthoc_cli.synthesis.plan import AVERAGED, Chunk, Plan, Run
+from posthoc_cli.synthesis.plan import Chunk, Plan, Segment
 
 BLOCKS = 1024
 """Places that a sample has, besides the beginning of each tensor; fewer of very many sources."""
@@ -40,9 +41,6 @@ _MOST_BEGINNINGS = 4096
 
 _GOLDEN = (5**0.5 - 1) / 2
 """As in a measure's sample, blocks never fall in step with the rows of a matrix."""
-
-_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", **FLOAT8}
-"""The names that ml_dtypes has for averaged dtypes."""
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -66,7 +64,7 @@ class Problem:
     element: tuple[int, ...] | None = None
 
 
-def in_order(layout: Layout) -> list[str]:
+def names_in_order(layout: TensorIndex) -> list[str]:
     """The names of the tensors, as they lie in the file."""
     return sorted(layout.tensors, key=lambda name: (layout.tensors[name].start, name))
 
@@ -114,9 +112,9 @@ def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _most(run: Run) -> int:
+def _most(run: Segment) -> int:
     """Elements of `run` that are taken at a time."""
-    return ROW_BYTES["cpu"] // (DTYPE_BITS[run.dtype] // 8 or 1) // STRIDE * STRIDE
+    return ROW_BYTES["cpu"] // (DTYPES[run.dtype].bits // 8 or 1) // STRIDE * STRIDE
 
 
 # Comparing
@@ -144,7 +142,7 @@ class Comparison:
         self,
         plan: Plan,
         weights: Weights,
-        out: Layout,
+        out: TensorIndex,
         sample: list[Chunk] | None,
         progress: Progress | None,
     ) -> None:
@@ -156,7 +154,7 @@ class Comparison:
         self._varies = {id(run): bytearray(len(run.names)) for run in plan.runs if run.averaged}
         self._no_sums: dict[str, _Difference] = {}
         self._no_copies: dict[str, _Difference] = {}
-        self._later: list[tuple[Run, int, Chunk]] = []
+        self._later: list[tuple[Segment, int, Chunk]] = []
         self._lock = threading.Lock()
         self._buffers = threading.local()
         chunks = sample or [Chunk(run, 0, run.bounds[-1]) for run in plan.runs]
@@ -172,11 +170,11 @@ class Comparison:
         plan = self._plan
         capacity = max(map(_most, plan.runs), default=STRIDE)
 
-        def summing() -> Summing:
-            return CpuSumming(ROW_BYTES["cpu"], capacity, 1, min(GROUP, len(plan.snapshots)))
+        def summing() -> Accumulator:
+            return CpuAccumulator(ROW_BYTES["cpu"], capacity, 1, min(GROUP, len(plan.snapshots)))
 
         with contextlib.ExitStack() as stack:
-            layouts = [*(snapshot.layout for snapshot in plan.snapshots), self._out]
+            layouts = [*(snapshot.index for snapshot in plan.snapshots), self._out]
             keep_open = raise_file_limit(sum(len(layout.parts) for layout in layouts))
             readers = [
                 stack.enter_context(Reader(layout, keep_open=keep_open)) for layout in layouts
@@ -196,7 +194,9 @@ class Comparison:
                 off = (self._no_sums if varies else self._no_copies).get(name)
                 if off is not None:
                     wrong[name] = off
-        return [self._problem(name, wrong[name]) for name in in_order(self._out) if name in wrong]
+        return [
+            self._problem(name, wrong[name]) for name in names_in_order(self._out) if name in wrong
+        ]
 
     def _problem(self, name: str, off: _Difference) -> Problem:
         info = self._out.tensors[name]
@@ -206,7 +206,7 @@ class Comparison:
         problem = f"is {off.found} and should be {off.wanted}"
         return Problem(self._out.path, problem, ANEW, name, index)
 
-    def _varies_in(self, run: Run) -> bytearray:
+    def _varies_in(self, run: Segment) -> bytearray:
         return self._varies.get(id(run)) or bytearray(len(run.names))
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -230,7 +230,7 @@ class Comparison:
 
     # A chunk
 
-    def _check(self, chunk: Chunk, summing: Summing) -> None:
+    def _check(self, chunk: Chunk, summing: Accumulator) -> None:
         there = self._buffer("there", chunk.run.out_size_of(chunk.elements))
         self._read_output(chunk, there)
         if chunk.run.averaged:
@@ -241,7 +241,7 @@ class Comparison:
             self._report(row.size)
             self._check_copy(chunk, summing, there, row, [(0, chunk.elements)])
 
-    def _check_sum(self, chunk: Chunk, summing: Summing, there: npt.NDArray[np.uint8]) -> None:
+    def _check_sum(self, chunk: Chunk, summing: Accumulator, there: npt.NDArray[np.uint8]) -> None:
         run, size, varies = chunk.run, chunk.bytes_each, self._varies[id(chunk.run)]
         unsettled = [tensor for tensor in self._tensors_in(chunk) if not varies[tensor]]
         reference = self._buffer("row", size)
@@ -285,7 +285,7 @@ class Comparison:
     def _check_copy(
         self,
         chunk: Chunk,
-        summing: Summing,
+        summing: Accumulator,
         there: npt.NDArray[np.uint8],
         row: npt.NDArray[np.uint8],
         ranges: Sequence[tuple[int, int]],
@@ -303,10 +303,10 @@ class Comparison:
         bits = _elements(run.out_dtype, wanted)
         differ = _elements(run.out_dtype, there) != bits
         if run.dtype != run.out_dtype and differ.any():
-            one, other = (values_of(run.out_dtype, data) for data in (there, wanted))
+            one, other = (decode(run.out_dtype, data) for data in (there, wanted))
             differ &= (one != other) & ~(np.isnan(one) & np.isnan(other))
         for first, last in ranges:
-            if DTYPE_BITS[run.dtype] < 8:
+            if DTYPES[run.dtype].bits < 8:
                 first, last = run.size_of(first), run.size_of(last)
             off = first + np.flatnonzero(differ[first:last])
             if off.size:
@@ -323,11 +323,11 @@ class Comparison:
             for i, weight in enumerate(self._weights[:, 0].tolist()):
                 self._readers[i].read(self._offset(chunk, i), row.data)
                 bits = _elements(run.dtype, row)[elements]
-                terms = weight * values_of(run.dtype, bits.view(np.uint8)).astype(np.float64)
+                terms = weight * decode(run.dtype, bits.view(np.uint8)).astype(np.float64)
                 sums += terms
                 largest = np.maximum(largest, np.abs(terms))
             bits = _elements(run.out_dtype, there)[elements]
-            found = values_of(run.out_dtype, bits.view(np.uint8)).astype(np.float64)
+            found = decode(run.out_dtype, bits.view(np.uint8)).astype(np.float64)
             beyond = ~allowed(run.out_dtype, found, sums, largest, len(self._weights))
         with self._lock:
             self.rounded += int(np.count_nonzero(~beyond))
@@ -345,7 +345,7 @@ class Comparison:
         if not elements.size:
             return
         run = chunk.run
-        bits = DTYPE_BITS[run.out_dtype]
+        bits = DTYPES[run.out_dtype].bits
         places = chunk.first + (elements * 8 // bits if bits < 8 else elements)
         tensors = np.searchsorted(run.bounds, places, side="right") - 1
         found = _elements(run.out_dtype, there)[elements]
@@ -410,26 +410,16 @@ def allowed(
     the order in which they were added. NaN is right where the sum is none; an infinity counts as
     the number after the largest, so that it is right where the sum rounds to it.
     """
-    import ml_dtypes  # only here: outputs seldom differ
-
-    format_: Any = ml_dtypes.finfo(_FORMATS[dtype])  # type: ignore[no-untyped-call]
-
-    def ulp(values: FloatArray) -> FloatArray:
-        exponents = np.where(values == 0, int(format_.minexp), np.frexp(values)[1] - 1)
-        distances: FloatArray = np.ldexp(
-            1.0, np.maximum(exponents, int(format_.minexp)) - int(format_.nmant)
-        )
-        return distances
-
-    most = np.array(float(format_.max))
-    after = most + ulp(most)
+    format_ = DTYPES[dtype]
+    most = np.array(format_.largest)
+    after = most + format_.spacing(most)
     known = np.clip(sums, -after, after)
     if dtype == "F64":
-        bound = max(4, terms) * ulp(largest)
+        bound = max(4, terms) * format_.spacing(largest)
     elif dtype == "F32":
-        bound = 4 * ulp(largest)
+        bound = 4 * format_.spacing(largest)
     else:
-        bound = ulp(known) + terms * 2.0**-52 * largest
+        bound = format_.spacing(known) + terms * 2.0**-52 * largest
     seen = np.where(np.isinf(found), np.copysign(after, found), found)
     if dtype in FLOAT8:  # most have no infinity; and some tools keep to the largest number instead
         too_large = np.isnan(found) | (np.abs(found) == most)
@@ -443,14 +433,14 @@ def allowed(
 
 def _elements(dtype: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     """`data` as one whole number an element; packed ones as their bytes."""
-    return data.view(f"<u{DTYPE_BITS[dtype] // 8 or 1}")
+    return data.view(DTYPES[dtype].unsigned())
 
 
 def _shown(dtype: str, element: npt.NDArray[Any]) -> str:
     """An element for people, with the digits that tell it from its neighbours."""
     data = element.view(np.uint8)
     if dtype in AVERAGED:
-        return f"{float(values_of(dtype, data)[0]):.{17 if dtype == 'F64' else 9}g}"
+        return f"{float(decode(dtype, data)[0]):.{17 if dtype == 'F64' else 9}g}"
     if dtype[0] in "IU":
-        return str(data.view(f"<{dtype[0].lower()}{DTYPE_BITS[dtype] // 8}")[0])
+        return str(data.view(f"<{dtype[0].lower()}{DTYPES[dtype].bits // 8}")[0])
     return f"0x{data[0]:02x}"

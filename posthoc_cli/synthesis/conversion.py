@@ -31,12 +31,11 @@ from posthoc_cli.formats.edm2 import is_edm2, network_state
 from posthoc_cli.snapshots.identity import MIN_SIGMA_REL, Identity, identify
 from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.atomic import AtomicFile, writing_to
-from posthoc_cli.storage.header import Layout, lay_out, read_layout, reason
+from posthoc_cli.storage.atomic import AtomicFile, write_errors
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, OUTPUT_DTYPES, bytes_of, decode
+from posthoc_cli.storage.header import TensorIndex, make_header, read_header, reason
 from posthoc_cli.storage.shards import ENDING
-from posthoc_cli.synthesis.accumulators import FLOAT8
 from posthoc_cli.synthesis.gathering import Progress, write_tensors
-from posthoc_cli.synthesis.plan import OUTPUT_DTYPES
 
 ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 """Of the files in a folder that count, in capitals too."""
@@ -52,7 +51,6 @@ MAX_UPDATE_EVERY = 1_000_000
 _PREFIX = "ema_model."
 _COUNTERS = ("initted", "step")
 _DEFAULT_UPDATE_EVERY = {"ema-pytorch": 100, "posthoc-ema": 10}
-_FLOATS = frozenset({*OUTPUT_DTYPES.values(), *FLOAT8})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +163,12 @@ def convert(
     kind = _kind(checkpoint, options)
     tensors = _tensors(checkpoint, kind, options)
     step, trained, warnings = _identity(checkpoint, kind, options)
-    identity = _as_it_is(checkpoint, kind, trained, options)
+    identity = _effective_profile(checkpoint, kind, trained, options)
     step = identity.step if identity else step
     metadata = _metadata(checkpoint, kind, step, identity, options)
     dtypes = {name: _out_dtype(tensor.dtype, options) for name, tensor in tensors.items()}
     layout = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
-    header, infos = lay_out(layout, metadata)
+    header, infos = make_header(layout, metadata)
     size = len(header) + max((info.end for info in infos.values()), default=0)
     _make_folder(job.output.parent)
     with AtomicFile(job.output, size, overwrite=overwrite) as file:
@@ -295,7 +293,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _make_folder(folder: Path) -> None:
-    with writing_to(folder):
+    with write_errors(folder):
         if not folder.is_dir():
             os.mkdir(folder)
 
@@ -306,7 +304,7 @@ def _make_folder(folder: Path) -> None:
 def _done(source: Path, output: Path, status: os.stat_result, options: Options) -> Converted | None:
     """What is at `output`, if it is what `source` would become."""
     try:
-        layout = read_layout(output)
+        layout = read_header(output)
         entry = json.loads(layout.metadata[KEY])
         kind, made_with = entry["from"], dict(entry["options"])
         same = (
@@ -321,7 +319,7 @@ def _done(source: Path, output: Path, status: os.stat_result, options: Options) 
         return None  # nobody's, or meddled with
 
 
-def _describe(source: Path, layout: Layout, kind: str) -> Converted:
+def _describe(source: Path, layout: TensorIndex, kind: str) -> Converted:
     try:
         identity: Identity | None = identify("", layout.metadata)[0]
     except SnapshotError:
@@ -424,7 +422,7 @@ def _is_text(name: str) -> bool:
 
 def _out_dtype(dtype: str, options: Options) -> str:
     """Real floating-point tensors get the dtype asked for; all others keep theirs."""
-    return OUTPUT_DTYPES[options.dtype] if options.dtype != "same" and dtype in _FLOATS else dtype
+    return OUTPUT_DTYPES[options.dtype] if options.dtype != "same" and dtype in FLOATS else dtype
 
 
 # Which step and profile it has
@@ -479,14 +477,18 @@ def _said(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
     """A finite number, or one in a tensor of one element; None for anything else."""
-    if isinstance(value, StoredTensor) and value.shape in ((), (1,)) and value.dtype in _SCALARS:
-        kind, dtype = np.dtype(_SCALARS[value.dtype]), value.dtype
+    if (
+        isinstance(value, StoredTensor)
+        and value.shape in ((), (1,))
+        and value.dtype in FLOATS | {"I64", "I32"}
+    ):
+        size = bytes_of(value.dtype, 1)
         try:
             with open(checkpoint.path, "rb") as file:
                 file.seek(value.offset)
-                stored = np.frombuffer(file.read(kind.itemsize), kind)
-            if dtype == "BF16":  # the upper half of a float
-                stored = (stored.astype("<u4") << 16).view("<f4")
+                data = np.frombuffer(file.read(size), np.uint8)
+            kind = value.dtype
+            stored = decode(kind, data) if kind in FLOATS else data.view(DTYPES[kind].numpy())
             (value,) = stored.tolist()
         except (OSError, ValueError):
             return None
@@ -495,12 +497,7 @@ def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
     return value if math.isfinite(value) else None
 
 
-_SCALARS = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
-}  # fmt: skip
-
-
-def _as_it_is(
+def _effective_profile(
     checkpoint: Checkpoint, kind: str, trained: Identity | None, options: Options
 ) -> Identity | None:
     """The step and profile that the averages really have.

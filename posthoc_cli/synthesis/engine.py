@@ -19,8 +19,9 @@ import numpy as np
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage.atomic import AtomicFile, together
-from posthoc_cli.storage.header import DTYPE_BITS, Part, lay_out, spans
+from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
+from posthoc_cli.storage.header import Part, make_header, spans
 from posthoc_cli.storage.readers import Reader
 from posthoc_cli.storage.shards import (
     index_path,
@@ -30,12 +31,17 @@ from posthoc_cli.storage.shards import (
     shard_paths,
     split,
 )
-from posthoc_cli.storage.workers import default_workers, flushed_behind, share
+from posthoc_cli.storage.workers import background_flush, default_workers, share
 from posthoc_cli.synthesis import recipe
-from posthoc_cli.synthesis.accumulators import CpuSumming, Summing, TorchSumming, Weights
+from posthoc_cli.synthesis.accumulators import (
+    Accumulator,
+    CpuAccumulator,
+    TorchAccumulator,
+    Weights,
+)
 from posthoc_cli.synthesis.kernels import STRIDE
-from posthoc_cli.synthesis.nonfinite import Census, Finding, complaint
-from posthoc_cli.synthesis.plan import AVERAGED, Chunk, Plan, Run
+from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, complaint
+from posthoc_cli.synthesis.plan import Chunk, Plan, Segment
 
 GROUP = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
@@ -94,30 +100,30 @@ def execute(
     group = min(GROUP, len(plan.snapshots))
     sums = 8 * len(outputs) if group < len(plan.snapshots) or where == "device" else 0
 
-    def elements(run: Run) -> int:
+    def elements(run: Segment) -> int:
         """Elements of a chunk: as many as fit in a row, and in all that a worker may take."""
-        stored, result = DTYPE_BITS[run.dtype] // 8 or 1, DTYPE_BITS[run.out_dtype] // 8 or 1
+        stored, result = DTYPES[run.dtype].bits // 8 or 1, DTYPES[run.out_dtype].bits // 8 or 1
         most = WORKER_BYTES[where] // (group * stored + sums + len(outputs) * result)
         return max(min(row_bytes // stored, most) // STRIDE, 1) * STRIDE
 
     capacity = max(map(elements, plan.runs), default=STRIDE)
 
-    def summing() -> Summing:
+    def summing() -> Accumulator:
         if device == "cpu":
-            return CpuSumming(row_bytes, capacity, len(outputs), group)
-        return TorchSumming(row_bytes, capacity, len(outputs), group, device)
+            return CpuAccumulator(row_bytes, capacity, len(outputs), group)
+        return TorchAccumulator(row_bytes, capacity, len(outputs), group, device)
 
     with contextlib.ExitStack() as stack:
-        keep_open = raise_file_limit(sum(len(s.layout.parts) for s in plan.snapshots) + len(files))
+        keep_open = raise_file_limit(sum(len(s.index.parts) for s in plan.snapshots) + len(files))
         readers = [
-            stack.enter_context(Reader(snapshot.layout, keep_open=keep_open))
+            stack.enter_context(Reader(snapshot.index, keep_open=keep_open))
             for snapshot in plan.snapshots
         ]
-        stack.enter_context(together(files, gone))
+        stack.enter_context(commit_together(files, gone))
         for output in wanted:
             output.write_headers()
         job = _Job(plan, weights, readers, wanted, progress)
-        with _device_errors(device), flushed_behind(files):
+        with _device_errors(device), background_flush(files):
             share(plan.chunks(elements), job.sum_chunk, summing, workers or default_workers())
             share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         for reader in readers:
@@ -140,7 +146,7 @@ class Written:
 
     files: list[tuple[Path, ...]]
     sizes: list[int]
-    findings: list[Finding]
+    findings: list[NonfiniteTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,7 @@ def _output(
     overwrite: bool,
 ) -> _Output:
     """One output: a file, or shards with an index where one would hold more than `shard_bytes`."""
-    places = lay_out(plan.tensors, {})[1]
+    places = make_header(plan.tensors, {})[1]
     shards = [list(places)] if shard_bytes is None else split(places, shard_bytes)
     if len(shards) > 1:
         metadata = {"format": "pt", **metadata}  # without it transformers loads no shard
@@ -183,7 +189,7 @@ def _output(
     stale = replaced(path, paths, overwrite)
     files, contents, parts = [], [], []
     for name, names in zip(paths, shards, strict=True):
-        header, _ = lay_out({tensor: plan.tensors[tensor] for tensor in names}, metadata)
+        header, _ = make_header({tensor: plan.tensors[tensor] for tensor in names}, metadata)
         first, last = places[names[0]].start, places[names[-1]].end
         size = len(header) + last - first
         files.append(AtomicFile(name, size, overwrite=overwrite or name in stale))
@@ -214,9 +220,9 @@ class _Job:
         self._progress = progress
         # For each tensor of each averaged run, whether two snapshots were seen to differ in it.
         self._varies = {id(run): bytearray(len(run.names)) for run in plan.runs if run.averaged}
-        self._census = Census(plan, weights)
+        self._census = NonfiniteReport(plan, weights)
 
-    def sum_chunk(self, chunk: Chunk, summing: Summing) -> None:
+    def sum_chunk(self, chunk: Chunk, summing: Accumulator) -> None:
         """Read a chunk from every snapshot, and write its weighted sum to every output."""
         run = chunk.run
         if not run.averaged:
@@ -239,7 +245,7 @@ class _Job:
             self._report(len(group) * size)
         self._write_results(chunk, summing)
 
-    def copy_chunk(self, chunk: Chunk, summing: Summing) -> None:
+    def copy_chunk(self, chunk: Chunk, summing: Accumulator) -> None:
         """Take a chunk from the newest snapshot, for every output, in the dtype of the output."""
         run, newest, size = chunk.run, self._plan.newest, chunk.bytes_each
         converted = run.dtype != run.out_dtype
@@ -258,7 +264,7 @@ class _Job:
                 self._census.look(chunk, [np.asarray(row)], self._read)
         self._report(0 if run.averaged else size)
 
-    def _write_results(self, chunk: Chunk, summing: Summing, *, settled: bool = False) -> None:
+    def _write_results(self, chunk: Chunk, summing: Accumulator, *, settled: bool = False) -> None:
         """Write the sums of a chunk; look at those that aren't finite, unless `settled` before."""
         targets = range(len(self._outputs))
         for t in targets:
@@ -267,7 +273,7 @@ class _Job:
             results = [np.array(summing.result(t), np.uint8) for t in targets]
             self._census.look(chunk, results, self._read)
 
-    def constant_chunks(self, elements: Callable[[Run], int]) -> Iterator[Chunk]:
+    def constant_chunks(self, elements: Callable[[Segment], int]) -> Iterator[Chunk]:
         """The chunks of those tensors that are the same in all snapshots.
 
         Weights that sum to one give them back only up to rounding, and `algorithm3`'s not even
@@ -278,7 +284,7 @@ class _Job:
                 if not varies:
                     yield from run.chunks(elements, run.bounds[tensor], run.bounds[tensor + 1])
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[NonfiniteTensor]:
         """The tensors with values that are no finite numbers, in the outputs' order."""
         return self._census.findings(lambda run, tensor: not self._varies[id(run)][tensor])
 
@@ -304,7 +310,7 @@ class _Job:
                     varies[tensor] = True
                     break
 
-    def _read(self, snapshot: int, run: Run, first: int, into: memoryview) -> None:
+    def _read(self, snapshot: int, run: Segment, first: int, into: memoryview) -> None:
         """Fill `into` with the elements of a run in a snapshot from `first` on."""
         start = run.starts[self._plan.layouts[snapshot]]
         self._readers[snapshot].read(start + run.size_of(first), into)
@@ -327,7 +333,7 @@ def _metadata(plan: Plan, entry: Mapping[str, Any]) -> dict[str, str]:
     gone = {"step", "gamma", "sigma_rel", "converted", recipe.KEY}
     carried = {
         key: value
-        for key, value in plan.snapshots[plan.newest].layout.metadata.items()
+        for key, value in plan.snapshots[plan.newest].index.metadata.items()
         if key not in gone and not key.startswith(_HASHES)
     }
     return carried | {recipe.KEY: json.dumps(entry)}
@@ -335,8 +341,8 @@ def _metadata(plan: Plan, entry: Mapping[str, Any]) -> dict[str, str]:
 
 def _refuse_inputs(snapshots: Sequence[Snapshot], outputs: Sequence[Path]) -> None:
     """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
-    sources = [part.path for snapshot in snapshots for part in snapshot.layout.parts]
-    folders = {snapshot.layout.path.parent for snapshot in snapshots}
+    sources = [part.path for snapshot in snapshots for part in snapshot.index.parts]
+    folders = {snapshot.index.path.parent for snapshot in snapshots}
     for path in outputs:
         if not path.exists():
             continue

@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from posthoc_cli.formats.checkpoints import Checkpoint, StoredTensor
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo
+from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import InputFile
-from posthoc_cli.storage.workers import flushed_behind, share
+from posthoc_cli.storage.workers import background_flush, share
 
 COPY_BYTES = 16 << 20
 """Bytes that a worker copies at a time where they need not be looked at."""
@@ -63,7 +64,7 @@ def write_tensors(
     MachineError when it can't be read or `file` can't be written.
     """
     source = InputFile(checkpoint.path, checkpoint.size, checkpoint.modified)
-    with source, flushed_behind([file]):
+    with source, background_flush([file]):
         job = _Job(source, file, data_start, progress or (lambda count: None))
         share(_pieces(tensors, infos), job, _Scratch, WORKERS)
         source.check_unchanged()
@@ -113,7 +114,7 @@ def _pieces(
 
 def _tiles(name: str, tensor: StoredTensor, info: TensorInfo) -> Iterator[_Tile]:
     dims = _collapsed(tensor.shape, tensor.strides)
-    block = _block(dims, _itemsize(tensor), DTYPE_BITS[info.dtype] // 8)
+    block = _block(dims, _itemsize(tensor), DTYPES[info.dtype].bits // 8)
     for first in itertools.product(
         *(range(0, size, step) for (size, _), step in zip(dims, block, strict=True))
     ):
@@ -159,7 +160,7 @@ def _block(dims: Sequence[tuple[int, int]], itemsize: int, out_itemsize: int) ->
 
 
 def _itemsize(tensor: StoredTensor) -> int:
-    return DTYPE_BITS[tensor.dtype] // 8
+    return DTYPES[tensor.dtype].bits // 8
 
 
 # Doing it.
@@ -206,7 +207,7 @@ class _Job:
         if piece.info.dtype != piece.tensor.dtype:
             from posthoc_cli.synthesis.rounding import round_to  # only here: it compiles
 
-            data = scratch.take("rounded", elements.size * DTYPE_BITS[piece.info.dtype] // 8)
+            data = scratch.take("rounded", elements.size * DTYPES[piece.info.dtype].bits // 8)
             if round_to(data, piece.info.dtype, elements, piece.tensor.dtype):
                 self.overflowed.add(piece.name)
         with self._writing:
@@ -275,7 +276,7 @@ def _gather(source: InputFile, tile: _Tile, scratch: _Scratch) -> Elements:
         extent = wider
     loops = dims[apart:]
     rows = math.prod(size for _, size, _ in loops)
-    kind = _UNSIGNED[itemsize]
+    kind = DTYPES[tile.tensor.dtype].unsigned()
     buffer = scratch.take("read", rows * extent * itemsize).view(kind).reshape(rows, extent)
     base = tile.tensor.offset + itemsize * _dot(tile.first, [stride for _, stride in tile.dims])
     data, position = buffer.reshape(-1).view(np.uint8).data, 0
@@ -295,11 +296,3 @@ def _gather(source: InputFile, tile: _Tile, scratch: _Scratch) -> Elements:
     gathered = scratch.take("gathered", view.size * itemsize).view(kind)
     gathered.reshape(tile.sizes)[...] = view
     return gathered
-
-
-_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
-    1: np.uint8,
-    2: np.uint16,
-    4: np.uint32,
-    8: np.uint64,
-}

@@ -14,20 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import printable
-from posthoc_cli.synthesis.accumulators import Weights, values_of
-from posthoc_cli.synthesis.plan import AVERAGED, OUTPUT_DTYPES, Chunk, Plan, Run
+from posthoc_cli.storage.dtypes import AVERAGED, OUTPUT_DTYPES, decode
+from posthoc_cli.synthesis.accumulators import Weights
+from posthoc_cli.synthesis.plan import Chunk, Plan, Segment
 
 _BLOCK = 1 << 14
 """Elements looked at together."""
 
-Read = Callable[[int, Run, int, memoryview], None]
+Read = Callable[[int, Segment, int, memoryview], None]
 """Fills a buffer with the elements of a snapshot's run, from one of them on."""
 
 BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
-class Finding:
+class NonfiniteTensor:
     """What is wrong with one tensor.
 
     `nan` and `infinite` count its values in all `snapshots` (indices) that have such; `overflowed`
@@ -43,14 +44,14 @@ class Finding:
     snapshots: set[int] = field(default_factory=set)
 
 
-class Census:
+class NonfiniteReport:
     """Findings, gathered chunk by chunk from several threads."""
 
     def __init__(self, plan: Plan, weights: Weights) -> None:
         self._plan = plan
         self._weights = weights  # [targets, snapshots]
         self._lock = threading.Lock()
-        self._found: dict[tuple[int, int], Finding] = {}
+        self._found: dict[tuple[int, int], NonfiniteTensor] = {}
         self._order = {id(run): at for at, run in enumerate(plan.runs)}
 
     def look(self, chunk: Chunk, results: Sequence[npt.NDArray[np.uint8]], read: Read) -> None:
@@ -59,7 +60,7 @@ class Census:
         if run.dtype not in AVERAGED:
             return
         with np.errstate(all="ignore"):
-            values = [values_of(run.out_dtype, result) for result in results]
+            values = [decode(run.out_dtype, result) for result in results]
             odd = np.logical_or.reduce([~np.isfinite(each) for each in values])
         for first in range(0, chunk.elements, _BLOCK):
             last = min(first + _BLOCK, chunk.elements)
@@ -67,7 +68,7 @@ class Census:
                 block = [~np.isfinite(each[first:last]) for each in values]
                 self._look_closer(run, chunk.first + first, block, read)
 
-    def _look_closer(self, run: Run, first: int, odd: Sequence[BoolArray], read: Read) -> None:
+    def _look_closer(self, run: Segment, first: int, odd: Sequence[BoolArray], read: Read) -> None:
         """Of the elements from `first` on, find which snapshots make the results of `odd` so."""
         count = len(odd[0])
         used = range(len(self._plan.snapshots)) if run.averaged else [self._plan.newest]
@@ -78,7 +79,7 @@ class Census:
         for snapshot in used:
             read(snapshot, run, first, raw.data)
             with np.errstate(invalid="ignore"):  # of a signalling NaN
-                values = values_of(run.dtype, raw).astype(np.float64)
+                values = decode(run.dtype, raw).astype(np.float64)
             nan, infinite = np.isnan(values), np.isinf(values)
             with self._lock:
                 self._note(run, first, nan, "nan", snapshot)
@@ -95,8 +96,8 @@ class Census:
                     finding.largest = max(finding.largest, largest)
 
     def _note(
-        self, run: Run, first: int, mask: BoolArray, kind: str, snapshot: int | None = None
-    ) -> list[tuple[Finding, npt.NDArray[np.intp]]]:
+        self, run: Segment, first: int, mask: BoolArray, kind: str, snapshot: int | None = None
+    ) -> list[tuple[NonfiniteTensor, npt.NDArray[np.intp]]]:
         """Count the elements of `mask` to their tensors; returns each one's, with its elements."""
         where = np.flatnonzero(mask)
         if not len(where):
@@ -105,7 +106,7 @@ class Census:
         noted = []
         for tensor in np.unique(tensors).tolist():
             key = self._order[id(run)], tensor
-            finding = self._found.setdefault(key, Finding(run.names[tensor]))
+            finding = self._found.setdefault(key, NonfiniteTensor(run.names[tensor]))
             inside = where[tensors == tensor]
             setattr(finding, kind, getattr(finding, kind) + len(inside))
             if snapshot is not None:
@@ -113,7 +114,7 @@ class Census:
             noted.append((finding, inside))
         return noted
 
-    def findings(self, constant: Callable[[Run, int], bool]) -> list[Finding]:
+    def findings(self, constant: Callable[[Segment, int], bool]) -> list[NonfiniteTensor]:
         """What was found, in the order of the outputs.
 
         Infinity in a tensor that `constant` says to be the same in all snapshots is taken to be
@@ -129,14 +130,14 @@ class Census:
         return findings
 
 
-def complaint(plan: Plan, findings: Sequence[Finding]) -> tuple[str, str]:
+def complaint(plan: Plan, findings: Sequence[NonfiniteTensor]) -> tuple[str, str]:
     """The findings in a few words: the first tensor concerned, and what is wrong."""
     broken = [finding for finding in findings if finding.nan or finding.infinite]
     first = (broken or findings)[0]
     more = len(broken or findings) - 1
     others = f", and so in {more} more tensor{'s' if more > 1 else ''}" if more else ""
     if not broken:
-        dtype = _NAMES.get(plan.tensors[first.tensor][0], plan.tensors[first.tensor][0])
+        dtype = _asked_for(plan.tensors[first.tensor][0])
         return (
             f"tensor '{printable(first.tensor)}'",
             f"{first.overflowed:,} values, of up to {first.largest:.3g}, are too large for {dtype}"
@@ -157,10 +158,12 @@ def complaint(plan: Plan, findings: Sequence[Finding]) -> tuple[str, str]:
     )
 
 
-_NAMES = {stored: name for name, stored in OUTPUT_DTYPES.items()}
+def _asked_for(code: str) -> str:
+    """The name that a user gives an output's dtype."""
+    return next((name for name, stored in OUTPUT_DTYPES.items() if stored == code), code)
 
 
-def _holding(findings: Sequence[Finding]) -> str:
+def _holding(findings: Sequence[NonfiniteTensor]) -> str:
     """Which of the output dtypes hold all sums that overflowed."""
     largest = max(finding.largest for finding in findings)
     if not largest < float("inf"):

@@ -12,22 +12,12 @@ from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError, printable
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo, lay_out
-
-AVERAGED = frozenset({"F64", "F32", "F16", "BF16", "C64", "F8_E4M3", "F8_E5M2"} | {
-    "F8_E4M3FNUZ", "F8_E5M2FNUZ",
-})  # fmt: skip
-"""Dtypes whose tensors are averaged."""
-
-UNAVERAGEABLE = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
-"""Packed or exponent-only floats: parts of block formats, whose average means nothing."""
-
-OUTPUT_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""`dtype=` and the dtype that real floating tensors then have in the output."""
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, OUTPUT_DTYPES, UNAVERAGEABLE
+from posthoc_cli.storage.header import TensorInfo, make_header
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Segment:
     """Tensors that follow each other without a gap in the output and in every snapshot.
 
     `bounds[k]` is the first element of tensor `names[k]` within the run, and `bounds[-1]` the
@@ -46,14 +36,14 @@ class Run:
 
     def size_of(self, elements: int) -> int:
         """Bytes that `elements` elements of the run take in a snapshot."""
-        return elements * DTYPE_BITS[self.dtype] // 8
+        return elements * DTYPES[self.dtype].bits // 8
 
     def out_size_of(self, elements: int) -> int:
         """Bytes that `elements` elements of the run take in an output."""
-        return elements * DTYPE_BITS[self.out_dtype] // 8
+        return elements * DTYPES[self.out_dtype].bits // 8
 
     def chunks(
-        self, most: Callable[[Run], int], first: int = 0, last: int | None = None
+        self, most: Callable[[Segment], int], first: int = 0, last: int | None = None
     ) -> Iterator[Chunk]:
         """Elements `first` to `last` of the run, at most `most(run)` at a time."""
         last = self.bounds[-1] if last is None else last
@@ -66,7 +56,7 @@ class Run:
 class Chunk:
     """Elements `first` to `last` (excluded) of a run."""
 
-    run: Run
+    run: Segment
     first: int
     last: int
 
@@ -93,7 +83,7 @@ class Plan:
     layouts: tuple[int, ...]
     newest: int
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    runs: tuple[Run, ...]
+    runs: tuple[Segment, ...]
 
     @property
     def bytes_to_read(self) -> int:
@@ -108,7 +98,7 @@ class Plan:
         """Bytes of each output's data section."""
         return sum(run.out_size_of(run.bounds[-1]) for run in self.runs)
 
-    def chunks(self, most: Callable[[Run], int]) -> Iterator[Chunk]:
+    def chunks(self, most: Callable[[Segment], int]) -> Iterator[Chunk]:
         """All the work, in the outputs' order, at most `most(run)` elements of each at a time."""
         for run in self.runs:
             yield from run.chunks(most)
@@ -128,7 +118,7 @@ def make_plan(
     for a tensor whose dtype has no average.
     """
     newest = max(range(len(snapshots)), key=lambda i: (snapshots[i].step, -i))
-    source = snapshots[newest].layout.tensors
+    source = snapshots[newest].index.tensors
     dropped = _matching(source, drop, "drop=")
     copied = _matching(source, copy, "copy=")
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -148,7 +138,7 @@ def make_plan(
     distinct: list[Mapping[str, TensorInfo]] = []
     layouts = []
     for snapshot in snapshots:
-        mapping = snapshot.layout.tensors
+        mapping = snapshot.index.tensors
         known = next((k for k, other in enumerate(distinct) if other is mapping), None)
         if known is None:
             known = len(distinct)
@@ -159,7 +149,7 @@ def make_plan(
         layouts=tuple(layouts),
         newest=newest,
         tensors=tensors,
-        runs=tuple(_runs(lay_out(tensors, {})[1], source, distinct, copied)),
+        runs=tuple(_runs(make_header(tensors, {})[1], source, distinct, copied)),
     )
 
 
@@ -184,13 +174,13 @@ def _runs(
     source: Mapping[str, TensorInfo],
     layouts: Sequence[Mapping[str, TensorInfo]],
     copied: set[str],
-) -> Iterator[Run]:
+) -> Iterator[Segment]:
     """Join the output's tensors, in their order, into the longest possible runs."""
     names: list[str] = []
     kind: tuple[str, str, bool] | None = None
     ends: list[int] = []
 
-    def run() -> Run:
+    def run() -> Segment:
         assert kind is not None
         dtype, out_dtype, averaged = kind
         bounds = [0]
@@ -198,7 +188,7 @@ def _runs(
             bounds.append(bounds[-1] + _elements(output[name]))
         if dtype == "C64":
             dtype = out_dtype = "F32"
-        return Run(
+        return Segment(
             names=tuple(names),
             bounds=tuple(bounds),
             dtype=dtype,
@@ -227,4 +217,4 @@ def _elements(info: TensorInfo) -> int:
     """Elements as a run counts them: a complex number is two floats, packed formats go by bytes."""
     if info.dtype == "C64":
         return 2 * info.elements
-    return (info.end - info.start) * 8 // DTYPE_BITS[info.dtype]
+    return (info.end - info.start) * 8 // DTYPES[info.dtype].bits

@@ -85,7 +85,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Ingredients:
+class RecipeSources:
     """What a recipe says of how the bytes of an output come about."""
 
     sources: tuple[Source, ...]
@@ -93,7 +93,7 @@ class Ingredients:
     dropped: tuple[str, ...]
 
 
-def ingredients(recipe: Mapping[str, Any]) -> Ingredients:
+def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
     """The sources of a recipe and what is done with them; raises ValueError if it makes no sense.
 
     A file name in it is never more than that: no path leads elsewhere.
@@ -101,7 +101,7 @@ def ingredients(recipe: Mapping[str, Any]) -> Ingredients:
     sources = recipe.get("sources")
     if not isinstance(sources, list) or not sources:
         raise ValueError("it names no sources")
-    return Ingredients(
+    return RecipeSources(
         tuple(map(_source, sources)), _globs(recipe, "copied"), _globs(recipe, "dropped")
     )
 

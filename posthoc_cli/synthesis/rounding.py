@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.storage.header import DTYPE_BITS
+from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode
 from posthoc_cli.synthesis import kernels
-from posthoc_cli.synthesis.accumulators import FLOAT8, values_of
 
 ROUNDED = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8})
 """Dtypes whose elements can be rounded to F64, F32, F16 or BF16."""
@@ -26,7 +25,7 @@ def round_to(
     `stored` has one dimension, of unsigned integers. Each becomes the nearest there is, ties to
     even; zeros keep their sign. Returns whether a finite element became infinite.
     """
-    itemsize = DTYPE_BITS[out_dtype] // 8
+    itemsize = DTYPES[out_dtype].bits // 8
     row, result = np.zeros((2, 1, _AT_ONCE * 8), np.uint8)
     address = np.array([row.ctypes.data], np.uintp)
     once = np.ones((1, 1))
@@ -35,7 +34,7 @@ def round_to(
     for first in range(0, stored.size, _AT_ONCE):
         elements, known = stored[first : first + _AT_ONCE], dtype
         if dtype in FLOAT8:
-            elements, known = values_of(dtype, elements), "F32"
+            elements, known = decode(dtype, elements), "F32"
         before = row[0, : elements.nbytes]
         before[:] = elements.view(np.uint8)
         suspicious = kernels.accumulate(
@@ -43,7 +42,7 @@ def round_to(
         )
         after = result[0, : elements.size * itemsize]
         if suspicious:
-            infinite = np.isinf(values_of(out_dtype, after))
-            overflow |= bool((infinite & ~np.isinf(values_of(known, before))).any())
+            infinite = np.isinf(decode(out_dtype, after))
+            overflow |= bool((infinite & ~np.isinf(decode(known, before))).any())
         out[first * itemsize :][: after.size] = after
     return overflow

@@ -14,13 +14,21 @@ import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot, recipe_of
-from posthoc_cli.storage.header import Cache, Layout, TensorInfo
+from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, UNAVERAGEABLE
+from posthoc_cli.storage.header import Cache, TensorIndex, TensorInfo
 from posthoc_cli.storage.readers import fingerprint
-from posthoc_cli.storage.shards import index_path, open_layout
+from posthoc_cli.storage.shards import index_path, open_tensors
 from posthoc_cli.storage.workers import default_workers
-from posthoc_cli.synthesis.comparison import ANEW, Comparison, Problem, Progress, in_order, sample
-from posthoc_cli.synthesis.plan import OUTPUT_DTYPES, UNAVERAGEABLE, Plan, make_plan
-from posthoc_cli.synthesis.recipe import Ingredients, Source, ingredients
+from posthoc_cli.synthesis.comparison import (
+    ANEW,
+    Comparison,
+    Problem,
+    Progress,
+    names_in_order,
+    sample,
+)
+from posthoc_cli.synthesis.plan import Plan, make_plan
+from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +48,20 @@ class Report:
     problems: list[Problem]
 
 
-def find_output(path: Path) -> Layout:
+def find_output(path: Path) -> TensorIndex:
     """Open the output at `path`, or the shards that it became.
 
-    Raises UsageError when there is neither, and what `open_layout` raises.
+    Raises UsageError when there is neither, and what `open_tensors` raises.
     """
     if not os.path.lexists(path) and os.path.lexists(index_path(path)):
         path = index_path(path)
     if not os.path.exists(path):
         raise UsageError(str(path), "there is no such file", "give a file that synthesize wrote")
-    return open_layout(path)
+    return open_tensors(path)
 
 
 def verify(
-    out: Layout,
+    out: TensorIndex,
     folder: Path | None = None,
     *,
     full: bool = False,
@@ -105,7 +113,7 @@ def verify(
 # The recipe and its sources
 
 
-def _ingredients(out: Layout) -> Ingredients:
+def _ingredients(out: TensorIndex) -> RecipeSources:
     recipe = recipe_of(out)
     if recipe is None:
         raise SnapshotError(
@@ -121,7 +129,7 @@ def _ingredients(out: Layout) -> Ingredients:
         ) from None
 
 
-def _folder(out: Layout, folder: Path | None, recipe: Ingredients) -> Path:
+def _folder(out: TensorIndex, folder: Path | None, recipe: RecipeSources) -> Path:
     if folder is None:
         beside = out.path.parent
         if not any(os.path.lexists(beside / source.file) for source in recipe.sources):
@@ -135,7 +143,7 @@ def _folder(out: Layout, folder: Path | None, recipe: Ingredients) -> Path:
     return folder
 
 
-def _open_sources(folder: Path, recipe: Ingredients) -> tuple[list[Layout], list[Problem]]:
+def _open_sources(folder: Path, recipe: RecipeSources) -> tuple[list[TensorIndex], list[Problem]]:
     layouts, problems = [], []
     headers: Cache = {}
     for source in recipe.sources:
@@ -145,7 +153,7 @@ def _open_sources(folder: Path, recipe: Ingredients) -> tuple[list[Layout], list
             problems.append(Problem(path, "is not there", remedy))
             continue
         try:
-            layouts.append(open_layout(path, headers))
+            layouts.append(open_tensors(path, headers))
             same = _is_same(source, layouts[-1])
         except SnapshotError as error:
             problems.append(Problem(path, error.problem, error.remedy))
@@ -156,7 +164,7 @@ def _open_sources(folder: Path, recipe: Ingredients) -> tuple[list[Layout], list
     return layouts, problems
 
 
-def _is_same(source: Source, layout: Layout) -> bool:
+def _is_same(source: Source, layout: TensorIndex) -> bool:
     if source.size is not None and source.size != layout.size:
         return False
     return source.fingerprint is None or source.fingerprint == fingerprint(layout)
@@ -164,17 +172,17 @@ def _is_same(source: Source, layout: Layout) -> bool:
 
 def _other_tensors(snapshots: Sequence[Snapshot], newest: Snapshot) -> list[Problem]:
     """The sources whose tensors are not those of the newest; they can't be its own any more."""
-    wanted = _described(newest.layout.tensors)
-    same = {id(newest.layout.tensors): True}
+    wanted = _described(newest.index.tensors)
+    same = {id(newest.index.tensors): True}
     problems = []
     for snapshot in snapshots:
-        tensors = snapshot.layout.tensors
+        tensors = snapshot.index.tensors
         if id(tensors) not in same:
             same[id(tensors)] = _described(tensors) == wanted
         if not same[id(tensors)]:
             problem = f"has other tensors than '{newest.file}'"
             remedy = "put the right file in its place"
-            problems.append(Problem(snapshot.layout.path, problem, remedy))
+            problems.append(Problem(snapshot.index.path, problem, remedy))
     return problems
 
 
@@ -185,12 +193,12 @@ def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[
     return {name: (info.dtype, info.shape) for name, info in tensors.items()}
 
 
-def _wrong_tensors(out: Layout, newest: Snapshot, recipe: Ingredients) -> list[Problem]:
+def _wrong_tensors(out: TensorIndex, newest: Snapshot, recipe: RecipeSources) -> list[Problem]:
     """The tensors that the output has and should not have, and the other way round."""
-    source = newest.layout.tensors
+    source = newest.index.tensors
     problems = [
         Problem(out.path, "is not in its snapshots", ANEW, name)
-        for name in in_order(out)
+        for name in names_in_order(out)
         if name not in source
     ]
     # Older recipes don't say what was dropped.
@@ -206,30 +214,30 @@ def _wrong_tensors(out: Layout, newest: Snapshot, recipe: Ingredients) -> list[P
 
 
 def _plan(
-    out: Layout, snapshots: Sequence[Snapshot], newest: Snapshot, recipe: Ingredients
+    out: TensorIndex, snapshots: Sequence[Snapshot], newest: Snapshot, recipe: RecipeSources
 ) -> tuple[Plan, list[Problem]]:
     """The plan by which the output was made, and those of its tensors that don't fit it."""
     kept: dict[int, dict[str, TensorInfo]] = {}
     for snapshot in snapshots:
-        tensors = snapshot.layout.tensors
+        tensors = snapshot.index.tensors
         if id(tensors) not in kept:
             kept[id(tensors)] = {name: tensors[name] for name in out.tensors}
     reduced = [
         dataclasses.replace(
-            each, layout=dataclasses.replace(each.layout, tensors=kept[id(each.layout.tensors)])
+            each, index=dataclasses.replace(each.index, tensors=kept[id(each.index.tensors)])
         )
         for each in snapshots
     ]
     copied = [
         escape(name)
-        for name, info in newest.layout.tensors.items()
+        for name, info in newest.index.tensors.items()
         if name in out.tensors and (info.dtype in UNAVERAGEABLE or _fits(name, recipe.copied))
     ]
     there = _described(out.tensors)
     best: tuple[Plan, list[str]] | None = None
     for dtype in ("same", *OUTPUT_DTYPES):
         plan = make_plan(reduced, dtype=dtype, copy=copied)
-        wrong = [name for name in in_order(out) if there[name] != plan.tensors[name]]
+        wrong = [name for name in names_in_order(out) if there[name] != plan.tensors[name]]
         if best is None or len(wrong) < len(best[1]):
             best = plan, wrong
         if not wrong:

@@ -176,7 +176,7 @@ class _Block:
     averages: list[list[Tensor]]
 
 
-class Mover:
+class EmaUpdate:
     """Moves averages towards their sources, all profiles in one pass over the sources.
 
     `averages` is [profiles][tensors]. What differs in dtype or device from its averages is
@@ -296,7 +296,7 @@ class Choice:
         return name not in self._copied and not self.ignores(name)
 
 
-def check_same(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+def check_same_tensors(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the network's tensors have the names and shapes of the averages."""
 
     def shape(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -16,7 +16,7 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} {count!r}: not a whole number of at least 1")
 
 
-def one_gamma(sigma_rel: float | None, gamma: float | None) -> float:
+def resolve_gamma(sigma_rel: float | None, gamma: float | None) -> float:
     if (sigma_rel is None) == (gamma is None):
         raise ValueError("give sigma_rel or gamma, one of the two")
     if gamma is not None:

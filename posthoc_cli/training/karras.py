@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel
 from posthoc_cli.training.averaging import (
     Choice,
+    EmaUpdate,
     LiveTensors,
-    Mover,
-    check_same,
+    check_same_tensors,
     named_tensors,
     unwrap,
     wide,
 )
-from posthoc_cli.training.counting import check_counts, next_step, one_gamma, passes
+from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
 
 
 class KarrasEMA(nn.Module):
@@ -63,7 +63,7 @@ class KarrasEMA(nn.Module):
         move_ema_to_online_device: bool = False,
     ) -> None:
         super().__init__()
-        self.gamma = one_gamma(sigma_rel, gamma)
+        self.gamma = resolve_gamma(sigma_rel, gamma)
         check_counts(update_every=update_every)
         self.online_model = [model]  # in a list, lest it becomes a submodule
         if ema_model is None:
@@ -89,7 +89,7 @@ class KarrasEMA(nn.Module):
         self._online = LiveTensors(model, _every, transient=True)
         self._ema = LiveTensors(self.ema_model, _every, transient=True)
         self._wide: dict[str, Tensor] = {}
-        self._movers: tuple[Mover, Mover] | None = None
+        self._movers: tuple[EmaUpdate, EmaUpdate] | None = None
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @property
@@ -183,7 +183,7 @@ class KarrasEMA(nn.Module):
             torch._foreach_copy_([narrow[name] for name in self._wide], list(self._wide.values()))
 
     @torch.no_grad()
-    def _bind(self) -> tuple[Mover, Mover]:
+    def _bind(self) -> tuple[EmaUpdate, EmaUpdate]:
         """Fit the average to the network: the same tensors, on devices that are allowed."""
         changed = [self._online.refresh(), self._ema.refresh()]
         if self._movers is not None and not any(changed):
@@ -192,7 +192,7 @@ class KarrasEMA(nn.Module):
         online = {name: online[alias] for name, alias in self._online.alias.items()}
         self._check_devices(online)
         ema = dict(zip(self._ema.names, self._ema.tensors, strict=True))
-        check_same(
+        check_same_tensors(
             {name: online[name] for name in online if name in self._ema.alias},
             {name: ema[alias] for name, alias in self._ema.alias.items()},
         )
@@ -205,9 +205,9 @@ class KarrasEMA(nn.Module):
                 tensor.copy_(kept[name])
         averages = self._averages()
 
-        def mover(chosen: Callable[[str], bool]) -> Mover:
+        def mover(chosen: Callable[[str], bool]) -> EmaUpdate:
             names = [name for name in averages if chosen(name)]
-            return Mover([online[name] for name in names], [[averages[name] for name in names]])
+            return EmaUpdate([online[name] for name in names], [[averages[name] for name in names]])
 
         self._movers = (mover(self._how.averages), mover(self._how.copies))
         return self._movers

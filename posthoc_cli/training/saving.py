@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.header import lay_out
+from posthoc_cli.storage.dtypes import BY_NAME
+from posthoc_cli.storage.header import make_header
 from posthoc_cli.training.averaging import gather, is_sharded
 
-DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
-    torch.uint16: "U16", torch.int16: "I16", torch.uint32: "U32", torch.int32: "I32",
-    torch.uint64: "U64", torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-    torch.complex64: "C64",
-}  # fmt: skip
-"""torch's dtypes, by the names that safetensors gives them."""
+
+def code_of(dtype: torch.dtype) -> str | None:
+    """safetensors' name for a dtype; None where it has none."""
+    return BY_NAME.get(str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +72,11 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str])
     Returns the names of tensors with values that float16, if they are in it, made infinite.
     Raises MachineError when the disk is full or the folder can't be written.
     """
-    header, places = lay_out(
-        {name: (DTYPES[entry.dtype], tuple(entry.like.shape)) for name, entry in entries.items()},
+    header, places = make_header(
+        {
+            name: (code_of(entry.dtype) or "", tuple(entry.like.shape))
+            for name, entry in entries.items()
+        },
         metadata,
     )
     size = len(header) + max((info.end for info in places.values()), default=0)

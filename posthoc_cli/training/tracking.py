@@ -35,24 +35,25 @@ from posthoc_cli.snapshots.identity import MAX_GAMMA
 from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.atomic import writing_to
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.atomic import write_errors
+from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.readers import Reader
 from posthoc_cli.storage.shards import ENDING
 from posthoc_cli.synthesis.recipe import KEY, make_recipe
 from posthoc_cli.training.averaging import (
     Choice,
+    EmaUpdate,
     LiveTensors,
-    Mover,
-    check_same,
+    check_same_tensors,
     is_sharded,
     local,
     named_tensors,
     unwrap,
     wide,
 )
-from posthoc_cli.training.counting import check_counts, next_step, one_gamma, passes
-from posthoc_cli.training.saving import DTYPES, Entry, stage, write
+from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
+from posthoc_cli.training.saving import Entry, code_of, stage, write
 
 RUN = "run"
 """The key in a snapshot's `__metadata__` that tells one run's snapshots from another's."""
@@ -123,7 +124,7 @@ class PostHocEMA:
             self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
         _check_profiles(self.gammas, self.sigma_rels)
         check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
-        if dtype is not None and (dtype not in DTYPES or not dtype.is_floating_point):
+        if dtype is not None and (not (code_of(dtype) and dtype.is_floating_point)):
             raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
         if average_dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -151,14 +152,14 @@ class PostHocEMA:
         self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
-        self._movers: tuple[Mover, Mover] | None = None
+        self._movers: tuple[EmaUpdate, EmaUpdate] | None = None
         self._claimed = False
         self._lent = False
         self._writer: threading.Thread | None = None
         self._troubles: list[str] = []
         self._overflowed: set[str] = set()
         if _writes():
-            with writing_to(self.folder):
+            with write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
 
     # Averaging
@@ -195,7 +196,7 @@ class PostHocEMA:
         copied([1.0 for _ in self.gammas])
         self._updated = now
 
-    def _bind(self) -> tuple[Mover, Mover]:
+    def _bind(self) -> tuple[EmaUpdate, EmaUpdate]:
         """Fit averages to the network's tensors: make them, or check that they still match."""
         if not self._live.refresh() and self._movers is not None:
             return self._movers
@@ -206,7 +207,7 @@ class PostHocEMA:
                 + (f" with a name that fits include={self._include}" if self._include else "")
             )
         if self._averages:
-            check_same(live, self._averages[0])
+            check_same_tensors(live, self._averages[0])
             self._averages = [
                 {name: self._place(value, live[name]) for name, value in averages.items()}
                 for averages in self._averages
@@ -227,10 +228,10 @@ class PostHocEMA:
         # Strides as those of the live tensor: both are then read in the order they lie in memory.
         return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
 
-    def _mover(self, live: Mapping[str, Tensor], chosen: Callable[[str], bool]) -> Mover:
+    def _mover(self, live: Mapping[str, Tensor], chosen: Callable[[str], bool]) -> EmaUpdate:
         names = [name for name in live if chosen(name)]
         columns = [[averages[name] for name in names] for averages in self._averages]
-        return Mover([live[name] for name in names], columns)
+        return EmaUpdate([live[name] for name in names], columns)
 
     def _included(self, name: str) -> bool:
         return not self._include or any(fnmatch.fnmatchcase(name, g) for g in self._include)
@@ -309,7 +310,7 @@ class PostHocEMA:
         dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
         if dtype is torch.complex128:
             dtype = torch.complex64  # the one complex dtype that the format has
-        if dtype not in DTYPES:
+        if code_of(dtype) is None:
             raise ValueError(
                 f"tensor {name!r} is {dtype}, which safetensors doesn't have; leave it out: "
                 "include= takes the names to save"
@@ -459,7 +460,7 @@ class PostHocEMA:
         from posthoc_cli.synthesis.engine import execute
         from posthoc_cli.synthesis.plan import make_plan
 
-        gamma = one_gamma(sigma_rel, gamma)
+        gamma = resolve_gamma(sigma_rel, gamma)
         self.wait()
         only = [escape(path.name) for path, _ in self._snapshots()] if self.step else []
         if self.step and not only:
@@ -476,7 +477,7 @@ class PostHocEMA:
         exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())
         temporary = self.folder / f".{secrets.token_hex(6)}.posthoc-tmp"
         try:
-            names = chosen[-1].layout.tensors
+            names = chosen[-1].index.tensors
             copied = [escape(name) for name in names if not self._how.averages(name)]
             dtype = "float64" if exact else "float32"
             plan = make_plan(chosen, dtype=dtype, copy=copied)
@@ -511,7 +512,7 @@ class PostHocEMA:
                 "a sharded model can't be lent weights; load synthesize()'s state dict with "
                 "torch.distributed.checkpoint.state_dict.set_model_state_dict"
             )
-        check_same(live, state)
+        check_same_tensors(live, state)
         own: list[tuple[Tensor, Tensor]] = []
         try:
             self._lent = borrower is self.model
@@ -565,7 +566,7 @@ def _folder_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
         if path.name.startswith("."):
             continue
         try:
-            yield path, read_layout(path).metadata
+            yield path, read_header(path).metadata
         except PosthocError:
             yield path, {}
 
@@ -580,12 +581,11 @@ def _decimals(sigma_rel: float) -> str:
 
 def _load(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory of their own, converted to `dtypes`."""
-    layout = read_layout(path)
-    by_name = {text: dtype for dtype, text in DTYPES.items()}
+    layout = read_header(path)
     tensors = {}
     with Reader(layout) as reader:
         for name, info in layout.tensors.items():
-            tensor = torch.empty(info.shape, dtype=by_name[info.dtype])
+            tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype].torch())
             if info.elements:
                 reader.read(info.start, tensor.view(-1).view(torch.uint8).numpy().data)
             tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))

@@ -31,7 +31,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from posthoc_cli.storage.header import lay_out
+from posthoc_cli.storage.header import make_header
 
 HERE = Path(__file__).parent
 POSTHOC = shutil.which("posthoc", path=sysconfig.get_path("scripts")) or "posthoc"
@@ -136,7 +136,7 @@ def _make_snapshots(folder: Path, count: int, parameters: int, dtype: str, tenso
 def _write(path: Path, content: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """As safetensors.numpy.save_file, which has no bfloat16."""
     names = dict(STORED.values())
-    header, places = lay_out(
+    header, places = make_header(
         {name: (names[array.dtype], array.shape) for name, array in content.items()}, metadata
     )
     with open(path, "wb") as file:

@@ -14,7 +14,7 @@ import pytest
 from posthoc_cli.plotting import density, share_before
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from tests.command import Posthoc, on_terminal, visible
 from tests.support import read_tensors, write_kohya
 
@@ -144,7 +144,7 @@ def test_synthesize_and_its_recipe(
     assert (abs(factor.astype(float) / value - 1) < 2**-10).all()
     assert made["lora_te_q.alpha"] == np.float16(8)
 
-    metadata = read_layout(tmp_path / "x.safetensors").metadata
+    metadata = read_header(tmp_path / "x.safetensors").metadata
     # Provenance stays; hashes of other values than these do not.
     assert (metadata["ss_steps"], metadata["ss_epoch"]) == ("450", "3")
     assert not [key for key in metadata if "hash" in key]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.formats.checkpoints import StoredTensor, read_checkpoint, state_dict
 from posthoc_cli.formats.pickles import Call, Span
-from posthoc_cli.storage.header import DTYPE_BITS
+from posthoc_cli.storage.dtypes import DTYPES
 from tests.hostile_pickles import CORPUS, one_tensor, zipped
 
 TORCH = {
@@ -49,7 +49,7 @@ def content(path: Path, tensor: StoredTensor) -> bytes:
     """The elements of a stored tensor in their order, gathered without torch."""
     if not tensor.elements:
         return b""
-    size = DTYPE_BITS[tensor.dtype] // 8
+    size = DTYPES[tensor.dtype].bits // 8
     raw = np.fromfile(path, np.uint8)
     view = np.lib.stride_tricks.as_strided(
         raw[tensor.offset :], (*tensor.shape, size), (*(s * size for s in tensor.strides), 1)
@@ -249,7 +249,7 @@ def test_the_only_dict_of_tensors_is_found(tmp_path: Path) -> None:
 def test_several_dicts_ask_for_a_key(tmp_path: Path) -> None:
     one, two = torch.zeros(1), torch.ones(2)
     checkpoint = checkpoint_of({"model": {"w": one}, "ema": {"w": two}, "step": 1}, tmp_path)
-    with pytest.raises(SnapshotError, match=r"several dicts of tensors \(model, ema\); .*--key"):
+    with pytest.raises(SnapshotError, match=r"several dicts of tensors \(model, ema\); .*key="):
         state_dict(checkpoint)
     assert state_dict(checkpoint, "ema")["w"].shape == (2,)
 
@@ -278,11 +278,11 @@ def test_keys_reach_through_dicts_and_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "line"),
     [
-        ("emma", "has nothing at --key emma; there is model, ema"),
-        ("ema.x", "has nothing at --key ema.x; there is nothing to choose from"),
-        ("ema.w.x", "has nothing at --key ema.w.x; there is nothing to choose from"),
-        ("step", "no dict of tensors at --key step; there is model, ema"),
-        ("", "has nothing at --key ; there is model, ema"),
+        ("emma", "has nothing at key='emma'; there is model, ema"),
+        ("ema.x", "has nothing at key='ema.x'; there is nothing to choose from"),
+        ("ema.w.x", "has nothing at key='ema.w.x'; there is nothing to choose from"),
+        ("step", "no dict of tensors at key='step'; there is model, ema"),
+        ("", "has nothing at key=''; there is model, ema"),
     ],
 )
 def test_a_wrong_key_says_what_there_is(key: str, line: str, tmp_path: Path) -> None:

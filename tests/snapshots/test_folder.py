@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.snapshots import folder as module
-from posthoc_cli.snapshots.folder import Inventory, Snapshot, read_folder, recipe_of, select
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, recipe_of, select
+from posthoc_cli.storage.header import read_header
 
 END = ".safetensors"
 NETWORK = {
@@ -41,11 +41,11 @@ def save_run(folder: Path, steps: int = 3) -> None:
             save(folder / f"run_{step}00_{gamma}{END}")
 
 
-def files(inventory: Inventory) -> list[str]:
+def files(inventory: FolderContents) -> list[str]:
     return [snapshot.file for snapshot in inventory.snapshots]
 
 
-def only_problem(inventory: Inventory) -> tuple[str, str]:
+def only_problem(inventory: FolderContents) -> tuple[str, str]:
     (problem,) = inventory.problems
     return problem
 
@@ -89,14 +89,14 @@ def test_snapshots_of_one_network_share_what_is_known_of_it(
     monkeypatch.setattr(module, "_difference", lambda *tensors: compared.append(tensors))
     found = read_folder(tmp_path).usable()
     assert len(found) == 10
-    assert len({id(snapshot.layout.tensors) for snapshot in found}) == 1
+    assert len({id(snapshot.index.tensors) for snapshot in found}) == 1
     assert len(counted) == 1
     assert {snapshot.parameters for snapshot in found} == {16}
     assert not compared
 
 
 def test_a_snapshot_made_by_hand_has_its_figures_too(tmp_path: Path) -> None:
-    layout = read_layout(save(tmp_path / f"a{END}"))
+    layout = read_header(save(tmp_path / f"a{END}"))
     snapshot = Snapshot(layout, 5, 6.94, 0.1, "name")
     assert (snapshot.dtypes, snapshot.parameters) == ({"F16": 2, "I64": 1}, 16)
 
@@ -121,13 +121,13 @@ def test_ema_pytorch_files_with_profiles(tmp_path: Path) -> None:
     assert not inventory.warnings
     without = read_folder(tmp_path)
     assert [file for file, _ in without.problems] == sorted(os.listdir(tmp_path))
-    assert "--profiles" in without.problems[0][1]
+    assert "profiles=" in without.problems[0][1]
 
 
 def test_profiles_that_no_name_calls_for_are_noticed(tmp_path: Path) -> None:
     save_run(tmp_path, steps=1)
     assert read_folder(tmp_path, profiles=[0.05]).warnings == [
-        "--profiles isn't used: no file name has an index"
+        "profiles= isn't used: no file name has an index"
     ]
 
 
@@ -173,9 +173,9 @@ def test_only_our_outputs_is_no_snapshots(tmp_path: Path) -> None:
 
 
 def test_recipe_of(tmp_path: Path) -> None:
-    made = read_layout(save(tmp_path / f"a{END}", RECIPE))
+    made = read_header(save(tmp_path / f"a{END}", RECIPE))
     assert recipe_of(made) == {"version": "1", "method": "edm2", "target": {}, "sources": []}
-    assert recipe_of(read_layout(save(tmp_path / f"b{END}"))) is None
+    assert recipe_of(read_header(save(tmp_path / f"b{END}"))) is None
 
 
 def test_ending_in_capitals_counts(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_one_problem_is_said_alone(tmp_path: Path) -> None:
         read_folder(tmp_path).usable()
     assert str(caught.value) == (
         f"{tmp_path / f'final{END}'}: neither its name nor its metadata says its step and profile; "
-        "give --pattern, or leave it out with --only"
+        "give pattern=, or leave it out with only="
     )
 
 
@@ -228,7 +228,7 @@ def test_a_name_that_does_not_fit_the_pattern_is_a_problem(tmp_path: Path) -> No
     save(tmp_path / f"other{END}", {"step": "5", "gamma": "7"})
     file, message = only_problem(read_folder(tmp_path, pattern="run_{step}_{gamma}.safetensors"))
     assert file == f"other{END}"
-    assert message.startswith("its name doesn't fit --pattern")
+    assert message.startswith("its name doesn't fit pattern=")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
@@ -368,7 +368,7 @@ def test_the_order_of_tensors_in_a_file_does_not_matter(tmp_path: Path) -> None:
         path = tmp_path / f"a_{step}_6.94{END}"
         path.write_bytes(len(text).to_bytes(8, "little") + text + b"123")
     found = read_folder(tmp_path).usable()
-    assert found[0].layout.tensors != found[1].layout.tensors
+    assert found[0].index.tensors != found[1].index.tensors
 
 
 # Wrong folders and options
@@ -415,7 +415,7 @@ def test_errors_of_the_machine_go_through(tmp_path: Path, monkeypatch: pytest.Mo
     def unreadable(path: Path, _: object) -> None:
         raise MachineError(str(path), "cannot be read", "check it")
 
-    monkeypatch.setattr(module, "open_layout", unreadable)
+    monkeypatch.setattr(module, "open_tensors", unreadable)
     with pytest.raises(MachineError, match="cannot be read"):
         read_folder(tmp_path)
 
@@ -447,26 +447,26 @@ def test_folder_of_pickles(tmp_path: Path, names: list[str], found: str) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ["run_*", "x*"]}, "--only: 'x*' fits none of 2 .safetensors files, such as 'run"),
-        ({"only": ["run/run_*"]}, "--only: 'run/run_*' fits none of 2"),
-        ({"only": [""]}, "--only: '' fits none of 2"),
-        ({"pattern": "x{step}_{gamma}.*"}, "--pattern: 'x{step}_{gamma}.*' fits none of 2"),
-        ({"pattern": "run_{step}_{gamma}"}, "--pattern: 'run_{step}_{gamma}' fits none of 2"),
+        ({"only": ["run_*", "x*"]}, "only=: 'x*' fits none of 2 .safetensors files, such as 'run"),
+        ({"only": ["run/run_*"]}, "only=: 'run/run_*' fits none of 2"),
+        ({"only": [""]}, "only=: '' fits none of 2"),
+        ({"pattern": "x{step}_{gamma}.*"}, "pattern=: 'x{step}_{gamma}.*' fits none of 2"),
+        ({"pattern": "run_{step}_{gamma}"}, "pattern=: 'run_{step}_{gamma}' fits none of 2"),
         (
             {"pattern": "run_{step}_16*{gamma}.safetensors", "only": ["*_6.94*"]},
-            "--pattern: 'run_{step}_16*{gamma}.safetensors' fits none of 1",
+            "pattern=: 'run_{step}_16*{gamma}.safetensors' fits none of 1",
         ),
-        ({"pattern": "run"}, "--pattern: neither"),
-        ({"pattern": ""}, "--pattern: neither"),
-        ({"pattern": "run_{step}_{index}.*"}, "--profiles: missing, as --pattern has {index}"),
+        ({"pattern": "run"}, "pattern=: neither"),
+        ({"pattern": ""}, "pattern=: neither"),
+        ({"pattern": "run_{step}_{index}.*"}, "profiles=: missing, as pattern= has {index}"),
         (
             {"pattern": "run_{step}_{gamma}.*", "profiles": [0.1]},
-            "--profiles: not used, as --pattern has no {index}",
+            "profiles=: not used, as pattern= has no {index}",
         ),
-        ({"profiles": []}, "--profiles: lists nothing"),
-        ({"profiles": [0.1, 0.3]}, "--profiles: 0.3 is not between 0 and 0.2887"),
-        ({"profiles": [0.1, 0.0]}, "--profiles: 0 is not between"),
-        ({"profiles": [float("nan")]}, "--profiles: nan is not between"),
+        ({"profiles": []}, "profiles=: lists nothing"),
+        ({"profiles": [0.1, 0.3]}, "profiles=: 0.3 is not between 0 and 0.2887"),
+        ({"profiles": [0.1, 0.0]}, "profiles=: 0 is not between"),
+        ({"profiles": [float("nan")]}, "profiles=: nan is not between"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, object], message: str) -> None:
@@ -487,5 +487,5 @@ def test_select(tmp_path: Path) -> None:
     assert select(found, 299) == (found[:4], 299)
     assert select(found, 100) == (found[:2], 100)
     for step, where in ((301, "after the last"), (99, "before the first"), (0, "before"), (-1, "")):
-        with pytest.raises(UsageError, match=f"--step: {step} is {where}.*from 100 to 300"):
+        with pytest.raises(UsageError, match=f"step=: {step} is {where}.*from 100 to 300"):
             select(found, step)

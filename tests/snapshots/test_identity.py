@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.snapshots.identity import Identity, clues, identify, settle
+from posthoc_cli.snapshots.identity import Identity, agree_on_unit, clues, identify
 from posthoc_cli.snapshots.names import compile_pattern
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
 
@@ -108,7 +108,7 @@ def test_name_that_says_what_cannot_be(name: str, says: str) -> None:
 def test_file_that_nothing_can_be_read_from(metadata: dict[str, str], problem: str) -> None:
     message = refusal(f"model{END}", metadata)
     assert message.startswith(f"model{END}: {problem}")
-    assert "--pattern" in message
+    assert "pattern=" in message
 
 
 @given(st.integers(1, 2**53), st.floats(-0.999, 0))
@@ -218,7 +218,7 @@ def test_metadata_without_a_profile_leaves_it_to_the_name() -> None:
 
 def test_pattern_keeps_the_conventions_out() -> None:
     message = refusal(f"a_1000_6.94{END}", {"step": "1", "gamma": "1"}, "x{step}-{gamma}*")
-    assert "its name doesn't fit --pattern 'x{step}-{gamma}*'" in message
+    assert "its name doesn't fit pattern='x{step}-{gamma}*'" in message
 
 
 # Raw checkpoints
@@ -231,7 +231,7 @@ def settled(
     compiled = compile_pattern(pattern, raw=True) if pattern else None
     said = {stem: clues(stem + END, metadata, compiled) for stem, metadata in files.items()}
     steps, problems = {}, {}
-    for stem, outcome in settle(said).items():
+    for stem, outcome in agree_on_unit(said).items():
         if isinstance(outcome, Identity):
             assert (outcome.gamma, outcome.sigma_rel) == (float("inf"), 0.0)
             steps[stem] = outcome.step, outcome.source
@@ -289,10 +289,10 @@ def test_who_counts_otherwise_is_a_problem() -> None:
     steps, problems, _ = settled(files)
     assert steps == {"x-000001": (150, "metadata"), "x-step00000300": (300, "name")}
     assert problems == {
-        "x-000003": "x-000003: its name says 3, but not in steps, as 2 others do; give --pattern, "
-        "or leave it out with --only",
+        "x-000003": "x-000003: its name says 3, but not in steps, as 2 others do; give pattern=, "
+        "or leave it out with only=",
         "final_v2": "final_v2: neither its name nor its metadata says its step; put its step at "
-        "the end of its name, or leave it out with --only",
+        "the end of its name, or leave it out with only=",
     }
 
 
@@ -300,7 +300,7 @@ def test_nothing_says_any_step() -> None:
     steps, problems, _ = settled({"a": {}, "b": {"format": "pt"}})
     assert not steps
     assert all("neither its name nor its metadata says its step" in p for p in problems.values())
-    assert settle({}) == {}
+    assert agree_on_unit({}) == {}
 
 
 @pytest.mark.parametrize("step", ["0", str(2**53 + 1)])
@@ -337,7 +337,7 @@ def test_a_name_that_says_another_step_is_doubted() -> None:
 def test_an_ema_is_doubted(stem: str, metadata: dict[str, str], said: str) -> None:
     steps, _, warnings = settled({stem: metadata})
     assert steps[stem][0] == 5
-    assert warnings == [f"its {said}: an EMA, which --raw takes for plain weights"]
+    assert warnings == [f"its {said}: an EMA, which raw=True takes for plain weights"]
 
 
 def test_a_whole_number_is_no_gamma_of_a_raw_checkpoint() -> None:
@@ -350,7 +350,7 @@ def test_the_pattern_rules_raw_checkpoints_too() -> None:
     assert steps == {"run7-1200-ep3": (1200, "pattern"), "run7-1300-ep4": (1300, "pattern")}
     assert not problems
     assert warnings == ["its name says step 1300, its metadata step 1400; the pattern is used"]
-    with pytest.raises(SnapshotError, match="doesn't fit --pattern"):
+    with pytest.raises(SnapshotError, match="doesn't fit pattern="):
         settled({"x": {}}, "run7-{step}*.safetensors")
 
 
@@ -365,9 +365,9 @@ def test_the_pattern_rules_raw_checkpoints_too() -> None:
 def test_what_may_be_raw_is_told_of_it(stem: str, metadata: dict[str, str], problem: str) -> None:
     message = refusal(stem + END, metadata)
     assert problem in message
-    assert "add --raw if it is a plain checkpoint and no EMA, else give --pattern" in message
+    assert "add raw=True if it is a plain checkpoint and no EMA, else give pattern=" in message
 
 
 @pytest.mark.parametrize(("stem", "metadata"), [("x", {}), ("x-0", {}), ("x-5", {"gamma": "3"})])
 def test_what_says_no_step_or_is_an_ema_is_not(stem: str, metadata: dict[str, str]) -> None:
-    assert "--raw" not in refusal(stem + END, metadata)
+    assert "raw=True" not in refusal(stem + END, metadata)

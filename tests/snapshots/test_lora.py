@@ -67,7 +67,7 @@ def test_a_difference_is_a_problem_that_names_both(tmp_path: Path, dtype, raw: b
         (
             "x-000002.safetensors",
             "tensor 'lora_te_q.alpha' is 4 here and 8 in the newest snapshot, "
-            "'x-000003.safetensors'; leave out with --only what isn't of the same network",
+            "'x-000003.safetensors'; leave out with only= what isn't of the same network",
         )
     ]
     assert read_folder(tmp_path, raw=raw, only=["*1.*", "*3.*"]).usable()

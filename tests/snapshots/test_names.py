@@ -139,7 +139,7 @@ def test_any_name_is_read_or_refused(name: str) -> None:
     assert reading is None or reading.step in reading.steps
 
 
-# --pattern
+# pattern=
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_wrong_pattern_says_what_fields_there_are(pattern: str, problem: str) ->
     with pytest.raises(UsageError) as caught:
         compile_pattern(pattern)
     message = str(caught.value)
-    assert message.startswith(f"--pattern: {problem} in '{pattern}'; ")
+    assert message.startswith(f"pattern=: {problem} in '{pattern}'; ")
     assert all(f"{{{field}}}" in message for field in ("step", "kimg", "sigma_rel", "gamma"))
     assert "{index}" in message
 
@@ -414,4 +414,4 @@ def test_wrong_patterns_for_raw_checkpoints(pattern: str, problem: str) -> None:
     with pytest.raises(UsageError) as caught:
         compile_pattern(pattern, raw=True)
     assert problem in caught.value.problem
-    assert caught.value.remedy.startswith("with --raw the only field is {step} or {kimg}")
+    assert caught.value.remedy.startswith("with raw=True the only field is {step} or {kimg}")

@@ -183,7 +183,7 @@ def test_no_floating_tensor_at_all(tmp_path: Path) -> None:
 
 def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
     snapshots = folder_of(tmp_path, [{"a": a} for a in walk(2, (5000,), "F32")])
-    path = snapshots[0].layout.path
+    path = snapshots[0].index.path
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(SnapshotError, match=r"x_1000_6.94.safetensors: changed while"):
         measure(snapshots)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from tests.command import COMMAND, ENVIRONMENT, Run
 from tests.soak.fuzz import MOST_BYTES, harm_of
 from tests.soak.heavy import measured
@@ -77,7 +77,7 @@ def _large(base: Path, dtype: str, stored: np.dtype[np.generic], tally: Tally) -
 
 
 def _wrong_values(path: Path, stored: np.dtype[np.generic], weights: np.ndarray) -> list[str]:
-    (part,) = read_layout(path).parts
+    (part,) = read_header(path).parts
     values = np.memmap(path, stored, "r", part.data_start)
     averaged = stored.kind == "f"
     losses = [f"{len(values)} elements"] if len(values) != _ELEMENTS else []

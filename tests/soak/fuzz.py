@@ -27,7 +27,7 @@ import typer
 
 from posthoc_cli.cli import main
 from posthoc_cli.errors import PosthocError
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from tests.command import Run
 from tests.fuzzing import Case, make_case
 from tests.soak.tally import Tally
@@ -192,7 +192,7 @@ def _against_the_library(path: Path, run: Run) -> list[str]:
         except (safetensors.SafetensorError, UnicodeError) as error:
             return [f"read, but safetensors says: {error}"] if run.code == 0 else []
     try:
-        layout = read_layout(path)
+        layout = read_header(path)
     except PosthocError as error:
         return [f"safetensors reads it, but: {str(error)[:300]}"]
     losses = []

@@ -128,7 +128,7 @@ def test_what_cannot_be_solved() -> None:
     with pytest.raises(ValueError, match="after the target's step"):
         solve(pairs(3), [profile(2500, 0.07)])
     for method in PROFILE_METHODS:
-        with pytest.raises(UsageError, match=f"--method {method}: has no weights for gamma -0.6"):
+        with pytest.raises(UsageError, match=f"method='{method}': has no weights for gamma -0.6"):
             solve([*pairs(2), Profile(1500, -0.6)], [profile(2000, 0.07)], method)
     with pytest.raises(ValueError, match="needs a trajectory"):
         solve(pairs(2), [profile(2000, 0.07)], "blup")
@@ -220,7 +220,9 @@ def test_methods_are_for_emas_or_for_raw_checkpoints(method: str) -> None:
         with pytest.raises(UsageError, match="raw checkpoints have no profile; use share or blup"):
             solve([*emas[:3], *raws(3000)], target, method, trajectory=walk)
     if method == "share":
-        with pytest.raises(UsageError, match="is for raw checkpoints only; add --raw if they are"):
+        with pytest.raises(
+            UsageError, match="is for raw checkpoints only; add raw=True if they are"
+        ):
             solve([*emas[:3], *raws(3000)], target, method)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage import atomic as atomicfile
-from posthoc_cli.storage.atomic import AtomicFile, together
+from posthoc_cli.storage.atomic import AtomicFile, commit_together
 
 
 def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_a_full_disk_and_a_missing_folder_are_told_in_one_line(
 
 def test_together_all_land_or_none(tmp_path: Path) -> None:
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with together(files):
+    with commit_together(files):
         for file in files:
             file.write_at(0, b"x")
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     assert entries(tmp_path) == ["a", "b", "c"]
 
     files = [AtomicFile(tmp_path / name, 1) for name in "def"]
-    with pytest.raises(UsageError, match="e: exists already"), together(files):
+    with pytest.raises(UsageError, match="e: exists already"), commit_together(files):
         for file in files:
             file.write_at(0, b"x")
         (tmp_path / "e").write_bytes(b"another run was faster")
@@ -152,10 +152,10 @@ def test_together_nothing_lands_before_all_are_on_the_disk(
     monkeypatch.setattr(files[2], "finish", full)
     stale = tmp_path / "stale"
     stale.write_bytes(b"old")
-    with pytest.raises(MachineError), together(files, [stale]):
+    with pytest.raises(MachineError), commit_together(files, [stale]):
         pass
     assert entries(tmp_path) == ["stale"]
-    with together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
+    with commit_together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
         assert stale.exists()
     assert entries(tmp_path) == ["new"]
 
@@ -176,7 +176,7 @@ def test_together_an_interrupt_between_two_landings(
         return after
 
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with pytest.raises(KeyboardInterrupt), together(files):
+    with pytest.raises(KeyboardInterrupt), commit_together(files):
         monkeypatch.setattr(os, "link", interrupted(os.link))
         monkeypatch.setattr(os, "unlink", interrupted(os.unlink))
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_missing_space_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     files = [AtomicFile(tmp_path / name, 1_000_000) for name in "ab"]
     message = r"500\.0 kB of the 2\.0 MB to be written are missing on its disk; free some space"
-    with pytest.raises(MachineError, match=message), together(files):
+    with pytest.raises(MachineError, match=message), commit_together(files):
         pytest.fail("must not begin")
     assert entries(tmp_path) == []
     with files[0] as file:  # alone it fits

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.header import DTYPE_BITS, TensorInfo, lay_out, read_layout
+from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.storage.header import TensorInfo, make_header, read_header
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float16).reshape(2, 3),
@@ -31,7 +32,7 @@ def write_raw(path: Path, header: bytes, data: bytes = b"") -> Path:
 def test_a_layout_says_where_the_library_finds_each_tensor(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file(TENSORS, path, metadata={"step": "3", "é\n": "ü"})
-    layout = read_layout(path)
+    layout = read_header(path)
     assert layout.metadata == {"step": "3", "é\n": "ü"}
     assert layout.size == path.stat().st_size
     raw = path.read_bytes()
@@ -55,15 +56,15 @@ def test_a_layout_says_where_the_library_finds_each_tensor(tmp_path: Path) -> No
     ],
 )
 def test_metadata_may_stand_anywhere_in_any_spacing(tmp_path: Path, header: bytes) -> None:
-    layout = read_layout(write_raw(tmp_path / "x", header, b"ab"))
+    layout = read_header(write_raw(tmp_path / "x", header, b"ab"))
     assert layout.metadata == {"k": "v"}
     assert layout.tensors["a"] == TensorInfo("U8", (2,), 0, 2)
 
 
 def test_a_file_of_metadata_only_and_one_without_any(tmp_path: Path) -> None:
-    only = read_layout(write_raw(tmp_path / "x", b'{"__metadata__":{"k":"v"}}'))
+    only = read_header(write_raw(tmp_path / "x", b'{"__metadata__":{"k":"v"}}'))
     assert (only.metadata, dict(only.tensors)) == ({"k": "v"}, {})
-    assert read_layout(write_raw(tmp_path / "y", b"{}")).metadata == {}
+    assert read_header(write_raw(tmp_path / "y", b"{}")).metadata == {}
 
 
 def test_files_with_the_same_tensors_share_their_layout(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_files_with_the_same_tensors_share_their_layout(tmp_path: Path) -> None:
     layouts = []
     for step in ("1", "2000"):
         save_file(TENSORS, tmp_path / step, metadata={"step": step})
-        layouts.append(read_layout(tmp_path / step, cache))  # type: ignore[arg-type]
+        layouts.append(read_header(tmp_path / step, cache))  # type: ignore[arg-type]
     assert layouts[0].tensors is layouts[1].tensors
     assert layouts[0].metadata != layouts[1].metadata
 
@@ -91,7 +92,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
     with pytest.raises(SnapshotError, match=r"broken\.safetensors: not a whole safetensors") as e:
-        read_layout(path)
+        read_header(path)
     assert "\n" not in str(e.value)
 
 
@@ -102,26 +103,26 @@ def test_every_beginning_of_a_file_is_incomplete(tmp_path: Path) -> None:
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(IncompleteError, match=r"cut\.safetensors: .* \(its end is missing\)"):
-            read_layout(path)
+            read_header(path)
 
 
 def test_a_missing_file_is_the_machines_fault(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="No such file"):
-        read_layout(tmp_path / "none")
+        read_header(tmp_path / "none")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_named_pipe_is_refused_and_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SnapshotError, match="not a regular file"):
-        read_layout(tmp_path / "pipe")
+        read_header(tmp_path / "pipe")
 
 
 def test_a_laid_out_file_is_what_the_library_would_write(tmp_path: Path) -> None:
     stored = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
     names = {np.dtype(dtype): name for name, dtype in stored.items()}
     wanted = {name: (names[t.dtype], t.shape) for name, t in TENSORS.items()}
-    header, infos = lay_out(wanted, {"k": "v"})
+    header, infos = make_header(wanted, {"k": "v"})
     data = bytearray(max(info.end for info in infos.values()))
     for name, info in infos.items():
         data[info.start : info.end] = TENSORS[name].tobytes()
@@ -134,14 +135,14 @@ def test_a_laid_out_file_is_what_the_library_would_write(tmp_path: Path) -> None
     for name, tensor in TENSORS.items():
         assert np.array_equal(loaded[name], tensor)
     save_file(TENSORS, tmp_path / "theirs", metadata={"k": "v"})
-    theirs, ours = read_layout(tmp_path / "theirs"), read_layout(path)
+    theirs, ours = read_header(tmp_path / "theirs"), read_header(path)
     assert ours.tensors == theirs.tensors
     assert ours.parts[0].data_start % 8 == 0
 
 
 def test_every_dtype_of_the_library_has_its_place_in_the_order() -> None:
-    header, infos = lay_out({dtype: (dtype, (8,)) for dtype in DTYPE_BITS}, {})
-    assert list(infos) == list(DTYPE_BITS)
-    assert list(json.loads(header[8:])) == list(DTYPE_BITS)
+    header, infos = make_header({dtype: (dtype, (8,)) for dtype in DTYPES}, {})
+    assert list(infos) == list(DTYPES)
+    assert list(json.loads(header[8:])) == list(DTYPES)
     sizes = [info.end - info.start for info in infos.values()]
     assert sizes == sorted(sizes, reverse=True)

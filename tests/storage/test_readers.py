@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.storage.header import Layout, read_layout
+from posthoc_cli.storage.header import TensorIndex, read_header
 from posthoc_cli.storage.readers import Reader, fingerprint
-from posthoc_cli.storage.shards import open_layout
+from posthoc_cli.storage.shards import open_tensors
 from tests.storage.test_shards import GROUPS, save_shards, some_tensors
 from tests.support import write_tensors
 
 
-def sharded(folder: Path) -> tuple[Layout, bytes]:
+def sharded(folder: Path) -> tuple[TensorIndex, bytes]:
     """A layout of three files, and their data sections end to end."""
-    layout = open_layout(save_shards(folder, some_tensors(1), GROUPS))
+    layout = open_tensors(save_shards(folder, some_tensors(1), GROUPS))
     data = b"".join(part.path.read_bytes()[part.data_start :] for part in layout.parts)
     return layout, data
 
@@ -108,13 +108,13 @@ def test_a_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
 
     def made(name: str) -> str:
         write_tensors(tmp_path / name, tensors, {"step": "5"})
-        return fingerprint(read_layout(tmp_path / name))
+        return fingerprint(read_header(tmp_path / name))
 
     first = made("a")
     assert len(first) == 32
     assert made("b") == first
     (tmp_path / "a").rename(tmp_path / "c")
-    assert fingerprint(read_layout(tmp_path / "c")) == first
+    assert fingerprint(read_header(tmp_path / "c")) == first
     for at in (0, -1):
         tensors["w"][at] += 1
         assert made(f"d{at}") != first
@@ -129,14 +129,14 @@ def test_a_fingerprint_of_little_data(tmp_path: Path, length: int) -> None:
         if at is not None:
             data[at] ^= 1
         write_tensors(tmp_path / "a", {"w": data})
-        seen.add(fingerprint(read_layout(tmp_path / "a")))
+        seen.add(fingerprint(read_header(tmp_path / "a")))
     assert len(seen) == min(length, 3) + 1
 
 
 def test_a_fingerprint_of_several_files(tmp_path: Path) -> None:
     index = save_shards(tmp_path, some_tensors(1), GROUPS)
-    first = fingerprint(open_layout(index))
+    first = fingerprint(open_tensors(index))
     save_shards(tmp_path, some_tensors(2), GROUPS)
-    assert fingerprint(open_layout(index)) != first
+    assert fingerprint(open_tensors(index)) != first
     save_shards(tmp_path, some_tensors(1), GROUPS)
-    assert fingerprint(open_layout(index)) == first
+    assert fingerprint(open_tensors(index)) == first

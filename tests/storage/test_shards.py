@@ -16,7 +16,7 @@ from posthoc_cli.errors import IncompleteError, SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot, read_folder
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel
 from posthoc_cli.storage.header import TensorInfo
-from posthoc_cli.storage.shards import made_by_posthoc, open_layout, shard_paths, split
+from posthoc_cli.storage.shards import made_by_posthoc, open_tensors, shard_paths, split
 from posthoc_cli.synthesis import engine as synthesis
 from posthoc_cli.synthesis.plan import make_plan
 from tests.command import Posthoc
@@ -59,7 +59,7 @@ GROUPS = (["b", "empty"], ["a"], ["steps", "c.bias"])
 
 
 def snapshot_at(path: Path, step: int) -> Snapshot:
-    return Snapshot(open_layout(path), step, 6.94, float(gamma_to_sigma_rel(6.94)), "metadata")
+    return Snapshot(open_tensors(path), step, 6.94, float(gamma_to_sigma_rel(6.94)), "metadata")
 
 
 def test_shards_and_folders_sum_to_the_bytes_of_single_files(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_folders_that_are_no_snapshots_are_said_to_be_left_out(tmp_path: Path) -
 def test_shards_of_one_network_share_their_tensors_with_the_next(tmp_path: Path) -> None:
     cache: dict = {}
     layouts = [
-        open_layout(save_shards(tmp_path / str(step), some_tensors(step), GROUPS), cache)
+        open_tensors(save_shards(tmp_path / str(step), some_tensors(step), GROUPS), cache)
         for step in (1, 2)
     ]
     assert layouts[0].tensors is layouts[1].tensors
@@ -161,7 +161,7 @@ def test_an_index_that_makes_no_sense(tmp_path: Path, index: bytes) -> None:
     path = save_shards(tmp_path, some_tensors(1), GROUPS)
     path.write_bytes(index)
     with pytest.raises(SnapshotError, match=r"not an index of shards \(.*\); copy it again") as e:
-        open_layout(path)
+        open_tensors(path)
     assert "\n" not in str(e.value)
 
 
@@ -170,7 +170,7 @@ def test_a_missing_shard_may_still_be_being_written(tmp_path: Path) -> None:
     save_file(some_tensors(1), tmp_path / "run_4_6.94.safetensors")
     index.with_name("model-00002-of-00003.safetensors").unlink()
     with pytest.raises(IncompleteError, match=r"its shard 'model-00002-of-00003.safet.*' is miss"):
-        open_layout(index)
+        open_tensors(index)
     assert [file for file, _ in read_folder(tmp_path).problems] == ["run_5_6.94"]
     inventory = read_folder(tmp_path, skip_incomplete=True)
     assert [each.step for each in inventory.usable()] == [4]
@@ -186,11 +186,11 @@ def test_an_index_and_shards_that_do_not_belong_together(tmp_path: Path) -> None
     ):
         index.write_text(json.dumps({"weight_map": document["weight_map"] | change}))
         with pytest.raises(SnapshotError, match=message):
-            open_layout(index)
+            open_tensors(index)
     save_file({"a": some_tensors(1)["a"]}, tmp_path / "model-00001-of-00003.safetensors")
     index.write_text(json.dumps(document))
     with pytest.raises(SnapshotError, match="tensor 'a' is in two shards"):
-        open_layout(index)
+        open_tensors(index)
 
 
 # Outputs
@@ -242,7 +242,7 @@ def test_shards_hold_what_a_single_file_would(tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert loaded[name].tobytes() == tensor.tobytes()
         assert loaded[name].shape == tensor.shape
-    layout = open_layout(paths[-1])
+    layout = open_tensors(paths[-1])
     assert layout.metadata["about"] == "a run"
     assert layout.metadata["format"] == "pt"
     assert made_by_posthoc(paths[-1])
@@ -257,7 +257,7 @@ def test_an_output_in_shards_is_replaced_only_by_force_and_then_wholly(tmp_path:
     write(snapshots, out, shard_bytes=200)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for shard_bytes in (None, 200, 900):
-        with pytest.raises(UsageError, match=r"index\.json: exists already; use --force"):
+        with pytest.raises(UsageError, match=r"index\.json: exists already; use force=True"):
             write(snapshots, out, shard_bytes=shard_bytes)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     write(snapshots, out, shard_bytes=900, overwrite=True)
@@ -289,7 +289,7 @@ def test_shards_that_a_killed_run_left_without_an_index(tmp_path: Path) -> None:
         "ema-00002-of-00002.safetensors",
         "ema.safetensors.index.json",
     ]
-    assert open_layout(folder / "ema.safetensors.index.json").tensors.keys() == {*some_tensors(1)}
+    assert open_tensors(folder / "ema.safetensors.index.json").tensors.keys() == {*some_tensors(1)}
 
 
 def test_a_run_that_was_faster_keeps_its_shards(

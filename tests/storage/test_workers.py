@@ -11,7 +11,7 @@ import pytest
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.workers import flushed_behind, share
+from posthoc_cli.storage.workers import background_flush, share
 
 
 class Trouble(Exception):
@@ -66,7 +66,7 @@ def test_files_are_flushed_until_the_end(tmp_path: Path, monkeypatch: pytest.Mon
     with AtomicFile(tmp_path / "out", 1) as file:
         flush = file.flush
         monkeypatch.setattr(file, "flush", lambda: (flush(), flushed.set()))
-        with flushed_behind([file]):
+        with background_flush([file]):
             file.write_at(0, b"x")
             flushed.wait()
         flushed.clear()
@@ -86,6 +86,6 @@ def test_an_error_of_the_flush_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
         AtomicFile(tmp_path / "out", 1) as file,
     ):
         monkeypatch.setattr(file, "flush", broken)
-        with flushed_behind([file]):
+        with background_flush([file]):
             failed.wait()
     assert list(tmp_path.iterdir()) == []

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from posthoc_cli.storage.header import DTYPE_BITS
+from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.accumulators import CpuSumming, Summing, TorchSumming
+from posthoc_cli.synthesis.accumulators import Accumulator, CpuAccumulator, TorchAccumulator
 from posthoc_cli.synthesis.plan import make_plan
 from tests.support import STORED, read_tensors, snapshot_of, write_tensors
 
 ROW, CAPACITY, TARGETS, GROUP = 1024, 256, 3, 4
 
 MAKERS = [
-    pytest.param(lambda: CpuSumming(ROW, CAPACITY, TARGETS, GROUP), id="cpu"),
-    pytest.param(lambda: TorchSumming(ROW, CAPACITY, TARGETS, GROUP, "cpu"), id="torch-cpu"),
+    pytest.param(lambda: CpuAccumulator(ROW, CAPACITY, TARGETS, GROUP), id="cpu"),
+    pytest.param(lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, GROUP, "cpu"), id="torch-cpu"),
     pytest.param(
-        lambda: TorchSumming(ROW, CAPACITY, TARGETS, GROUP, "cuda"),
+        lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, GROUP, "cuda"),
         id="torch-cuda",
         marks=pytest.mark.gpu,
     ),
@@ -27,7 +27,7 @@ MAKERS = [
 
 
 def sums_of(
-    summing: Summing, rows: np.ndarray, weights: np.ndarray, dtype: str, out_dtype: str
+    summing: Accumulator, rows: np.ndarray, weights: np.ndarray, dtype: str, out_dtype: str
 ) -> list[np.ndarray]:
     """Go through `rows` [snapshots, elements] by groups, as the workers do."""
     elements = rows.shape[1]
@@ -45,11 +45,11 @@ def sums_of(
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
-def test_sums_over_groups_of_snapshots(make: Callable[[], Summing], dtype: str) -> None:
+def test_sums_over_groups_of_snapshots(make: Callable[[], Accumulator], dtype: str) -> None:
     rng = np.random.default_rng(0)
     summing = make()
     weights = rng.standard_normal((10, TARGETS))
-    for elements in (ROW * 8 // DTYPE_BITS[dtype] // 8, 1, 65):  # the buffers are used again
+    for elements in (ROW * 8 // DTYPES[dtype].bits // 8, 1, 65):  # the buffers are used again
         rows = rng.standard_normal((10, elements)).astype(STORED[dtype])
         expected = weights.T @ rows.astype(np.float64)
         for result, exact in zip(
@@ -67,7 +67,7 @@ def test_sums_over_groups_of_snapshots(make: Callable[[], Summing], dtype: str) 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 def test_results_are_within_one_unit_in_the_last_place(
-    make: Callable[[], Summing], dtype: str
+    make: Callable[[], Accumulator], dtype: str
 ) -> None:
     import ml_dtypes
 

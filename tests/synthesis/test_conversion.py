@@ -238,7 +238,7 @@ def test_a_step_alone_is_kept(content: dict[str, Any], tmp_path: Path) -> None:
     assert (one.step, one.identity) == (500, None)
     assert metadata(one.output)["step"] == "500"
     assert not {"gamma", "sigma_rel"} & metadata(one.output).keys()
-    assert "only good for --raw" in one.warnings[0]
+    assert "only good for raw=True" in one.warnings[0]
 
 
 def test_nothing_that_tells(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_pattern_is_for_the_name_of_the_checkpoint(tmp_path: Path) -> None:
     assert metadata(one.output)["sigma_rel"] == "0.2"
     with pytest.raises(UsageError, match="its ending included"):
         converted(tmp_path, "b.pt", {"w": W}, pattern=pattern)
-    with pytest.raises(SnapshotError, match="doesn't fit --pattern"):
+    with pytest.raises(SnapshotError, match="doesn't fit pattern="):
         run(tmp_path, tmp_path / "other", Options(pattern=pattern))
 
 
@@ -274,14 +274,14 @@ def test_a_pattern_with_an_index(tmp_path: Path) -> None:
     pattern = compile_pattern("e{index}-{step}.pt")
     one = converted(tmp_path, "e1-500.pt", {"w": W}, pattern=pattern, profiles=(0.1, 0.2))
     assert metadata(one.output)["sigma_rel"] == "0.2"
-    with pytest.raises(UsageError, match="missing, as --pattern has"):
+    with pytest.raises(UsageError, match="missing, as pattern= has"):
         find_jobs(tmp_path, tmp_path, Options(pattern=pattern))
 
 
 def test_what_can_not_be(tmp_path: Path) -> None:
     with pytest.raises(SnapshotError, match=r"sigma_rel 0\.9, not between"):
         converted(tmp_path, "a.pt", {"step": 5, "sigma_rel": 0.9, "model": {"w": W}})
-    with pytest.raises(SnapshotError, match="says index 1, for which --profiles has no"):
+    with pytest.raises(SnapshotError, match="says index 1, for which profiles= has no"):
         run(ema_pytorch(tmp_path, 1, 100, {"w": W}), tmp_path, Options(update_every=1))
     with pytest.raises(SnapshotError, match="is not a checkpoint of ema-pytorch"):
         converted(tmp_path, "a_500_6.94.pt", {"w": W}, kind="ema-pytorch", update_every=1)
@@ -303,7 +303,7 @@ def test_without_update_every_the_profile_is_doubted(kind: str, tmp_path: Path) 
     assert metadata(found[0].output)["sigma_rel"] == "0.05"
     (told,) = explanations(found, options)
     assert told.startswith(f"{kind} averages with another profile than asked for unless")
-    assert f"its default is {default}: give --update-every" in told
+    assert f"its default is {default}: give update_every=" in told
     assert explanations(found, Options(kind=kind, profiles=(0.05,), update_every=1)) == []
 
 
@@ -325,7 +325,7 @@ def test_the_exponent_that_it_really_is(tmp_path: Path) -> None:
     assert "sigma_rel 0.1 is gamma -0.2063 in truth, sigma_rel 0.2972" in told
     options = Options(profiles=(0.05, 0.10), update_every=100)
     told, more = explanations(run(tmp_path, tmp_path, options, overwrite=True), options)
-    assert "--method blup" in more
+    assert "method='blup'" in more
 
 
 # Which files, and what is there already
@@ -453,10 +453,10 @@ def test_never_over_a_checkpoint(tmp_path: Path) -> None:
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     torch.save({"w": W}, tmp_path / "a.pt")
     for options, line in (
-        (Options(profiles=(0.3,)), "--profiles: 0.3 is not between"),
-        (Options(update_every=0), "--update-every: 0 is out of bounds"),
-        (Options("torch", update_every=2), "--update-every: doesn't go with --from torch"),
-        (Options("edm2", key="x"), "--key: doesn't go with --from edm2"),
+        (Options(profiles=(0.3,)), "profiles=: 0.3 is not between"),
+        (Options(update_every=0), "update_every=: 0 is out of bounds"),
+        (Options("torch", update_every=2), "update_every=: doesn't go with tool='torch'"),
+        (Options("edm2", key="x"), "key=: doesn't go with tool='edm2'"),
     ):
         with pytest.raises(UsageError, match=line):
             find_jobs(tmp_path, tmp_path, options)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage import workers
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.accumulators import TorchSumming
+from posthoc_cli.synthesis.accumulators import TorchAccumulator
 from posthoc_cli.synthesis.plan import make_plan
 from posthoc_cli.synthesis.recipe import KEY
 from tests.support import STORED, read_tensors, snapshot_of, write_tensors
@@ -280,7 +280,7 @@ def test_metadata_is_carried_over_less_what_no_longer_holds(tmp_path: Path) -> N
     }  # fmt: skip
     snapshots = make_snapshots(tmp_path, random_contents("F32", 2, {"w": (2,)}), metadata)
     out = synthesize(snapshots, np.array([0.5, 0.5]), tmp_path)[0]
-    assert read_layout(out).metadata == {
+    assert read_header(out).metadata == {
         "format": "pt",
         "ss_base_model": "x",
         KEY: '{"sources": []}',
@@ -298,16 +298,14 @@ def files(folder: Path) -> set[str]:
 def test_an_output_never_lands_on_a_snapshot(tmp_path: Path) -> None:
     snapshots = two_snapshots(tmp_path)
     plan = make_plan(snapshots)
-    (tmp_path / "link").symlink_to(snapshots[0].layout.path)
-    os.link(snapshots[1].layout.path, tmp_path / "hard")
+    (tmp_path / "link").symlink_to(snapshots[0].index.path)
+    os.link(snapshots[1].index.path, tmp_path / "hard")
     for name in ("s000.safetensors", "link", "hard"):
         with pytest.raises(UsageError, match="is one of the snapshots"):
             synthesis.execute(
                 plan, np.ones((1, 2)), [tmp_path / name], [{"sources": []}], overwrite=True
             )
-    assert [read_layout(s.layout.path).size for s in snapshots] == [
-        s.layout.size for s in snapshots
-    ]
+    assert [read_header(s.index.path).size for s in snapshots] == [s.index.size for s in snapshots]
 
 
 def cut(path: Path) -> None:
@@ -332,7 +330,7 @@ def test_a_snapshot_that_changes_stops_everything(
     tmp_path: Path, change: Callable[[Path], None], when: str
 ) -> None:
     snapshots = two_snapshots(tmp_path, 200_000)
-    path = snapshots[1].layout.path
+    path = snapshots[1].index.path
     if when == "before":
         change(path)
     once = threading.Event()
@@ -417,8 +415,8 @@ def test_a_device_that_fails_is_told_in_one_line(
     def failing(*_: object) -> None:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(synthesis, "TorchSumming", failing)
-    with pytest.raises(MachineError, match=rf"^--device cuda:1: {told}; free some.*--device cpu$"):
+    monkeypatch.setattr(synthesis, "TorchAccumulator", failing)
+    with pytest.raises(MachineError, match=rf"^device='cuda:1': {told}; free some.*device='cpu'$"):
         synthesize(snapshots, np.ones(2), tmp_path, device="cuda:1")
     assert files(tmp_path) == before
 
@@ -427,7 +425,9 @@ def test_the_device_path_gives_what_the_cpu_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine around the torch sums, with torch's own CPU in place of a GPU."""
-    monkeypatch.setattr(synthesis, "TorchSumming", lambda *sizes: TorchSumming(*sizes[:-1], "cpu"))
+    monkeypatch.setattr(
+        synthesis, "TorchAccumulator", lambda *sizes: TorchAccumulator(*sizes[:-1], "cpu")
+    )
     contents = random_contents("F16", 20, SHAPES)
     for tensors in contents:
         tensors["same"] = np.arange(9, dtype=np.float16)

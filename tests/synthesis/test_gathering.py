@@ -14,7 +14,7 @@ import pytest
 from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.formats.checkpoints import Checkpoint, StoredTensor
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.header import lay_out, read_layout
+from posthoc_cli.storage.header import make_header, read_header
 from posthoc_cli.synthesis import gathering
 from posthoc_cli.synthesis.gathering import write_tensors
 from tests.support import NAMES, read_tensors
@@ -78,7 +78,7 @@ def write(
     checkpoint: Checkpoint, arrays: dict[str, npt.NDArray], output: Path, **dtypes: str
 ) -> tuple[dict[str, npt.NDArray], list[str], int]:
     tensors = {name: stored(array) for name, array in arrays.items()}
-    header, infos = lay_out(
+    header, infos = make_header(
         {name: (dtypes.get(name, one.dtype), one.shape) for name, one in tensors.items()}, {}
     )
     size = len(header) + max(info.end for info in infos.values())
@@ -86,7 +86,7 @@ def write(
     with AtomicFile(output, size) as file:
         file.write_at(0, header)
         overflowed = write_tensors(checkpoint, tensors, infos, file, len(header), taken.append)
-    read_layout(output)
+    read_header(output)
     return read_tensors(output), overflowed, sum(taken)
 
 

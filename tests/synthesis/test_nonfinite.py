@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.nonfinite import Finding, complaint
+from posthoc_cli.synthesis.nonfinite import NonfiniteTensor, complaint
 from posthoc_cli.synthesis.plan import Plan, make_plan
 from tests.command import Posthoc
 from tests.support import STORED, snapshot_of, write_tensors
@@ -27,7 +27,7 @@ def made(folder: Path, contents: list[dict[str, npt.NDArray]], **options: Any) -
     return make_plan(each, **options)
 
 
-def run(plan: Plan, folder: Path, weights: Any = None, **options: Any) -> list[Finding]:
+def run(plan: Plan, folder: Path, weights: Any = None, **options: Any) -> list[NonfiniteTensor]:
     count = len(plan.snapshots)
     weights = np.full((1, count), 1 / count) if weights is None else np.atleast_2d(weights)
     outputs = [folder / f"out{t}.safetensors" for t in range(len(weights))]
@@ -56,16 +56,16 @@ def test_they_are_counted_by_tensor_and_snapshot(
     contents[2]["b"][[17, 1500]] = np.inf
     contents[0]["c"][1] = -np.inf
     plan = made(tmp_path, contents)
-    wanted = [Finding("b", 3, 2, 0, 0.0, {1, 2}), Finding("c", 0, 1, 0, 0.0, {0})]
+    wanted = [NonfiniteTensor("b", 3, 2, 0, 0.0, {1, 2}), NonfiniteTensor("c", 0, 1, 0, 0.0, {0})]
     if device == "meta":  # the other implementation of the sum, where there is no GPU
         from unittest import mock
 
-        from posthoc_cli.synthesis.accumulators import TorchSumming
+        from posthoc_cli.synthesis.accumulators import TorchAccumulator
 
-        def on_cpu(*arguments: Any) -> TorchSumming:
-            return TorchSumming(*arguments[:-1], "cpu")
+        def on_cpu(*arguments: Any) -> TorchAccumulator:
+            return TorchAccumulator(*arguments[:-1], "cpu")
 
-        with mock.patch.object(synthesis, "TorchSumming", on_cpu):
+        with mock.patch.object(synthesis, "TorchAccumulator", on_cpu):
             assert run(plan, tmp_path, device="cuda") == wanted
         return
     for workers in (1, 4):
@@ -81,7 +81,7 @@ def test_they_are_counted_by_tensor_and_snapshot(
 def test_float8_without_infinity(tmp_path: Path) -> None:
     contents = varied("F8_E4M3", 3)
     contents[1]["b"][5] = np.nan
-    assert run(made(tmp_path, contents), tmp_path) == [Finding("b", 1, 0, 0, 0.0, {1})]
+    assert run(made(tmp_path, contents), tmp_path) == [NonfiniteTensor("b", 1, 0, 0, 0.0, {1})]
 
 
 def test_a_sum_that_the_dtype_does_not_hold_is_told_with_one_that_does(tmp_path: Path) -> None:
@@ -91,20 +91,19 @@ def test_a_sum_that_the_dtype_does_not_hold_is_told_with_one_that_does(tmp_path:
     weights = [[0.5, 0.5], [0.9, 0.1]]  # 70,000 and 62,000: float16 ends at 65,504
     plan = made(tmp_path, contents, dtype="float16")
     findings = run(plan, tmp_path, weights)
-    assert findings == [Finding("a", 0, 0, 1, 70_000.0)]
+    assert findings == [NonfiniteTensor("a", 0, 0, 1, 70_000.0)]
     assert complaint(plan, findings) == (
         "tensor 'a'",
-        "1 values, of up to 7e+04, are too large for float16; --dtype bfloat16 or float32 holds "
-        "them",
+        "1 values, of up to 7e+04, are too large for float16; dtype=bfloat16 or float32 holds them",
     )
     for dtype in ("bfloat16", "float32", "same"):
         assert run(made(tmp_path, contents, dtype=dtype), tmp_path, weights) == []
     huge = [{"a": np.array([1.0, k * 1e300])} for k in (1, 2)]
     plan = made(tmp_path, huge, dtype="float32")
-    assert "--dtype float64 holds them" in complaint(plan, run(plan, tmp_path))[1]
+    assert "dtype=float64 holds them" in complaint(plan, run(plan, tmp_path))[1]
     plan = made(tmp_path, [{"a": np.array([1.0, 1.7e308])} for _ in "ab"] + [{"a": np.ones(2)}])
     findings = run(plan, tmp_path, [[1.0, 1.0, -1.0]])
-    assert findings == [Finding("a", 0, 0, 1, np.inf)]
+    assert findings == [NonfiniteTensor("a", 0, 0, 1, np.inf)]
     assert complaint(plan, findings)[1].endswith("too large for float64; no dtype holds them")
 
 
@@ -116,7 +115,9 @@ def test_constants(tmp_path: Path) -> None:
          "large": np.full(3, 1e5, np.float32)}
         for k in (1, 2, 3)
     ]  # fmt: skip
-    assert run(made(tmp_path, contents), tmp_path) == [Finding("nan", 3, 0, 0, 0.0, {0, 1, 2})]
+    assert run(made(tmp_path, contents), tmp_path) == [
+        NonfiniteTensor("nan", 3, 0, 0, 0.0, {0, 1, 2})
+    ]
     plan = made(tmp_path, contents, dtype="float16")
     assert [f.tensor for f in run(plan, tmp_path) if f.overflowed] == ["large"]
 
@@ -128,12 +129,12 @@ def test_copied_tensors(tmp_path: Path) -> None:
     contents[0]["a"][2] = np.nan  # of a snapshot that it isn't copied from
     assert run(made(tmp_path, contents, copy=["a"]), tmp_path) == []
     assert run(made(tmp_path, contents, copy=["a"], dtype="float16"), tmp_path) == [
-        Finding("a", 0, 0, 1, 1e6)
+        NonfiniteTensor("a", 0, 0, 1, 1e6)
     ]
     contents[1]["a"][2] = np.nan
     for dtype in ("same", "bfloat16"):
         plan = made(tmp_path, contents, copy=["a"], dtype=dtype)
-        assert run(plan, tmp_path) == [Finding("a", 1, 0, 0, 0.0, {1})]
+        assert run(plan, tmp_path) == [NonfiniteTensor("a", 1, 0, 0, 0.0, {1})]
 
 
 def test_integers_are_never_suspected(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage.header import lay_out, read_layout
+from posthoc_cli.storage.header import make_header, read_header
 from posthoc_cli.synthesis.plan import make_plan
 from tests.support import snapshot_of, write_layout
 
@@ -72,7 +72,7 @@ def test_chunks_cover_every_element_once(tmp_path: Path) -> None:
 
 def test_the_output_is_laid_out_where_the_runs_say(tmp_path: Path) -> None:
     plan = make_plan(snapshots(tmp_path, MIXED), dtype="float64")
-    infos = lay_out(plan.tensors, {})[1]
+    infos = make_header(plan.tensors, {})[1]
     assert {name: dtype for name, (dtype, _) in plan.tensors.items()} == {
         "w1": "F64", "w2": "F64", "half": "F64", "none": "F64", "count": "I64",
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_copied_and_dropped_tensors(tmp_path: Path) -> None:
         (("count",), False),
         (("w1", "w2"), False),
     ]
-    with pytest.raises(UsageError, match=r"--copy x\*: matches no tensor"):
+    with pytest.raises(UsageError, match=r"copy='x\*': matches no tensor"):
         make_plan(made, copy=["x*"])
     with pytest.raises(UsageError, match="leaves no tensor"):
         make_plan(made, drop=["*"])
@@ -107,4 +107,4 @@ def test_parts_of_block_formats_have_no_average(tmp_path: Path) -> None:
         make_plan(made, copy=["packed"])
     plan = make_plan(made, copy=["*"])
     assert plan.bytes_to_write == 16
-    assert read_layout(tmp_path / "x").tensors.keys() == plan.tensors.keys()
+    assert read_header(tmp_path / "x").tensors.keys() == plan.tensors.keys()

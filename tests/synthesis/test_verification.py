@@ -16,9 +16,9 @@ import pytest
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver.profiles import Profile
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.readers import fingerprint
-from posthoc_cli.storage.shards import open_layout
+from posthoc_cli.storage.shards import open_tensors
 from posthoc_cli.synthesis import comparison
 from posthoc_cli.synthesis.comparison import Problem, allowed
 from posthoc_cli.synthesis.engine import execute
@@ -81,7 +81,7 @@ def synthesize(
         [each.file for each in snapshots],
         [each.profile for each in snapshots],
         weights,
-        marks=() if old else [(each.bytes, fingerprint(each.layout)) for each in snapshots],
+        marks=() if old else [(each.bytes, fingerprint(each.index)) for each in snapshots],
         copied=() if old else copy,
         dropped=() if old else drop,
     )
@@ -154,7 +154,7 @@ def test_newest_is_the_first_of_the_last_step(tmp_path: Path, folder: Path) -> N
     for chosen in (snapshots, snapshots[::-1]):
         out = synthesize(chosen, tmp_path / f"x{END}", copy=["*"], overwrite=True)
         assert not check(out, folder, full=True).problems
-        newest = read_tensors(max(chosen, key=lambda each: each.step).layout.path)
+        newest = read_tensors(max(chosen, key=lambda each: each.step).index.path)
         assert np.array_equal(read_tensors(out)["count"], newest["count"])
 
 
@@ -170,14 +170,14 @@ def test_without_a_folder_the_snapshots_lie_beside_it(tmp_path: Path, folder: Pa
 def test_an_old_recipe(tmp_path: Path, folder: Path) -> None:
     snapshots = snapshots_in(folder, 2)
     out = synthesize(snapshots, tmp_path / f"x{END}", drop=["same.*"], old=True)
-    assert "fingerprint" not in read_layout(out).metadata[KEY]
+    assert "fingerprint" not in read_header(out).metadata[KEY]
     report = check(out, folder, full=True)
     assert (report.known, report.problems) == (0, [])
 
 
 def test_the_file_may_be_laid_out_anew(tmp_path: Path, folder: Path) -> None:
     out = synthesize(snapshots_in(folder, 3), tmp_path / f"x{END}")
-    tensors, metadata = read_tensors(out), read_layout(out).metadata
+    tensors, metadata = read_tensors(out), read_header(out).metadata
     write_tensors(out, tensors, metadata, order=list(reversed(tensors)))
     assert not check(out, folder, full=True).problems
 
@@ -186,7 +186,7 @@ def test_shards_and_folders(tmp_path: Path, folder: Path) -> None:
     snapshots = snapshots_in(folder, 3)
     (folder / "nested").mkdir()
     shutil.move(folder / f"001{END}", folder / "nested" / f"model{END}")
-    snapshots[1] = Snapshot(open_layout(folder / "nested"), 100, 1.0, 0.2, "metadata")
+    snapshots[1] = Snapshot(open_tensors(folder / "nested"), 100, 1.0, 0.2, "metadata")
     out = synthesize(snapshots, tmp_path / f"x{END}", shard_bytes=1000)
     assert not out.exists()
     report = check(out, folder, full=True)
@@ -194,8 +194,8 @@ def test_shards_and_folders(tmp_path: Path, folder: Path) -> None:
     shard = tmp_path / "x-00002-of-00005.safetensors"
     assert shard.exists()
     assert not check(tmp_path / f"x{END}.index.json", folder).problems
-    flip(shard, next(iter(read_layout(shard).tensors)))
-    assert only_problem(check(out, folder)).tensor == next(iter(read_layout(shard).tensors))
+    flip(shard, next(iter(read_header(shard).tensors)))
+    assert only_problem(check(out, folder)).tensor == next(iter(read_header(shard).tensors))
 
 
 def test_an_output_of_another_device_may_round_otherwise(tmp_path: Path, folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_an_output_of_another_device_may_round_otherwise(tmp_path: Path, folder:
 
 def flip(path: Path, name: str, byte: int = -1, bit: int = 3) -> None:
     """Flip a bit of a tensor in a file."""
-    layout = read_layout(path)
+    layout = read_header(path)
     info = layout.tensors[name]
     at = layout.parts[0].data_start + (info.start if byte >= 0 else info.end) + byte
     data = bytearray(path.read_bytes())
@@ -232,13 +232,13 @@ def flip(path: Path, name: str, byte: int = -1, bit: int = 3) -> None:
 def test_one_wrong_bit_anywhere(tmp_path: Path, folder: Path, dtype: str) -> None:
     snapshots = snapshots_in(folder, 4)
     right = synthesize(snapshots, tmp_path / f"right{END}", dtype=dtype, copy=["float.BF16"])
-    names = [name for name, info in read_layout(right).tensors.items() if info.elements]
+    names = [name for name, info in read_header(right).tensors.items() if info.elements]
     assert len(names) == 12
     out = tmp_path / f"x{END}"
     for name in names:
         shutil.copy(right, out)
         flip(out, name)  # a high bit of the last element
-        info = read_layout(out).tensors[name]
+        info = read_header(out).tensors[name]
         last = tuple(length - 1 for length in info.shape)
         report = check(out, folder, full=True)
         problem = only_problem(report)
@@ -256,8 +256,8 @@ def test_sums_may_be_rounded_to_either_side(tmp_path: Path, folder: Path) -> Non
     snapshots = snapshots_in(folder, 3)
     weights = [1.5, -2, 1.75]
     out = synthesize(snapshots, tmp_path / f"x{END}", weights)
-    right, metadata = read_tensors(out), read_layout(out).metadata
-    sources = [read_tensors(each.layout.path) for each in snapshots]
+    right, metadata = read_tensors(out), read_header(out).metadata
+    sources = [read_tensors(each.index.path) for each in snapshots]
     for name in ("float.F16", "float.F32"):
         terms = [
             w * each[name].astype(np.float64) for w, each in zip(weights, sources, strict=True)
@@ -287,7 +287,7 @@ def test_a_sample_sees_the_beginning_of_every_tensor(tmp_path: Path, folder: Pat
     snapshots = snapshots_in(folder, 4)
     right = synthesize(snapshots, tmp_path / f"right{END}", [1.5, -2, 1.75, -0.9])
     out = tmp_path / f"x{END}"
-    for name, info in read_layout(right).tensors.items():
+    for name, info in read_header(right).tensors.items():
         if info.elements:
             shutil.copy(right, out)
             width = (info.end - info.start) // info.elements
@@ -315,7 +315,7 @@ def test_a_tensor_that_varies_only_outside_of_the_sample(tmp_path: Path, folder:
     for full in (False, True):
         assert check(out, folder, full=full).problems == []
     copied = read_tensors(out) | {"long": read_tensors(folder / f"002{END}")["long"]}
-    write_tensors(out, copied, read_layout(out).metadata)
+    write_tensors(out, copied, read_header(out).metadata)
     assert check(out, folder).problems == []  # it could be a copy, for all that the sample tells
     problem = only_problem(check(out, folder, full=True))
     assert (problem.tensor, problem.element, problem.problem) == (
@@ -327,7 +327,7 @@ def test_a_tensor_that_varies_only_outside_of_the_sample(tmp_path: Path, folder:
 
 def test_the_first_of_several_in_the_order_of_the_file(tmp_path: Path, folder: Path) -> None:
     out = synthesize(snapshots_in(folder, 3), tmp_path / f"x{END}")
-    names = list(read_layout(out).tensors)
+    names = list(read_header(out).tensors)
     for name in ("scalar", "float.F32", "count"):
         flip(out, name)
     found = [problem.tensor for problem in check(out, folder, full=True).problems]
@@ -336,7 +336,7 @@ def test_the_first_of_several_in_the_order_of_the_file(tmp_path: Path, folder: P
 
 def test_another_weight(tmp_path: Path, folder: Path) -> None:
     out = synthesize(snapshots_in(folder, 2), tmp_path / f"x{END}", [0.5, 0.5])
-    metadata = dict(read_layout(out).metadata)
+    metadata = dict(read_header(out).metadata)
     recipe = json.loads(metadata[KEY])
     recipe["sources"][0]["weight"] = 0.52
     write_tensors(out, read_tensors(out), metadata | {KEY: json.dumps(recipe)})
@@ -347,7 +347,7 @@ def test_another_weight(tmp_path: Path, folder: Path) -> None:
 
 def test_tensors_that_should_not_be_there_or_should(tmp_path: Path, folder: Path) -> None:
     out = synthesize(snapshots_in(folder, 2), tmp_path / f"x{END}", drop=["float.F16"])
-    tensors, metadata = read_tensors(out), read_layout(out).metadata
+    tensors, metadata = read_tensors(out), read_header(out).metadata
 
     def problems(changed: Mapping[str, npt.NDArray]) -> list[tuple[str | None, str]]:
         write_tensors(out, changed, metadata)

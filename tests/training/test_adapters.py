@@ -104,7 +104,7 @@ def test_lightning_tracks_a_part_of_the_module(tmp_path: Path) -> None:
         module="net", folder=tmp_path / "part", checkpoint_every=3, background=True
     )
     lightning_fit(tmp_path, callback, 3)
-    assert set(read_folder(tmp_path / "part").usable()[0].layout.tensors) == {"weight", "bias"}
+    assert set(read_folder(tmp_path / "part").usable()[0].index.tensors) == {"weight", "bias"}
 
 
 # Hugging Face transformers

@@ -29,9 +29,9 @@ from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
 from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import header as tensorfile
-from posthoc_cli.storage.header import read_layout
+from posthoc_cli.storage.header import read_header
 from posthoc_cli.training import averaging
-from posthoc_cli.training.averaging import LiveTensors, Mover
+from posthoc_cli.training.averaging import EmaUpdate, LiveTensors
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -238,14 +238,14 @@ def test_mover_is_the_plain_formula_for_every_layout(
     ]
     before = [[each.clone() for each in column] for column in averages]
     weights = (0.25, 1e-3, 1.0)
-    Mover(sources, averages)(weights)
+    EmaUpdate(sources, averages)(weights)
     for weight, old, new in zip(weights, before, averages, strict=True):
         for source, was, now in zip(sources, old, new, strict=True):
             torch.testing.assert_close(now, was + weight * (source.to(now.dtype) - was))
 
 
 def move_once(averages: list[list[torch.Tensor]]) -> None:
-    Mover([torch.ones(10) for _ in averages[0]], averages)([0.5])
+    EmaUpdate([torch.ones(10) for _ in averages[0]], averages)([0.5])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
@@ -264,7 +264,7 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 def test_a_first_update_does_not_read_the_averages() -> None:
     averages = [[torch.full((3,), float("nan"))]]
-    Mover([torch.ones(3)], averages)([1.0])
+    EmaUpdate([torch.ones(3)], averages)([1.0])
     assert torch.equal(averages[0][0], torch.ones(3))
 
 
@@ -356,7 +356,7 @@ def test_metadata_and_names_say_step_and_profile(tmp_path: Path) -> None:
         for step in (7, 14)
         for width in ("0.0512", "0.100")
     ]
-    assert read_layout(tmp_path / "ema-step00000007-0.100.safetensors").metadata == {
+    assert read_header(tmp_path / "ema-step00000007-0.100.safetensors").metadata == {
         "format": "pt",
         "step": "7",
         "gamma": repr(float(sigma_rel_to_gamma(0.1))),
@@ -445,7 +445,7 @@ def test_ddp_and_sharded_networks_give_whole_snapshots(tmp_path: Path) -> None:
     snapshots = {name: read_folder(tmp_path / name).usable() for name in ("ddp", "fsdp")}
     assert [len(each) for each in snapshots.values()] == [4, 4]
     for one, other in zip(*snapshots.values(), strict=True):
-        whole, gathered = load_file(one.layout.path), load_file(other.layout.path)
+        whole, gathered = load_file(one.index.path), load_file(other.index.path)
         small().load_state_dict(gathered, strict=True)
         for name in whole:
             torch.testing.assert_close(whole[name], gathered[name])
@@ -454,7 +454,7 @@ def test_ddp_and_sharded_networks_give_whole_snapshots(tmp_path: Path) -> None:
 def test_include_takes_a_part_of_the_network(tmp_path: Path) -> None:
     ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=1, include=("1.*",))
     ema.update()
-    assert set(read_folder(tmp_path).usable()[0].layout.tensors) == {"1.weight", "1.bias"}
+    assert set(read_folder(tmp_path).usable()[0].index.tensors) == {"1.weight", "1.bias"}
 
 
 def test_what_is_copied_and_what_is_ignored(tmp_path: Path) -> None:
@@ -574,7 +574,7 @@ def test_a_resumed_run_goes_on_in_its_folder_and_another_is_refused(tmp_path: Pa
 
 
 def test_outputs_of_posthoc_in_the_folder_are_nobodys_snapshots(tmp_path: Path) -> None:
-    header, _ = tensorfile.lay_out({}, {"posthoc": '{"sources": []}'})
+    header, _ = tensorfile.make_header({}, {"posthoc": '{"sources": []}'})
     (tmp_path / "out.safetensors").write_bytes(header)
     PostHocEMA(small(), folder=tmp_path).update()
 
@@ -606,7 +606,7 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(
 
     def full(self: atomicfile.AtomicFile, offset: int, data: memoryview) -> None:
         if offset:
-            with atomicfile.writing_to(self.path):
+            with atomicfile.write_errors(self.path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         written(self, offset, data)
 
