@@ -10,6 +10,8 @@ PosthocError
 
 from __future__ import annotations
 
+import math
+
 
 def printable(text: str) -> str:
     """`text` with everything that could steer a terminal escaped, on one line.
@@ -35,6 +37,16 @@ def in_bytes(count: float) -> str:
         count /= 1000
         power += 1
     return f"{count:.{1 if power else 0}f} {units[power]}"
+
+
+def percent(fraction: float) -> str:
+    """`3.42%`: three digits that count."""
+    value = 100 * fraction
+    if not math.isfinite(value):
+        return "unknown"
+    if value >= 999.5:
+        return f"{value:,.0f}%"
+    return f"{value:.3g}%" if value >= 1e-3 else "<0.001%"
 
 
 class PosthocError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import TensorInfo, read_header
+from posthoc_cli.synthesis.plan import TensorPlan, make_plan, newest_of
 
 STORED = {
     "F64": np.dtype(np.float64),
@@ -108,3 +110,9 @@ def write_kohya(
         tensors[f"{module}.lora_up.weight"] = np.full((16, 4), value, np.float16)
     stated = {"ss_output_name": "x", "ss_network_alpha": "8", "ss_network_dim": "4"}
     write_tensors(path, tensors, stated | metadata)
+
+
+def plan_of(snapshots: Sequence[Snapshot], **options: Any) -> TensorPlan:
+    """The plan of a set of snapshots, as the library makes it."""
+    newest = newest_of([snapshot.step for snapshot in snapshots])
+    return make_plan([snapshot.index for snapshot in snapshots], newest, **options)

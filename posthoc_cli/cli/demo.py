@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posthoc_cli.cli.console import note, plain_table, print_table, stderr_console, stdout_console
-from posthoc_cli.cli.drawing import percent
-from posthoc_cli.errors import MachineError, UsageError
+from posthoc_cli.errors import MachineError, UsageError, percent
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -125,13 +125,3 @@ def signed(weight: float) -> str:
     if weight == 0 or abs(weight) >= 5e-7:
         return f"{weight:+.6f}"
     return f"{weight:+.1e}"
-
-
-def percent(fraction: float) -> str:
-    """`3.42%`: three digits that count."""
-    value = 100 * fraction
-    if not math.isfinite(value):
-        return "unknown"
-    if value >= 999.5:
-        return f"{value:,.0f}%"
-    return f"{value:.3g}%" if value >= 1e-3 else "<0.001%"

@@ -29,7 +29,8 @@ from posthoc_cli.errors import SnapshotError, in_bytes, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.snapshots.folder import FolderContents, Snapshot
+    from posthoc_cli.api import Run
+    from posthoc_cli.snapshots.folder import Snapshot
     from posthoc_cli.storage.header import TensorIndex
 
 
@@ -72,11 +73,11 @@ def inspect(
         path = Path(folder)
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         itself = [*(only or ()), glob.escape(path.name)]
-        inventory = options.read_snapshots(
+        run = options.open_folder(
             str(path.parent), options.Reading(pattern, profiles, itself, raw, skip_incomplete)
         )
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
-        layout, recipe = (None, None) if inventory.snapshots else _read_recipe(path)
+        layout, recipe = (None, None) if run.snapshots else _read_recipe(path)
         if layout is not None and recipe is not None:
             if as_json:
                 print_json(_describe_output(path, recipe))
@@ -85,27 +86,27 @@ def inspect(
             return
     else:
         reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
-        inventory = options.read_snapshots(folder, reading)
-    warn(inventory.warnings, quiet)
+        run = options.open_folder(folder, reading)
+    warn(run.warnings, quiet)
     if as_json:
-        document = describe(inventory)
+        document = describe(run)
         if os.path.isfile(folder):
             document["recipe"] = None
         print_json(document)
     else:
-        _draw(stdout_console(), inventory)
-    if inventory.problems:
+        _draw(stdout_console(), run)
+    if run.problems:
         raise SnapshotError(
             folder,
-            counted(len(inventory.problems), "problem") + " found",
+            counted(len(run.problems), "problem") + " found",
             "the list of problems says what to do about each",
         )
 
 
-def describe(inventory: FolderContents) -> dict[str, Any]:
+def describe(run: Run) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     return {
-        "folder": str(inventory.folder),
+        "folder": str(run.folder),
         "snapshots": [
             {
                 "file": snapshot.file,
@@ -118,10 +119,10 @@ def describe(inventory: FolderContents) -> dict[str, Any]:
                 "bytes": snapshot.bytes,
                 "source": snapshot.source,
             }
-            for snapshot in inventory.snapshots
+            for snapshot in run.snapshots
         ],
-        "skipped": [{"file": file, "reason": reason} for file, reason in inventory.skipped],
-        "problems": [{"file": file, "message": spelled(text)} for file, text in inventory.problems],
+        "skipped": [{"file": file, "reason": reason} for file, reason in run.skipped],
+        "problems": [{"file": file, "message": spelled(text)} for file, text in run.problems],
     }
 
 
@@ -143,15 +144,15 @@ class _Column:
         return len(set(self.cells)) == 1
 
 
-def _draw(console: Console, inventory: FolderContents) -> None:
-    if inventory.snapshots:
-        _draw_snapshots(console, inventory.snapshots)
+def _draw(console: Console, run: Run) -> None:
+    if run.snapshots:
+        _draw_snapshots(console, run.snapshots)
     for heading, entries, style in (
-        ("Skipped", inventory.skipped, "dim"),
-        ("Problems", inventory.problems, "red"),
+        ("Skipped", run.skipped, "dim"),
+        ("Problems", run.problems, "red"),
     ):
         if entries:
-            console.print(f"\n{heading}" if inventory.snapshots else heading, style="bold")
+            console.print(f"\n{heading}" if run.snapshots else heading, style="bold")
         for file, text in entries:
             console.print(
                 f"  {printable(file)}: {printable(spelled(text))}", style=style, soft_wrap=True

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posthoc_cli.errors import MachineError, UsageError
+from posthoc_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.folder import FolderContents
-    from posthoc_cli.solver.profiles import Profile
+    from posthoc_cli.api import Run
 
 MAX_VALUES = 10_000
 """Values that one option may list; more is a slip of the keyboard."""
@@ -133,63 +132,6 @@ QuietOption = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An EMA that is wanted, as the user said it: `option` is "--sigma-rel" or "--gamma"."""
-
-    option: str
-    text: str
-    sigma_rel: float
-    gamma: float
-
-    def __str__(self) -> str:
-        """Such as `sigma_rel 0.05`."""
-        return f"{self.option.lstrip('-').replace('-', '_')} {self.text}"
-
-    @property
-    def sigma_rel_text(self) -> str:
-        return self.text if self.option == "--sigma-rel" else f"{self.sigma_rel:.6g}"
-
-    @property
-    def gamma_text(self) -> str:
-        return self.text if self.option == "--gamma" else f"{self.gamma:.6g}"
-
-
-def read_targets(sigma_rel: Sequence[str] | None, gamma: Sequence[str] | None) -> list[Target]:
-    """The targets of the two options: those by sigma_rel first, each in the order given.
-
-    A value that is listed again counts once. Raises UsageError for a value out of bounds, and when
-    there is none.
-    """
-    from posthoc_cli.snapshots.identity import MAX_GAMMA, MIN_SIGMA_REL
-    from posthoc_cli.solver.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
-
-    targets: list[Target] = []
-    for value in dict.fromkeys(read_list("--sigma-rel", sigma_rel or ())):
-        width = float(value)
-        if not MIN_SIGMA_REL <= width < MAX_SIGMA_REL:
-            raise UsageError(
-                "--sigma-rel",
-                f"{shortest(value)} is out of bounds",
-                "give values above 0 and below 12^-0.5 = 0.2887",
-            )
-        exponent = float(sigma_rel_to_gamma(width))
-        targets.append(Target("--sigma-rel", shortest(value), width, exponent))
-    for value in dict.fromkeys(read_list("--gamma", gamma or ())):
-        exponent = float(value)
-        if not -1 < exponent <= MAX_GAMMA:
-            raise UsageError(
-                "--gamma",
-                f"{shortest(value)} is out of bounds",
-                f"give values above -1, and up to {MAX_GAMMA:g}",
-            )
-        width = float(gamma_to_sigma_rel(exponent))
-        targets.append(Target("--gamma", shortest(value), width, exponent))
-    if not targets:
-        raise UsageError("--sigma-rel", "no target is given", "add, say, --sigma-rel 0.05")
-    return targets
-
-
 def read_list(option: str, texts: Sequence[str]) -> list[Decimal]:
     """The numbers of a LIST option, given once or more.
 
@@ -294,44 +236,6 @@ def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(option, f"'{value}' is not known", f"choose {listed}")
 
 
-def read_method(method: str | None, raw: bool) -> str:
-    """The method, by default the one for these snapshots.
-
-    Raises UsageError for one that is unknown, or that isn't for raw checkpoints or only for them.
-    """
-    from posthoc_cli.solver.methods import METHODS, check_method
-
-    if method is None:
-        return "share" if raw else "edm2"
-    check_choice("--method", method, METHODS)
-    check_method(method, raw, raw)
-    return method
-
-
-def read_device(text: str) -> str:
-    """The device to compute on; torch is only imported to look for another than the CPU.
-
-    Raises UsageError for a word that is no device, MachineError for one that isn't there.
-    """
-    if text == "cpu":
-        return text
-    if not re.fullmatch(r"auto|cuda(:[0-9]{1,3})?", text):
-        raise UsageError("--device", f"'{text}' is not known", "choose cpu, cuda, cuda:1 or auto")
-    import torch
-
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    remedy = "use --device cpu, or install a torch that supports your GPU"
-    if not torch.cuda.is_available():
-        raise MachineError(f"--device {text}", "torch finds no CUDA device here", remedy)
-    found = torch.cuda.device_count()
-    if int(text.partition(":")[2] or 0) >= found:
-        raise MachineError(
-            f"--device {text}", f"not there: {found} found", f"give cuda:0 to cuda:{found - 1}"
-        )
-    return text
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How a folder is to be read: the options under "Reading the folder"."""
@@ -343,33 +247,22 @@ class Reading:
     skip_incomplete: bool = False
 
 
-def read_snapshots(folder: str, reading: Reading) -> FolderContents:
-    """The inventory of `folder`."""
-    from posthoc_cli.snapshots.folder import read_folder
+def open_folder(folder: str, reading: Reading) -> Run:
+    """The snapshots of `folder`."""
+    from posthoc_cli.api import open_snapshots
 
     if reading.raw and reading.profiles:
         raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
-    listed = read_list("--profiles", reading.profiles) if reading.profiles else None
-    return read_folder(
+    return open_snapshots(
         folder,
         pattern=reading.pattern,
-        profiles=None if listed is None else [float(value) for value in listed],
+        profiles=read_numbers("--profiles", reading.profiles) if reading.profiles else None,
         only=reading.only or (),
         raw=reading.raw,
         skip_incomplete=reading.skip_incomplete,
     )
 
 
-def note_skipped(inventory: FolderContents, quiet: bool) -> None:
-    """Name on stderr the snapshots that --skip-incomplete leaves out."""
-    from posthoc_cli.cli.console import note
-
-    for file, reason in inventory.skipped:
-        if reason.startswith("incomplete"):
-            note(f"{file}: left out: {reason}", quiet)
-
-
-def at_step(targets: Sequence[Target], step: int) -> list[Profile]:
-    from posthoc_cli.solver.profiles import Profile
-
-    return [Profile(step, target.gamma) for target in targets]
+def read_numbers(option: str, texts: Sequence[str] | None) -> list[float]:
+    """The same as `read_list`, as floats; empty where the option wasn't given."""
+    return [float(value) for value in read_list(option, texts or ())]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, note
-from posthoc_cli.cli.solve import solve_folder
+from posthoc_cli.cli.solutions import open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from posthoc_cli.solver.targets import Target
 
 MOST = 6
 """Targets of one figure: more can't be read."""
@@ -65,7 +68,6 @@ def plot(
       posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
-    from posthoc_cli.snapshots.diagnosis import compare
 
     path = Path(output)
     if path.suffix.lower() not in plotting.FORMATS:
@@ -73,36 +75,32 @@ def plot(
     if path.exists() and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
     plotting.check_matplotlib()
-    targets = options.read_targets(sigma_rel, gamma)
-    if len(targets) > MOST:
-        raise UsageError("--sigma-rel", f"{len(targets)} targets", f"give up to {MOST} a figure")
-    solved = solve_folder(
-        folder,
-        targets,
+    run = open_and_warn(
+        folder, options.Reading(pattern, profiles, only, raw, skip_incomplete), quiet
+    )
+    solution = run.solve(
+        sigma_rel=options.read_numbers("--sigma-rel", sigma_rel),
+        gamma=options.read_numbers("--gamma", gamma),
         step=step,
         method=method,
-        device="cpu",
-        reading=options.Reading(pattern, profiles, only, raw, skip_incomplete),
-        quiet=quiet,
         sample=True,
     )
-    assert solved.trajectory is not None
-    snapshots = [snapshot.profile for snapshot in solved.snapshots]
-    wanted = options.at_step(targets, solved.step)
-    verdicts = compare(snapshots, wanted, solved.trajectory)
-    weights = {each.method: each.solution.weights for each in verdicts if each.solution is not None}
+    warn_of_sample(solution, quiet)
+    targets = solution.targets
+    estimates = solution.estimate_methods()
+    weights = {each.method: each.solved.weights for each in estimates if each.solved is not None}
     order = [name for name in ("algorithm3", "edm2", "share", "blup") if name in weights]
     plotting.draw(
-        snapshots,
-        wanted,
+        [snapshot.profile for snapshot in solution.snapshots],
+        [target.profile(solution.step) for target in targets],
         [_title(target) for target in targets],
         {name: weights[name] for name in order},
-        solved.solution.method,
+        solution.method,
         path,
     )
     note(f"{path}: {counted(len(targets), 'target')} drawn", quiet)
 
 
-def _title(target: options.Target) -> str:
-    symbol = r"$\gamma$" if target.option == "--gamma" else r"$\sigma_{\mathrm{rel}}$"
+def _title(target: Target) -> str:
+    symbol = r"$\gamma$" if target.argument == "gamma" else r"$\sigma_{\mathrm{rel}}$"
     return f"{symbol} = {target.text}"

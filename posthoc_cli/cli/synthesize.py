@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,15 +17,11 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
-from posthoc_cli.cli.drawing import percent
-from posthoc_cli.cli.outputs import make_folder, output_paths
-from posthoc_cli.cli.solve import Solved, note_large_errors, solve_folder
-from posthoc_cli.cli.solve import describe as describe_solved
-from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
+from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn, warn_of_sample
+from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
-    from posthoc_cli.synthesis.plan import Plan
+    from posthoc_cli.api import Output, Saved, Solution
 
 _OUTPUT = "Output"
 
@@ -37,19 +30,6 @@ def _dtypes() -> list[str]:
     from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
 
     return ["same", *OUTPUT_DTYPES]
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One target's output: a file, or an index and its `shards`; their bytes together.
-
-    `seconds` is None where an output was there and is kept.
-    """
-
-    path: Path
-    shards: Sequence[Path]
-    bytes: int
-    seconds: float | None
 
 
 def synthesize(
@@ -157,153 +137,59 @@ def synthesize(
     """
     if force and skip_existing:
         raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
-    options.check_choice("--dtype", dtype, _dtypes())
-    if max_error is not None and not 0 < max_error < float("inf"):
-        raise UsageError("--max-error", f"{max_error:g} is out of bounds", "give, say, 0.05 for 5%")
+    from posthoc_cli.api import check_max_error
+
+    if max_error is not None:
+        check_max_error(max_error)
     shard_bytes = (
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
-    solved = solve_folder(
-        folder,
-        options.read_targets(sigma_rel, gamma),
+    targets = {
+        "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
+        "gamma": options.read_numbers("--gamma", gamma),
+    }
+    made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
+    reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
+    run = open_and_warn(folder, reading, quiet)
+    # What is wrong with the output is told before anything is read.
+    run.paths(output, step=step, **targets)
+    plan = run.plan(step, **made)
+    solution = run.solve(
         step=step,
         method=method,
         device=device,
-        reading=options.Reading(pattern, profiles, only, raw, skip_incomplete),
-        quiet=quiet,
         sample=max_error is not None,
         leave_out=(*(copy or ()), *(drop or ())),
+        **targets,
     )
-    if max_error is not None:
-        _check_error(solved, max_error)
-    paths = output_paths(output, folder, solved.targets, solved.step)
-
-    from posthoc_cli.storage.shards import standing
-    from posthoc_cli.synthesis.plan import make_plan
-
-    kept = {path for path in paths if skip_existing and standing(path)}
-    for path in paths:
-        if path in kept:
-            note(f"{path}: exists already; skipped", quiet)
-
-    plan = make_plan(solved.snapshots, dtype=dtype, copy=copy or (), drop=drop or ())
-    note_large_errors(solved, quiet)
-    make_folder(output)
-    written, findings = _write(
-        plan,
-        solved,
-        paths,
-        kept,
-        {"copied": copy or (), "dropped": drop or ()},
-        {"overwrite": force, "shard_bytes": shard_bytes, "strict": strict},
-        progress=not quiet,
-    )
-    if findings:
-        from posthoc_cli.synthesis.nonfinite import complaint
-
-        subject, problem = complaint(plan, findings)
-        note(f"warning: {subject}: {problem} (--strict makes this an error)", quiet)
-    if as_json:
-        print_json(_describe(solved, written, findings))
-    else:
-        _draw(solved, written)
-
-
-def _check_error(solved: Solved, most: float) -> None:
-    """Raise SnapshotError for the first target that is to be expected further off than `most`."""
-    assert solved.expected is not None
-    for target, error in zip(solved.targets, solved.expected.relative.tolist(), strict=True):
-        if not error <= most:
-            known = f"{percent(error)}, more than" if error == error else "unknown, so not within"
-            better = "" if solved.solution.method == "blup" else "use --method blup, or "
-            raise SnapshotError(
-                str(target),
-                f"its expected error is {known} --max-error {percent(most)}",
-                f"{better}see solve --diagnose for what these snapshots can give",
-            )
-
-
-def _write(
-    plan: Plan,
-    solved: Solved,
-    paths: Sequence[Path],
-    kept: set[Path],
-    globs: dict[str, Sequence[str]],
-    how: dict[str, Any],
-    *,
-    progress: bool,
-) -> tuple[list[Output], list[NonfiniteTensor]]:
-    """Write those of `paths`, one for each target, that are not `kept`, in one pass.
-
-    `globs` of tensors go into the recipes; `how` are further options of execute.
-    """
-    findings: list[NonfiniteTensor] = []
-    wanted = [at for at, path in enumerate(paths) if path not in kept]
-    written = {at: Output(*_standing(path), None) for at, path in enumerate(paths) if path in kept}
-    if wanted:
-        from posthoc_cli.synthesis.engine import execute
-
-        with progress_bar(counted(len(wanted), "file"), plan.bytes_to_read, progress) as advance:
-            begin = time.perf_counter()
-            done = execute(
-                plan,
-                solved.solution.weights[wanted],
-                [paths[at] for at in wanted],
-                _recipes(solved, wanted, globs),
-                device=solved.device,
-                progress=advance,
-                **how,
-            )
-            seconds = time.perf_counter() - begin
-        findings = done.findings
-        for at, files, size in zip(wanted, done.files, done.sizes, strict=True):
-            written[at] = Output(files[-1], files[:-1], size, seconds)
-    return [written[at] for at in range(len(paths))], findings
-
-
-def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
-    """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.storage.shards import shard_names, standing
-
-    main = standing(path)[0]
-    shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
-    return main, shards, sum(each.stat().st_size for each in (main, *shards))
-
-
-def _recipes(
-    solved: Solved, wanted: Sequence[int], globs: dict[str, Sequence[str]]
-) -> list[dict[str, Any]]:
-    """The recipes of the targets `wanted`; `globs` are those of the tensors copied and dropped."""
-    from posthoc_cli.storage.readers import fingerprint
-    from posthoc_cli.synthesis.recipe import make_recipe
-
-    marks = [(each.bytes, fingerprint(each.index)) for each in solved.snapshots]
-    recipes = []
-    for at in wanted:
-        recipe = make_recipe(
-            solved.solution.method,
-            solved.solution.targets[at],
-            [snapshot.file for snapshot in solved.snapshots],
-            solved.solution.snapshots,
-            solved.solution.weights[at].tolist(),
-            marks=marks,
-            **globs,
+    warn_of_sample(solution, quiet)
+    note_large_errors(solution, quiet)
+    with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
+        saved = solution.save(
+            output,
+            max_shard_size=shard_bytes,
+            max_error=max_error,
+            strict=strict,
+            force=force,
+            skip_existing=skip_existing,
+            progress=bar,
+            **made,
         )
-        # A profile holds gamma only: what was said as 0.05 shall not come out as
-        # 0.04999999999999999.
-        recipe["target"]["sigma_rel"] = solved.targets[at].sigma_rel
-        for source, snapshot in zip(recipe["sources"], solved.snapshots, strict=True):
-            source["sigma_rel"] = snapshot.sigma_rel
-        recipes.append(recipe)
-    return recipes
+    for one in saved.outputs:
+        if one.seconds is None:
+            note(f"{one.path}: exists already; skipped", quiet)
+    if saved.nonfinite:
+        note(f"warning: {saved.summary} (--strict makes this an error)", quiet)
+    if as_json:
+        print_json(_describe(folder, solution, saved))
+    else:
+        _draw(solution, saved.outputs)
 
 
-def _describe(
-    solved: Solved, written: Sequence[Output], findings: Sequence[NonfiniteTensor]
-) -> dict[str, Any]:
+def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
-    document = describe_solved(solved)
-    for target, one in zip(document["targets"], written, strict=True):
+    document = describe(folder, solution)
+    for target, one in zip(document["targets"], saved.outputs, strict=True):
         target["output"] = str(one.path)
         if one.shards:
             target["shards"] = [str(path) for path in one.shards]
@@ -312,36 +198,36 @@ def _describe(
         target["skipped"] = one.seconds is None
     document["nonfinite"] = [
         {
-            "tensor": finding.tensor,
-            "nan": finding.nan,
-            "infinite": finding.infinite,
-            "overflowed": finding.overflowed,
-            "largest": finding.largest,
-            "files": [solved.snapshots[at].file for at in sorted(finding.snapshots)],
+            "tensor": entry.tensor,
+            "nan": entry.nan,
+            "infinite": entry.infinite,
+            "overflowed": entry.overflowed,
+            "largest": entry.largest,
+            "files": [solution.snapshots[at].file for at in sorted(entry.snapshots)],
         }
-        for finding in findings
+        for entry in saved.nonfinite
     ]
     return document
 
 
-def _draw(solved: Solved, written: Sequence[Output]) -> None:
+def _draw(solution: Solution, written: Sequence[Output]) -> None:
     """A line for each output; or two, when the paths are long and the terminal narrow."""
     from rich.text import Text
 
     console = stdout_console()
-    solution = solved.solution
-    kind, errors = "profile error", solution.profile_error.tolist()
-    if solved.snapshots[0].profile.raw:  # which have no profile to be off by
-        kind, errors = "largest weight", solution.weights.max(axis=1).tolist()
-        if solved.expected is not None:
-            kind, errors = "expected error", solved.expected.relative.tolist()
+    solved = solution.solved
+    kind, errors = "profile error", solved.profile_error.tolist()
+    if solution.run.raw:  # which have no profile to be off by
+        kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
+        if solution.expected is not None:
+            kind, errors = "expected error", solution.expected.relative.tolist()
     headings = ("size", "time", "sum of weights", "noise gain", kind)
     lines = [
         (
             in_bytes(one.bytes),
             "kept" if one.seconds is None else f"{one.seconds:.1f} s",
-            f"{solution.sum_of_weights[at]:.6f}",
-            f"{solution.noise_gain[at]:.3f}",
+            f"{solved.sum_of_weights[at]:.6f}",
+            f"{solved.noise_gain[at]:.3f}",
             percent(errors[at]),
         )
         for at, one in enumerate(written)

@@ -48,17 +48,16 @@ def verify(
       posthoc verify ema-0.07.safetensors snapshots
       posthoc verify ema-0.07.safetensors snapshots --full
     """
-    from posthoc_cli.synthesis.verification import find_output
-    from posthoc_cli.synthesis.verification import verify as verify_layout
+    from posthoc_cli.api import verify as verify_output
 
-    layout = find_output(out)
     with progress_bar("verify", None, not quiet) as advance:
-        report = verify_layout(layout, folder, full=full, progress=advance)
+        report = verify_output(out, folder, full=full, progress=advance)
+    output = str(report.output)
     if as_json:
         where = out.parent if folder is None else folder
-        print_json(_describe(str(layout.path), str(where), full, report))
+        print_json(_describe(output, str(where), full, report))
     elif not report.problems:
-        _say(str(layout.path), report)
+        _say(output, report)
     if report.problems:
         raise _complaint(report.problems)
 

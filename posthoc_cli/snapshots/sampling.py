@@ -37,7 +37,7 @@ _HELD_BYTES = 1 << 25
 _HUGE = 1e150
 """Values beyond it, whose squares overflow, count as infinite."""
 
-_GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2
 """Blocks begin at multiples of it, modulo one, within their strata: unlike equal distances, that
 never falls in step with the rows of a matrix."""
 
@@ -151,7 +151,7 @@ def _choose(tensors: Mapping[str, TensorInfo], blocks: int, block: int) -> list[
         edges = [total * k // blocks for k in range(blocks + 1)]
         spans = []
         for k, (low, high) in enumerate(pairwise(edges)):
-            first = low + int((k * _GOLDEN) % 1.0 * (high - low - block + 1))
+            first = low + int((k * GOLDEN) % 1.0 * (high - low - block + 1))
             spans.append((first, first + block))
     pieces = []
     for first, last in spans:

@@ -326,7 +326,7 @@ def _moments(trajectory: Trajectory, profiles: Sequence[Profile]) -> FloatArray:
 # Errors
 
 
-def expect(
+def expected_error(
     trajectory: Trajectory,
     snapshots: Sequence[Profile],
     targets: Sequence[Profile],

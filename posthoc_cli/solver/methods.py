@@ -39,7 +39,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Solution:
+class SolvedWeights:
     """The weights that make the targets out of the snapshots, and how good they are.
 
     `weights` is [targets, snapshots]; `sum_of_weights`, `noise_gain` (2-norm of the weights: how
@@ -66,7 +66,7 @@ def solve(
     method: str = "edm2",
     device: str = "cpu",
     trajectory: Trajectory | None = None,
-) -> Solution:
+) -> SolvedWeights:
     """Weights, [targets, snapshots], that rebuild each target from the snapshots.
 
     `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either.
@@ -126,7 +126,7 @@ def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
         )
 
 
-def _solve_share(snapshots: Sequence[Profile], targets: Sequence[Profile]) -> Solution:
+def _solve_share(snapshots: Sequence[Profile], targets: Sequence[Profile]) -> SolvedWeights:
     """Checkpoint k holds `(t_k^(gamma + 1) - t_(k-1)^(gamma + 1)) / t^(gamma + 1)` of the target.
 
     The last one also holds what lies after it, so that the weights sum to one.
@@ -148,7 +148,7 @@ def _solve_share(snapshots: Sequence[Profile], targets: Sequence[Profile]) -> So
 
 def _solve_blup(
     snapshots: Sequence[Profile], targets: Sequence[Profile], device: str, trajectory: Trajectory
-) -> Solution:
+) -> SolvedWeights:
     from posthoc_cli.solver.blup import (
         predict,  # only here: the other methods shall start without it
     )
@@ -185,8 +185,8 @@ def _solution(
     weights: FloatArray,
     profile_error: FloatArray,
     condition_number: float,
-) -> Solution:
-    return Solution(
+) -> SolvedWeights:
+    return SolvedWeights(
         snapshots=tuple(snapshots),
         targets=tuple(targets),
         method=method,

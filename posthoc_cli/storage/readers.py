@@ -18,6 +18,20 @@ _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 16, 4096
 
 
+_OTHER_FILES = 64
+"""Files that a process has open besides those that it counts, at the most."""
+
+
+def can_open(files: int) -> bool:
+    """Whether this process may have so many more files open."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return True
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft == resource.RLIM_INFINITY or soft >= files + _OTHER_FILES
+
+
 class InputFile:
     """One file, open for reading; in a `with` block, from several threads at once.
 

@@ -8,11 +8,15 @@ snapshots' order: it depends neither on the chunk nor on the group that it falls
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode, float8_values
 from posthoc_cli.synthesis import kernels
 
@@ -41,7 +45,7 @@ class Accumulator(Protocol):
         """The bytes of one target's sums, rounded; good until the next call of any method."""
 
     @property
-    def suspicious(self) -> bool:
+    def maybe_nonfinite(self) -> bool:
         """Whether a result may be infinite or not a number; if not, none of them is."""
 
 
@@ -61,7 +65,7 @@ class CpuAccumulator:
         self._dtype = self._out_dtype = ""
         self._elements = 0
         self._begun = False
-        self.suspicious = False
+        self.maybe_nonfinite = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         if dtype != self._dtype and dtype in FLOAT8:
@@ -84,7 +88,7 @@ class CpuAccumulator:
         out, out_dtype = self._sums.view(np.uint8), "F64"
         if last and self._out_dtype not in FLOAT8:
             out, out_dtype = self._out, self._out_dtype
-        self.suspicious = kernels.accumulate(
+        self.maybe_nonfinite = kernels.accumulate(
             dtype, addresses, weights, before, out, out_dtype, self._elements
         )
         self._begun = True
@@ -95,7 +99,7 @@ class CpuAccumulator:
             with np.errstate(all="ignore"):
                 sums = self._sums[target, : self._elements]
                 row = sums.astype(DTYPES[self._out_dtype].numpy()).view(np.uint8)
-                self.suspicious |= not np.isfinite(decode(self._out_dtype, row)).all()
+                self.maybe_nonfinite |= not np.isfinite(decode(self._out_dtype, row)).all()
         data: memoryview = row.data[: self._elements * DTYPES[self._out_dtype].bits // 8]
         return data
 
@@ -132,12 +136,12 @@ class TorchAccumulator:
         self._out = torch.empty(capacity * 8, **on_host)
         self._dtype = self._out_dtype = ""
         self._elements = self._bytes = 0
-        self.suspicious = False
+        self.maybe_nonfinite = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
         self._bytes = elements * DTYPES[dtype].bits // 8
-        self.suspicious = False
+        self.maybe_nonfinite = False
         with self._on_stream():
             self._sums[:, :elements] = 0.0
 
@@ -168,8 +172,49 @@ class TorchAccumulator:
             finite = self._torch.isfinite(narrowed.to(self._torch.float64)).all()
         if self._cuda:
             self._stream.synchronize()
-        self.suspicious |= not finite.item()
+        self.maybe_nonfinite |= not finite.item()
         return out.numpy().data
 
     def _on_stream(self) -> Any:
         return self._torch.cuda.stream(self._stream)  # does nothing when the stream is None
+
+
+def resolve_device(device: str) -> str:
+    """The device to compute on: "cpu", or what torch calls a CUDA device; "auto" takes either.
+
+    torch is only imported to look for another than the CPU. Raises UsageError for a word that is
+    no device, MachineError for one that isn't there.
+    """
+    if device == "cpu":
+        return device
+    if not re.fullmatch(r"auto|cuda(:[0-9]{1,3})?", device):
+        raise UsageError("device=", f"'{device}' is not known", "choose cpu, cuda, cuda:1 or auto")
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    subject = f"device='{device}'"
+    if not torch.cuda.is_available():
+        remedy = "use device='cpu', or install a torch that supports your GPU"
+        raise MachineError(subject, "torch finds no CUDA device here", remedy)
+    found = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= found:
+        raise MachineError(subject, f"not there: {found} found", f"give cuda:0 to cuda:{found - 1}")
+    return device
+
+
+@contextlib.contextmanager
+def device_errors(device: str) -> Iterator[None]:
+    """Turn a device's failures into one line; on the CPU nothing of the kind can happen."""
+    if device == "cpu":
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:  # of which torch derives its own, more of them in each version
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "out of memory" in text.lower():
+            text = "out of memory"
+        raise MachineError(
+            f"device='{device}'", text, "free some of its memory, or use device='cpu'"
+        ) from error

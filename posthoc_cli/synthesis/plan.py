@@ -6,24 +6,24 @@ out a chunk needs nothing but the byte ranges it names.
 
 from __future__ import annotations
 
+import bisect
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError, printable
-from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, OUTPUT_DTYPES, UNAVERAGEABLE
-from posthoc_cli.storage.header import TensorInfo, make_header
+from posthoc_cli.storage.header import TensorIndex, TensorInfo, make_header
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Tensors that follow each other without a gap in the output and in every snapshot.
 
-    `bounds[k]` is the first element of tensor `names[k]` within the run, and `bounds[-1]` the
-    run's elements. `starts[l]` is the byte at which the run begins in the data section of the
-    snapshots with layout `l` (see `Plan.layouts`), `out_start` in that of the outputs. A run that
-    is not `averaged` is copied from the newest snapshot. Complex elements count as two floats.
+    `bounds[k]` is the first element of tensor `names[k]` within the segment. `starts[l]` is the
+    byte at which the segment begins in the data section of the sources with layout `l` (see
+    `TensorPlan.layouts`), `out_start` in that of the outputs. A segment that is not `averaged` is
+    copied from the newest source. Complex elements count as two floats.
     """
 
     names: tuple[str, ...]
@@ -34,29 +34,24 @@ class Segment:
     starts: tuple[int, ...]
     out_start: int
 
+    @property
+    def elements(self) -> int:
+        return self.bounds[-1]
+
     def size_of(self, elements: int) -> int:
-        """Bytes that `elements` elements of the run take in a snapshot."""
+        """Bytes that `elements` elements of the segment take in a snapshot."""
         return elements * DTYPES[self.dtype].bits // 8
 
     def out_size_of(self, elements: int) -> int:
-        """Bytes that `elements` elements of the run take in an output."""
+        """Bytes that `elements` elements of the segment take in an output."""
         return elements * DTYPES[self.out_dtype].bits // 8
-
-    def chunks(
-        self, most: Callable[[Segment], int], first: int = 0, last: int | None = None
-    ) -> Iterator[Chunk]:
-        """Elements `first` to `last` of the run, at most `most(run)` at a time."""
-        last = self.bounds[-1] if last is None else last
-        step = most(self)
-        for start in range(first, last, step):
-            yield Chunk(self, start, min(start + step, last))
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Elements `first` to `last` (excluded) of a run."""
+    """Elements `first` to `last` (excluded) of a segment."""
 
-    run: Segment
+    segment: Segment
     first: int
     last: int
 
@@ -67,98 +62,140 @@ class Chunk:
     @property
     def bytes_each(self) -> int:
         """Bytes of the chunk in one snapshot."""
-        return self.run.size_of(self.elements)
+        return self.segment.size_of(self.elements)
+
+    @property
+    def out_start(self) -> int:
+        """The byte in the outputs' data section at which the chunk begins."""
+        return self.segment.out_start + self.segment.out_size_of(self.first)
+
+    def parts(self) -> Iterator[tuple[int, Chunk]]:
+        """The chunk cut at the bounds of its tensors: each one's place in the segment, and part."""
+        bounds = self.segment.bounds
+        at = bisect.bisect_right(bounds, self.first) - 1
+        while at < len(bounds) - 1 and bounds[at] < self.last:
+            first, last = max(bounds[at], self.first), min(bounds[at + 1], self.last)
+            yield at, Chunk(self.segment, first, last)
+            at += 1
+
+    def cut(self, most: int) -> Iterator[Chunk]:
+        """The chunk in pieces of at most `most` elements."""
+        for first in range(self.first, self.last, most):
+            yield Chunk(self.segment, first, min(first + most, self.last))
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What `synthesize` will do, whatever the weights.
+class TensorPlan:
+    """Which bytes make an output, whatever the weights.
 
-    `snapshots` in the order in which they are summed; `layouts[i]` says which of a run's `starts`
-    are snapshot i's. `tensors` maps each name of the output to its dtype and shape. `newest` is
-    the index of the snapshot that copied tensors and metadata come from.
+    `sources` are the snapshots' tensors, in the order in which they are summed; `layouts[i]` says
+    which of a segment's `starts` are source i's. `tensors` maps each name of the output to its
+    dtype and shape. `newest` is the index of the source that copied tensors and metadata come from.
     """
 
-    snapshots: tuple[Snapshot, ...]
+    sources: tuple[TensorIndex, ...]
     layouts: tuple[int, ...]
     newest: int
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    runs: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes that will be read from all snapshots together."""
-        count = len(self.snapshots)
-        return sum(
-            run.size_of(run.bounds[-1]) * (count if run.averaged else 1) for run in self.runs
-        )
+        """Bytes that will be read from all sources together."""
+        return sum(self.bytes_of(chunk) for chunk in self.whole())
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes of each output's data section."""
-        return sum(run.out_size_of(run.bounds[-1]) for run in self.runs)
+        return sum(segment.out_size_of(segment.elements) for segment in self.segments)
 
-    def chunks(self, most: Callable[[Segment], int]) -> Iterator[Chunk]:
-        """All the work, in the outputs' order, at most `most(run)` elements of each at a time."""
-        for run in self.runs:
-            yield from run.chunks(most)
+    def bytes_of(self, chunk: Chunk) -> int:
+        """Bytes that a chunk has in all the sources that it is made of."""
+        return chunk.bytes_each * (len(self.sources) if chunk.segment.averaged else 1)
+
+    def whole(self) -> list[Chunk]:
+        """All the work, a chunk a segment, in the outputs' order."""
+        return [Chunk(segment, 0, segment.elements) for segment in self.segments]
+
+    def start_of(self, chunk: Chunk, source: int) -> int:
+        """The byte in a source's data section at which a chunk begins."""
+        return chunk.segment.starts[self.layouts[source]] + chunk.segment.size_of(chunk.first)
 
 
 def make_plan(
-    snapshots: Sequence[Snapshot],
+    sources: Sequence[TensorIndex],
+    newest: int,
     *,
     dtype: str = "same",
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
-) -> Plan:
-    """Plan the outputs of a consistent set of snapshots.
+) -> TensorPlan:
+    """Plan the outputs of a consistent set of snapshots, of which `newest` is the last.
 
     `dtype` is "same" or a key of OUTPUT_DTYPES; `copy` and `drop` are globs of tensor names.
-    Raises UsageError for a glob that no tensor matches, or when no tensor is left; SnapshotError
-    for a tensor whose dtype has no average.
+    Raises UsageError for a glob that no tensor matches, for an unknown dtype, or when no tensor is
+    left; SnapshotError for a tensor whose dtype has no average.
     """
-    newest = max(range(len(snapshots)), key=lambda i: (snapshots[i].step, -i))
-    source = snapshots[newest].index.tensors
-    dropped = _matching(source, drop, "drop=")
-    copied = _matching(source, copy, "copy=")
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, info in source.items():
-        if name in dropped:
-            continue
-        if info.dtype in UNAVERAGEABLE and name not in copied:
+    tensors = sources[newest].tensors
+    check_output_dtype(dtype)
+    dropped = _matching(tensors, drop, "drop")
+    copied = _matching(tensors, copy, "copy")
+    names = [name for name in tensors if name not in dropped]
+    for name in names:
+        if tensors[name].dtype in UNAVERAGEABLE and name not in copied:
             raise SnapshotError(
                 f"tensor {printable(name)}",
-                f"its dtype {info.dtype} has no average",
+                f"its dtype {tensors[name].dtype} has no average",
                 "take it from the newest snapshot with copy=, or leave it out with drop=",
             )
-        tensors[name] = (_output_dtype(info, dtype), info.shape)
-    if not tensors:
+    if not names:
         raise UsageError("drop=", "leaves no tensor to write", "drop fewer")
+    return plan_tensors(sources, newest, names, copied, dtype)
 
-    distinct: list[Mapping[str, TensorInfo]] = []
-    layouts = []
-    for snapshot in snapshots:
-        mapping = snapshot.index.tensors
-        known = next((k for k, other in enumerate(distinct) if other is mapping), None)
-        if known is None:
-            known = len(distinct)
-            distinct.append(mapping)
-        layouts.append(known)
-    return Plan(
-        snapshots=tuple(snapshots),
-        layouts=tuple(layouts),
+
+def plan_tensors(
+    sources: Sequence[TensorIndex], newest: int, names: Iterable[str], copied: set[str], dtype: str
+) -> TensorPlan:
+    """The plan of an output with the tensors `names`, of which `copied` are not averaged."""
+    source = sources[newest].tensors
+    tensors = {name: (_output_dtype(source[name], dtype), source[name].shape) for name in names}
+    distinct = list({id(each.tensors): each.tensors for each in sources}.values())
+    place = {id(tensors): at for at, tensors in enumerate(distinct)}
+    return TensorPlan(
+        sources=tuple(sources),
+        layouts=tuple(place[id(each.tensors)] for each in sources),
         newest=newest,
         tensors=tensors,
-        runs=tuple(_runs(make_header(tensors, {})[1], source, distinct, copied)),
+        segments=tuple(_segments(make_header(tensors, {})[1], source, distinct, copied)),
     )
 
 
-def _matching(tensors: Mapping[str, TensorInfo], globs: Sequence[str], option: str) -> set[str]:
+def newest_of(steps: Sequence[float]) -> int:
+    """The index of the last step; of several, the first."""
+    return max(range(len(steps)), key=lambda at: (steps[at], -at))
+
+
+def check_output_dtype(dtype: str) -> None:
+    """Raise UsageError unless `dtype` is "same" or a key of OUTPUT_DTYPES."""
+    if dtype != "same" and dtype not in OUTPUT_DTYPES:
+        choices = ["same", *OUTPUT_DTYPES]
+        remedy = f"choose {', '.join(choices[:-1])} or {choices[-1]}"
+        raise UsageError("dtype=", f"'{dtype}' is not known", remedy)
+
+
+def fits_any(name: str, globs: Sequence[str]) -> bool:
+    """Whether one of `globs` fits a tensor's name, in the same case."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _matching(tensors: Mapping[str, TensorInfo], globs: Sequence[str], argument: str) -> set[str]:
+    """The tensors that one of `globs` fits; raises UsageError for a glob that fits none."""
     matching: set[str] = set()
     for glob in globs:
         found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
         if not found:
-            raise UsageError(f"{option}'{glob}'", "matches no tensor", "see the names with inspect")
+            remedy = "see the names with inspect"
+            raise UsageError(f"{argument}='{glob}'", "matches no tensor", remedy)
         matching |= found
     return matching
 
@@ -169,18 +206,18 @@ def _output_dtype(info: TensorInfo, wanted: str) -> str:
     return OUTPUT_DTYPES[wanted]
 
 
-def _runs(
+def _segments(
     output: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
     layouts: Sequence[Mapping[str, TensorInfo]],
     copied: set[str],
 ) -> Iterator[Segment]:
-    """Join the output's tensors, in their order, into the longest possible runs."""
+    """Join the output's tensors, in their order, into the longest possible segments."""
     names: list[str] = []
     kind: tuple[str, str, bool] | None = None
     ends: list[int] = []
 
-    def run() -> Segment:
+    def segment() -> Segment:
         assert kind is not None
         dtype, out_dtype, averaged = kind
         bounds = [0]
@@ -205,16 +242,16 @@ def _runs(
         averaged = before in AVERAGED and name not in copied
         if kind != (before, info.dtype, averaged) or ends != [o[name].start for o in layouts]:
             if names:
-                yield run()
+                yield segment()
             names, kind = [], (before, info.dtype, averaged)
         names.append(name)
         ends = [layout[name].end for layout in layouts]
     if names:
-        yield run()
+        yield segment()
 
 
 def _elements(info: TensorInfo) -> int:
-    """Elements as a run counts them: a complex number is two floats, packed formats go by bytes."""
+    """Elements as a segment counts them: a complex number is two, packed formats go by bytes."""
     if info.dtype == "C64":
         return 2 * info.elements
     return (info.end - info.start) * 8 // DTYPES[info.dtype].bits

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posthoc_cli._version import __version__
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.solver.targets import Target
 
 KEY = "posthoc"
 """The key of the recipe in an output's `__metadata__`."""
@@ -18,43 +19,43 @@ KEY = "posthoc"
 
 def make_recipe(
     method: str,
-    target: Profile,
-    files: Sequence[str],
-    snapshots: Sequence[Profile],
+    target: Target,
+    step: int,
+    snapshots: Sequence[Snapshot],
     weights: Sequence[float],
+    fingerprints: Sequence[str],
     *,
-    marks: Sequence[tuple[int, str]] = (),
     copied: Sequence[str] = (),
     dropped: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The recipe of one output: `files`, `snapshots`, `weights` and, if any, `marks` go together.
+    """The recipe of one output: its target, and each snapshot with its weight.
 
-    `marks` are each source's bytes and fingerprint (see `reading.fingerprint`), `copied` and
-    `dropped` the globs of tensors that are not averaged, and left out.
+    `snapshots`, `weights` and `fingerprints` (see storage.readers.fingerprint) go together;
+    `copied` and `dropped` are the globs of tensors that are not averaged, and left out.
     """
-    sources: list[dict[str, Any]] = [
-        {"file": file, **describe(profile), "weight": float(weight)}
-        for file, profile, weight in zip(files, snapshots, weights, strict=True)
-    ]
-    if marks:
-        for source, (size, fingerprint) in zip(sources, marks, strict=True):
-            source |= {"bytes": size, "fingerprint": fingerprint}
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
         "version": __version__,
         "method": method,
-        "target": describe(target),
+        "target": _describe(step, target.sigma_rel, target.gamma),
         **{key: value for key, value in globs.items() if value},
-        "sources": sources,
+        "sources": [
+            {
+                "file": snapshot.file,
+                **_describe(snapshot.step, snapshot.sigma_rel, snapshot.gamma),
+                "weight": float(weight),
+                "bytes": snapshot.bytes,
+                "fingerprint": fingerprint,
+            }
+            for snapshot, weight, fingerprint in zip(snapshots, weights, fingerprints, strict=True)
+        ],
     }
 
 
-def describe(profile: Profile) -> dict[str, float | None]:
-    """A profile as JSON has it: `step`, `sigma_rel` and `gamma`; a raw checkpoint's gamma is null,
-    as JSON has no infinity."""
-    step = int(profile.step) if float(profile.step).is_integer() else profile.step
-    gamma = None if profile.raw else profile.gamma
-    return {"step": step, "sigma_rel": profile.sigma_rel, "gamma": gamma}
+def _describe(step: int, sigma_rel: float, gamma: float) -> dict[str, float | None]:
+    """A profile as JSON has it: a raw checkpoint's gamma is null, as JSON has no infinity."""
+    gamma_or_null = None if math.isinf(gamma) else gamma
+    return {"step": step, "sigma_rel": sigma_rel, "gamma": gamma_or_null}
 
 
 def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from glob import escape
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.snapshots.folder import Snapshot, recipe_of
 from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.header import Cache, TensorIndex, TensorInfo
 from posthoc_cli.storage.readers import fingerprint
 from posthoc_cli.storage.shards import index_path, open_tensors
-from posthoc_cli.storage.workers import default_workers
-from posthoc_cli.synthesis.comparison import (
-    ANEW,
-    Comparison,
-    Problem,
-    Progress,
-    names_in_order,
-    sample,
-)
-from posthoc_cli.synthesis.plan import Plan, make_plan
-from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients
+from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
+from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
+from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients, read_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +26,7 @@ class Report:
 
     Of its `sources`, `known` could be told to be the very files it was made of, or not. `rounded`
     values are not the nearest to the sum, but within the contract, as those made on a GPU may be.
+    `output` is the file itself, or the index of its shards.
     """
 
     sources: int
@@ -46,6 +36,7 @@ class Report:
     compared: int
     rounded: int
     problems: list[Problem]
+    output: Path = field(default=Path(), compare=False)
 
 
 def find_output(path: Path) -> TensorIndex:
@@ -80,33 +71,25 @@ def verify(
     """
     recipe = _ingredients(out)
     folder = _folder(out, folder, recipe)
-    layouts, problems = _open_sources(folder, recipe)
+    sources, problems = _open_sources(folder, recipe)
     known = sum(source.fingerprint is not None for source in recipe.sources)
-    report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems)
+    report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems, out.path)
     if problems:
         return report
-    snapshots = [
-        Snapshot(layout, int(source.step), 0.0, 0.0, "metadata")
-        for layout, source in zip(layouts, recipe.sources, strict=True)
-    ]
-    newest = max(snapshots, key=lambda snapshot: snapshot.step)  # the first of those
-    problems = _other_tensors(snapshots, newest) or _wrong_tensors(out, newest, recipe)
+    newest = newest_of([int(source.step) for source in recipe.sources])
+    problems = _other_tensors(sources, sources[newest])
+    problems = problems or _wrong_tensors(out, sources[newest], recipe)
     if problems:
         return dataclasses.replace(report, problems=problems)
-    plan, problems = _plan(out, snapshots, newest, recipe)
-    values = sum(run.bounds[-1] for run in plan.runs)
+    plan, problems = _find_plan(out, sources, newest, recipe)
+    values = sum(segment.elements for segment in plan.segments)
     report = dataclasses.replace(report, values=values, problems=problems)
     if problems:
         return report
-    chunks = None if full else sample(plan)
-    weights = np.array([[source.weight] for source in recipe.sources])
-    comparison = Comparison(plan, weights, out, chunks, progress)
-    comparison.run(workers or default_workers())
+    weights = np.array([[source.weight for source in recipe.sources]])
+    found = compare(plan, weights, out, full=full, workers=workers, progress=progress)
     return dataclasses.replace(
-        report,
-        compared=comparison.compared,
-        rounded=comparison.rounded,
-        problems=comparison.problems(),
+        report, compared=found.compared, rounded=found.rounded, problems=found.problems
     )
 
 
@@ -114,7 +97,7 @@ def verify(
 
 
 def _ingredients(out: TensorIndex) -> RecipeSources:
-    recipe = recipe_of(out)
+    recipe = read_recipe(out.metadata)
     if recipe is None:
         raise SnapshotError(
             str(out.path),
@@ -170,19 +153,18 @@ def _is_same(source: Source, layout: TensorIndex) -> bool:
     return source.fingerprint is None or source.fingerprint == fingerprint(layout)
 
 
-def _other_tensors(snapshots: Sequence[Snapshot], newest: Snapshot) -> list[Problem]:
+def _other_tensors(sources: Sequence[TensorIndex], newest: TensorIndex) -> list[Problem]:
     """The sources whose tensors are not those of the newest; they can't be its own any more."""
-    wanted = _described(newest.index.tensors)
-    same = {id(newest.index.tensors): True}
+    wanted = _described(newest.tensors)
+    same = {id(newest.tensors): True}
     problems = []
-    for snapshot in snapshots:
-        tensors = snapshot.index.tensors
-        if id(tensors) not in same:
-            same[id(tensors)] = _described(tensors) == wanted
-        if not same[id(tensors)]:
-            problem = f"has other tensors than '{newest.file}'"
-            remedy = "put the right file in its place"
-            problems.append(Problem(snapshot.index.path, problem, remedy))
+    for source in sources:
+        key = id(source.tensors)
+        if key not in same:
+            same[key] = _described(source.tensors) == wanted
+        if not same[key]:
+            problem = f"has other tensors than '{newest.path.name}'"
+            problems.append(Problem(source.path, problem, "put the right file in its place"))
     return problems
 
 
@@ -193,9 +175,9 @@ def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[
     return {name: (info.dtype, info.shape) for name, info in tensors.items()}
 
 
-def _wrong_tensors(out: TensorIndex, newest: Snapshot, recipe: RecipeSources) -> list[Problem]:
+def _wrong_tensors(out: TensorIndex, newest: TensorIndex, recipe: RecipeSources) -> list[Problem]:
     """The tensors that the output has and should not have, and the other way round."""
-    source = newest.index.tensors
+    source = newest.tensors
     problems = [
         Problem(out.path, "is not in its snapshots", ANEW, name)
         for name in names_in_order(out)
@@ -206,38 +188,30 @@ def _wrong_tensors(out: TensorIndex, newest: Snapshot, recipe: RecipeSources) ->
         problems += [
             Problem(out.path, "is missing", ANEW, name)
             for name in source
-            if name not in out.tensors and not _fits(name, recipe.dropped)
+            if name not in out.tensors and not fits_any(name, recipe.dropped)
         ]
     if not problems and not out.tensors:
         problems.append(Problem(out.path, "holds no tensors", ANEW))
     return problems
 
 
-def _plan(
-    out: TensorIndex, snapshots: Sequence[Snapshot], newest: Snapshot, recipe: RecipeSources
-) -> tuple[Plan, list[Problem]]:
-    """The plan by which the output was made, and those of its tensors that don't fit it."""
-    kept: dict[int, dict[str, TensorInfo]] = {}
-    for snapshot in snapshots:
-        tensors = snapshot.index.tensors
-        if id(tensors) not in kept:
-            kept[id(tensors)] = {name: tensors[name] for name in out.tensors}
-    reduced = [
-        dataclasses.replace(
-            each, index=dataclasses.replace(each.index, tensors=kept[id(each.index.tensors)])
-        )
-        for each in snapshots
-    ]
-    copied = [
-        escape(name)
-        for name, info in newest.index.tensors.items()
-        if name in out.tensors and (info.dtype in UNAVERAGEABLE or _fits(name, recipe.copied))
-    ]
-    there = _described(out.tensors)
-    best: tuple[Plan, list[str]] | None = None
+def _find_plan(
+    out: TensorIndex, sources: Sequence[TensorIndex], newest: int, recipe: RecipeSources
+) -> tuple[TensorPlan, list[Problem]]:
+    """The plan by which the output was made, and those of its tensors that don't fit it.
+
+    Recipes don't say the dtype: it is the one that fits best.
+    """
+    copied = {
+        name
+        for name, info in sources[newest].tensors.items()
+        if info.dtype in UNAVERAGEABLE or fits_any(name, recipe.copied)
+    }
+    there, names = _described(out.tensors), names_in_order(out)
+    best: tuple[TensorPlan, list[str]] | None = None
     for dtype in ("same", *OUTPUT_DTYPES):
-        plan = make_plan(reduced, dtype=dtype, copy=copied)
-        wrong = [name for name in names_in_order(out) if there[name] != plan.tensors[name]]
+        plan = plan_tensors(sources, newest, names, copied, dtype)
+        wrong = [name for name in names if there[name] != plan.tensors[name]]
         if best is None or len(wrong) < len(best[1]):
             best = plan, wrong
         if not wrong:
@@ -257,7 +231,3 @@ def _plan(
 
 def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
     return f"{tensor[0]} {list(tensor[1])}"
-
-
-def _fits(name: str, globs: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from posthoc_cli import __version__
-from posthoc_cli.cli.options import MAX_VALUES, read_device, read_list, read_targets, shortest
-from posthoc_cli.cli.outputs import make_folder, output_paths
+from posthoc_cli.cli.options import MAX_VALUES, read_list, shortest
 from posthoc_cli.errors import UsageError
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, write_snapshot
 
@@ -91,122 +90,12 @@ def test_dots_are_what_a_person_would_type(
         assert numbers(dotted) == [float(text) for text in texts]
 
 
-def test_targets() -> None:
-    targets = read_targets(["0.050,0.10", "0.05"], ["16.970", "-0.3"])
-    assert [str(target) for target in targets] == [
-        "sigma_rel 0.05",
-        "sigma_rel 0.1",
-        "gamma 16.97",
-        "gamma -0.3",
-    ]
-    assert targets[0].sigma_rel == 0.05
-    assert targets[0].gamma == pytest.approx(16.9721986)
-    assert targets[2].gamma == 16.97
-    assert targets[2].sigma_rel_text == "0.0500055"
-
-
-@pytest.mark.parametrize("value", ["0", "-0.1", "0.2887", "1", "0.0000000000001"])
-def test_sigma_rel_has_bounds(value: str) -> None:
-    with pytest.raises(UsageError, match=rf"^--sigma-rel: {value} is out of bounds; .*0\.2887"):
-        read_targets([value], None)
-
-
-@pytest.mark.parametrize("value", ["-1", "-2", "10000000000000"])
-def test_gamma_has_bounds(value: str) -> None:
-    with pytest.raises(UsageError, match=rf"^--gamma: {value} is out of bounds; .* above -1,"):
-        read_targets(None, [value])
-
-
-def test_a_target_is_needed() -> None:
-    with pytest.raises(UsageError, match="no target"):
-        read_targets(None, [])
-
-
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=5, min_value=-99, max_value=99))
 def test_shortest_keeps_the_value(number: object) -> None:
     text = shortest(number)
     assert float(text) == float(number)
     assert "e" not in text.lower()
     assert not re.search(r"\.\d*0$|\.$|^-0$", text)
-
-
-def paths(output: str, sigma_rel: str, gamma: str | None = None, step: int = 4000) -> list[str]:
-    targets = read_targets([sigma_rel], [gamma] if gamma else None)
-    return [path.as_posix() for path in output_paths(output, "runs/cats", targets, step)]
-
-
-def test_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert paths("ema.safetensors", "0.07") == ["ema.safetensors"]
-    assert paths("s{sigma_rel}.safetensors", "0.050,0.1") == [
-        "s0.05.safetensors",
-        "s0.1.safetensors",
-    ]
-    assert paths("{step:07d}-{sigma_rel:.3f}.safetensors", "0.05", "3") == [
-        "0004000-0.050.safetensors",
-        "0004000-0.163.safetensors",
-    ]
-    assert paths("{gamma}.safetensors", "0.05", "3") == ["16.9722.safetensors", "3.safetensors"]
-    assert paths("a{{b}}.SafeTensors", "0.05") == ["a{b}.SafeTensors"]
-
-
-def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = [
-        "cats-step4000-sigma0.05.safetensors",
-        "cats-step4000-sigma0.1.safetensors",
-        "cats-step4000-gamma3.safetensors",
-    ]
-    assert paths("new/", "0.05,0.10", "3") == [f"new/{name}" for name in names]
-    assert not Path("new").exists()  # only made once there is something to write
-    make_folder("new/")
-    assert Path("new").is_dir()
-    make_folder("new/")
-    make_folder("file.safetensors")
-    assert os.listdir() == ["new"]
-    Path("{odd}").mkdir()
-    assert paths("{odd}", "0.05,0.10", "3") == [f"{{odd}}/{name}" for name in names]
-
-
-@pytest.mark.parametrize(
-    ("output", "problem"),
-    [
-        ("ema.safetensors", "one file for 2 targets; give a folder, or a template"),
-        ("ema-{step}.safetensors", "sigma_rel 0.05 and sigma_rel 0.051 would both become"),
-        ("ema-{sigma_rel:.2f}.safetensors", "would both become 'ema-0.05.safetensors'"),
-        ("{sigma}.safetensors", "unknown field {sigma}"),
-        ("{sigma_rel.real}.safetensors", "unknown field {sigma_rel.real}"),
-        ("{}.safetensors", "unknown field {}"),
-        ("{step!r}.safetensors", "unknown field {step}"),
-        ("{step.safetensors", "a brace in"),
-        ("{step:99999999}.safetensors", "'99999999' is no format"),
-        ("{sigma_rel:d}.safetensors", "'d' is no format"),
-        ("ema-{sigma_rel}.pt", "doesn't end in .safetensors"),
-        ("ema-{sigma_rel}", "doesn't end in .safetensors"),
-        ("there/ema-{sigma_rel}.safetensors", "there is no folder 'there'; create it first"),
-        ("there/new/", "there is no folder 'there'; create it first"),
-    ],
-)
-def test_output_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, problem: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=re.escape(problem)) as caught:
-        paths(output, "0.05,0.051")
-    assert caught.value.subject == "-o"
-
-
-def test_output_may_not_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("0.05.safetensors").mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
-        paths("{sigma_rel}.safetensors", "0.05")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "", "mps"])
-def test_device_refuses(device: str) -> None:
-    with pytest.raises(UsageError, match=r"^--device: .* is not known; choose cpu"):
-        read_device(device)
 
 
 # The program
@@ -278,7 +167,7 @@ def test_control_characters_of_the_command_line_are_escaped(posthoc_here: Postho
 
 def test_an_unexpected_error_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import sys, posthoc_cli.snapshots.folder as s; from posthoc_cli.cli import main\n"
+        "import sys, posthoc_cli.api as s; from posthoc_cli.cli import main\n"
         "def read_folder(*a, **k): raise {}\n"
         "s.read_folder = read_folder; sys.argv = ['posthoc', 'inspect', '.']; sys.exit(main())"
     )

@@ -11,9 +11,8 @@ import pytest
 from posthoc_cli.snapshots.folder import read_folder
 from posthoc_cli.snapshots.lora import alphas, different_alphas
 from posthoc_cli.storage.header import TensorInfo
-from posthoc_cli.synthesis.engine import execute
-from posthoc_cli.synthesis.plan import make_plan
-from tests.support import read_tensors, snapshot_of, write_kohya, write_tensors
+from posthoc_cli.synthesis.outputs import write_outputs
+from tests.support import plan_of, read_tensors, snapshot_of, write_kohya, write_tensors
 
 
 def infos(*names: str, elements: int = 1) -> dict[str, TensorInfo]:
@@ -96,7 +95,7 @@ def test_alphas_stay_bit_for_bit(tmp_path: Path) -> None:
         write_kohya(tmp_path / f"x-{step:06d}.safetensors", step, alpha=alpha)
     snapshots = [snapshot_of(path, at) for at, path in enumerate(sorted(tmp_path.iterdir()), 1)]
     output = tmp_path / "out.safetensors"
-    execute(make_plan(snapshots), np.array([[0.3, 0.4, 0.3]]), [output], [{"sources": []}])
+    write_outputs(plan_of(snapshots), np.array([[0.3, 0.4, 0.3]]), [output], [{"sources": []}])
     made = read_tensors(output)
     assert made["lora_te_q.alpha"].tobytes() == alpha.tobytes()
     assert made["lora_te_q.lora_up.weight"][0, 0] == np.float16(2)

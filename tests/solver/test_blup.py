@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.solver.blup import Trajectory, _moments, expect, fit, predict
+from posthoc_cli.solver.blup import Trajectory, _moments, fit, predict
+from posthoc_cli.solver.blup import expected_error as expect
 from posthoc_cli.solver.profiles import Profile, decay, sigma_rel_to_gamma
 
 WIDTHS = (0.05, 0.10)

@@ -18,8 +18,9 @@ from posthoc_cli.solver.profiles import gamma_to_sigma_rel
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.shards import made_by_posthoc, open_tensors, shard_paths, split
 from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.plan import make_plan
+from posthoc_cli.synthesis.outputs import write_outputs
 from tests.command import Posthoc
+from tests.support import plan_of
 
 Tensors = Mapping[str, npt.NDArray]
 RECIPE = {"sources": []}
@@ -81,7 +82,7 @@ def test_shards_and_folders_sum_to_the_bytes_of_single_files(tmp_path: Path) -> 
     weights = np.array([[0.25, -0.5, 1.25]])
     outputs = tmp_path / "single.safetensors", tmp_path / "sharded.safetensors"
     for snapshots, output in zip((singles, others), outputs, strict=True):
-        synthesis.execute(make_plan(snapshots), weights, [output], [RECIPE], row_bytes=512)
+        write_outputs(plan_of(snapshots), weights, [output], [RECIPE], row_bytes=512)
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert load_file(outputs[0])["steps"] == 3
 
@@ -216,8 +217,8 @@ def three_snapshots(folder: Path) -> list[Snapshot]:
 
 def write(snapshots: Sequence[Snapshot], output: Path, **options: object) -> synthesis.Written:
     weights = np.array([[0.25, -0.5, 1.25]])
-    return synthesis.execute(
-        make_plan(snapshots),
+    return write_outputs(
+        plan_of(snapshots),
         weights,
         [output],
         [RECIPE],
@@ -354,8 +355,8 @@ def test_transformers_loads_the_shards(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     shutil.copy(tmp_path / "ema-1" / "config.json", folder)
-    synthesis.execute(
-        make_plan(snapshots),
+    write_outputs(
+        plan_of(snapshots),
         np.array([[0.25, 0.75]]),
         [folder / "model.safetensors"],
         [RECIPE],

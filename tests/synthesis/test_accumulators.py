@@ -7,11 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.dtypes import DTYPES
-from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.accumulators import Accumulator, CpuAccumulator, TorchAccumulator
-from posthoc_cli.synthesis.plan import make_plan
-from tests.support import STORED, read_tensors, snapshot_of, write_tensors
+from posthoc_cli.synthesis.accumulators import (
+    Accumulator,
+    CpuAccumulator,
+    TorchAccumulator,
+    resolve_device,
+)
+from posthoc_cli.synthesis.outputs import write_outputs
+from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
 ROW, CAPACITY, TARGETS, GROUP = 1024, 256, 3, 4
 
@@ -98,8 +103,8 @@ def test_a_synthesis_on_the_gpu_is_that_of_the_cpu_to_one_unit(tmp_path) -> None
     results = {}
     for device in ("cpu", "cuda"):
         outputs = [tmp_path / f"{device}{t}" for t in range(3)]
-        plan = make_plan(snapshots)
-        synthesis.execute(plan, weights, outputs, [{}] * 3, device=device, row_bytes=1 << 14)
+        plan = plan_of(snapshots)
+        write_outputs(plan, weights, outputs, [{}] * 3, device=device, row_bytes=1 << 14)
         results[device] = [read_tensors(path) for path in outputs]
     for cpu, gpu in zip(results["cpu"], results["cuda"], strict=True):
         for name in ("same", "n"):
@@ -107,3 +112,9 @@ def test_a_synthesis_on_the_gpu_is_that_of_the_cpu_to_one_unit(tmp_path) -> None
         for name in ("w", "v"):
             unit = np.spacing(np.abs(cpu[name]))
             assert np.all(np.abs(cpu[name].astype(float) - gpu[name].astype(float)) <= unit)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", "", "mps"])
+def test_device_refuses(device: str) -> None:
+    with pytest.raises(UsageError, match=r"^device=: .* is not known; choose cpu"):
+        resolve_device(device)

@@ -21,9 +21,9 @@ from posthoc_cli.storage import workers
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.synthesis import engine as synthesis
 from posthoc_cli.synthesis.accumulators import TorchAccumulator
-from posthoc_cli.synthesis.plan import make_plan
+from posthoc_cli.synthesis.outputs import write_outputs
 from posthoc_cli.synthesis.recipe import KEY
-from tests.support import STORED, read_tensors, snapshot_of, write_tensors
+from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
 Weights = npt.NDArray[np.float64]
 
@@ -56,8 +56,8 @@ def synthesize(
     weights = np.atleast_2d(weights)
     folder.mkdir(exist_ok=True)
     outputs = [folder / f"out{t}.safetensors" for t in range(len(weights))]
-    plan = make_plan(snapshots, dtype=dtype, copy=copy, drop=drop)
-    written = synthesis.execute(
+    plan = plan_of(snapshots, dtype=dtype, copy=copy, drop=drop)
+    written = write_outputs(
         plan,
         weights,
         outputs,
@@ -297,12 +297,12 @@ def files(folder: Path) -> set[str]:
 
 def test_an_output_never_lands_on_a_snapshot(tmp_path: Path) -> None:
     snapshots = two_snapshots(tmp_path)
-    plan = make_plan(snapshots)
+    plan = plan_of(snapshots)
     (tmp_path / "link").symlink_to(snapshots[0].index.path)
     os.link(snapshots[1].index.path, tmp_path / "hard")
     for name in ("s000.safetensors", "link", "hard"):
         with pytest.raises(UsageError, match="is one of the snapshots"):
-            synthesis.execute(
+            write_outputs(
                 plan, np.ones((1, 2)), [tmp_path / name], [{"sources": []}], overwrite=True
             )
     assert [read_header(s.index.path).size for s in snapshots] == [s.index.size for s in snapshots]
@@ -489,4 +489,4 @@ def test_progress_counts_every_byte_of_the_plan(tmp_path: Path) -> None:
     snapshots = make_snapshots(tmp_path, contents)
     seen: list[int] = []
     synthesize(snapshots, np.ones(20), tmp_path, progress=seen.append, row_bytes=512)
-    assert sum(seen) == make_plan(snapshots).bytes_to_read
+    assert sum(seen) == plan_of(snapshots).bytes_to_read

@@ -13,27 +13,30 @@ from safetensors.numpy import save_file
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.synthesis import engine as synthesis
-from posthoc_cli.synthesis.nonfinite import NonfiniteTensor, complaint
-from posthoc_cli.synthesis.plan import Plan, make_plan
+from posthoc_cli.synthesis.nonfinite import NonfiniteTensor, summarize
+from posthoc_cli.synthesis.outputs import write_outputs
+from posthoc_cli.synthesis.plan import TensorPlan
 from tests.command import Posthoc
-from tests.support import STORED, snapshot_of, write_tensors
+from tests.support import STORED, plan_of, snapshot_of, write_tensors
 
 
-def made(folder: Path, contents: list[dict[str, npt.NDArray]], **options: Any) -> Plan:
+def made(folder: Path, contents: list[dict[str, npt.NDArray]], **options: Any) -> TensorPlan:
     folder.mkdir(exist_ok=True)
     for k, tensors in enumerate(contents):
         write_tensors(folder / f"s{k}.safetensors", tensors)
     each = [snapshot_of(folder / f"s{k}.safetensors", k + 1) for k in range(len(contents))]
-    return make_plan(each, **options)
+    return plan_of(each, **options)
 
 
-def run(plan: Plan, folder: Path, weights: Any = None, **options: Any) -> list[NonfiniteTensor]:
-    count = len(plan.snapshots)
+def run(
+    plan: TensorPlan, folder: Path, weights: Any = None, **options: Any
+) -> list[NonfiniteTensor]:
+    count = len(plan.sources)
     weights = np.full((1, count), 1 / count) if weights is None else np.atleast_2d(weights)
     outputs = [folder / f"out{t}.safetensors" for t in range(len(weights))]
     recipes = [{"sources": []}] * len(weights)
     options = {"row_bytes": 512, "overwrite": True} | options
-    return synthesis.execute(plan, weights, outputs, recipes, **options).findings
+    return write_outputs(plan, weights, outputs, recipes, **options).nonfinite
 
 
 def varied(dtype: str, count: int, elements: int = 3000) -> list[dict[str, npt.NDArray]]:
@@ -70,7 +73,7 @@ def test_they_are_counted_by_tensor_and_snapshot(
         return
     for workers in (1, 4):
         assert run(plan, tmp_path, workers=workers) == wanted
-    subject, problem = complaint(plan, wanted)
+    subject, problem = summarize(plan, wanted)
     assert subject == "tensor 'b'"
     assert problem == (
         "3 NaN and 2 infinite values in 's0.safetensors' and 2 more snapshots, "
@@ -92,7 +95,7 @@ def test_a_sum_that_the_dtype_does_not_hold_is_told_with_one_that_does(tmp_path:
     plan = made(tmp_path, contents, dtype="float16")
     findings = run(plan, tmp_path, weights)
     assert findings == [NonfiniteTensor("a", 0, 0, 1, 70_000.0)]
-    assert complaint(plan, findings) == (
+    assert summarize(plan, findings) == (
         "tensor 'a'",
         "1 values, of up to 7e+04, are too large for float16; dtype=bfloat16 or float32 holds them",
     )
@@ -100,11 +103,11 @@ def test_a_sum_that_the_dtype_does_not_hold_is_told_with_one_that_does(tmp_path:
         assert run(made(tmp_path, contents, dtype=dtype), tmp_path, weights) == []
     huge = [{"a": np.array([1.0, k * 1e300])} for k in (1, 2)]
     plan = made(tmp_path, huge, dtype="float32")
-    assert "dtype=float64 holds them" in complaint(plan, run(plan, tmp_path))[1]
+    assert "dtype=float64 holds them" in summarize(plan, run(plan, tmp_path))[1]
     plan = made(tmp_path, [{"a": np.array([1.0, 1.7e308])} for _ in "ab"] + [{"a": np.ones(2)}])
     findings = run(plan, tmp_path, [[1.0, 1.0, -1.0]])
     assert findings == [NonfiniteTensor("a", 0, 0, 1, np.inf)]
-    assert complaint(plan, findings)[1].endswith("too large for float64; no dtype holds them")
+    assert summarize(plan, findings)[1].endswith("too large for float64; no dtype holds them")
 
 
 def test_constants(tmp_path: Path) -> None:

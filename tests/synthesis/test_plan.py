@@ -11,8 +11,7 @@ from safetensors.numpy import save_file
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.header import make_header, read_header
-from posthoc_cli.synthesis.plan import make_plan
-from tests.support import snapshot_of, write_layout
+from tests.support import plan_of, snapshot_of, write_layout
 
 
 def snapshots(folder: Path, tensors: dict[str, np.ndarray], count: int = 3) -> list[Snapshot]:
@@ -35,8 +34,8 @@ MIXED = {
 
 
 def test_neighbours_of_one_dtype_are_one_run(tmp_path: Path) -> None:
-    plan = make_plan(snapshots(tmp_path, MIXED))
-    assert [(run.names, run.bounds, run.averaged) for run in plan.runs] == [
+    plan = plan_of(snapshots(tmp_path, MIXED))
+    assert [(run.names, run.bounds, run.averaged) for run in plan.segments] == [
         (("count",), (0, 1), False),
         (("w1", "w2"), (0, 15, 22), True),
         (("half",), (0, 4), True),
@@ -52,59 +51,59 @@ def test_a_run_ends_where_any_snapshot_has_another_order(tmp_path: Path) -> None
     write_layout(paths[0], tensors, order=["a", "b", "c"])
     write_layout(paths[1], tensors, order=["c", "a", "b"])
     made = [snapshot_of(path, step) for step, path in enumerate(paths, 1)]
-    plan = make_plan(made)
-    assert [run.names for run in plan.runs] == [("a", "b"), ("c",)]
-    assert [run.starts for run in plan.runs] == [(0, 40), (80, 0)]
-    assert [run.out_start for run in plan.runs] == [0, 80]
+    plan = plan_of(made)
+    assert [run.names for run in plan.segments] == [("a", "b"), ("c",)]
+    assert [run.starts for run in plan.segments] == [(0, 40), (80, 0)]
+    assert [run.out_start for run in plan.segments] == [0, 80]
 
 
 def test_chunks_cover_every_element_once(tmp_path: Path) -> None:
-    plan = make_plan(snapshots(tmp_path, MIXED))
+    plan = plan_of(snapshots(tmp_path, MIXED))
     for most in (1, 4, 64):
-        covered = [0] * len(plan.runs)
-        for chunk in plan.chunks(lambda _, most=most: most):
-            place = plan.runs.index(chunk.run)
+        covered = [0] * len(plan.segments)
+        for chunk in (piece for whole in plan.whole() for piece in whole.cut(most)):
+            place = plan.segments.index(chunk.segment)
             assert chunk.first == covered[place]
             assert 0 < chunk.elements <= most
             covered[place] = chunk.last
-        assert covered == [run.bounds[-1] for run in plan.runs]
+        assert covered == [each.elements for each in plan.segments]
 
 
 def test_the_output_is_laid_out_where_the_runs_say(tmp_path: Path) -> None:
-    plan = make_plan(snapshots(tmp_path, MIXED), dtype="float64")
+    plan = plan_of(snapshots(tmp_path, MIXED), dtype="float64")
     infos = make_header(plan.tensors, {})[1]
     assert {name: dtype for name, (dtype, _) in plan.tensors.items()} == {
         "w1": "F64", "w2": "F64", "half": "F64", "none": "F64", "count": "I64",
     }  # fmt: skip
-    for run in plan.runs:
+    for run in plan.segments:
         for name, bound in zip(run.names, run.bounds, strict=False):
             assert infos[name].start == run.out_start + run.out_size_of(bound)
 
 
 def test_copied_and_dropped_tensors(tmp_path: Path) -> None:
     made = snapshots(tmp_path, MIXED)
-    plan = make_plan(made, copy=["w[12]"], drop=["half", "n*"])
-    assert [(run.names, run.averaged) for run in plan.runs] == [
+    plan = plan_of(made, copy=["w[12]"], drop=["half", "n*"])
+    assert [(run.names, run.averaged) for run in plan.segments] == [
         (("count",), False),
         (("w1", "w2"), False),
     ]
     with pytest.raises(UsageError, match=r"copy='x\*': matches no tensor"):
-        make_plan(made, copy=["x*"])
+        plan_of(made, copy=["x*"])
     with pytest.raises(UsageError, match="leaves no tensor"):
-        make_plan(made, drop=["*"])
+        plan_of(made, drop=["*"])
 
 
 def test_the_newest_snapshot_is_the_one_of_the_last_step(tmp_path: Path) -> None:
     made = snapshots(tmp_path, MIXED)
-    assert make_plan(made).newest == 2
-    assert make_plan(made[::-1]).newest == 0
+    assert plan_of(made).newest == 2
+    assert plan_of(made[::-1]).newest == 0
 
 
 def test_parts_of_block_formats_have_no_average(tmp_path: Path) -> None:
     write_layout(tmp_path / "x", {"scale": ("F8_E8M0", (8,)), "packed": ("F4", (16,))})
     made = [snapshot_of(tmp_path / "x", 1)]
     with pytest.raises(SnapshotError, match="tensor scale: its dtype F8_E8M0 has no average"):
-        make_plan(made, copy=["packed"])
-    plan = make_plan(made, copy=["*"])
+        plan_of(made, copy=["packed"])
+    plan = plan_of(made, copy=["*"])
     assert plan.bytes_to_write == 16
     assert read_header(tmp_path / "x").tensors.keys() == plan.tensors.keys()

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.solver.targets import make_targets
+from posthoc_cli.storage.header import read_header
 from posthoc_cli.synthesis.recipe import Source, ingredients, make_recipe
+from tests.support import write_layout
 
 
-def test_a_recipe_is_read_as_it_was_made() -> None:
-    profiles = [Profile(100, 3.0), Profile(200, float("inf"))]
-    marks = [(12, "ab" * 16), (13, "cd" * 16)]
-    recipe = make_recipe(
-        "edm2", Profile(150, 4.0), ["a", "b"], profiles, [0.1, 0.9], marks=marks, copied=["*.w"]
-    )
+def test_a_recipe_is_read_as_it_was_made(tmp_path: Path) -> None:
+    snapshots = []
+    for name, step, gamma, sigma_rel in (("a", 100, 3.0, 0.16), ("b", 200, math.inf, 0.0)):
+        write_layout(tmp_path / name, {"w": ("F32", (2,))})
+        index = read_header(tmp_path / name)
+        snapshots.append(Snapshot(index, step, gamma, sigma_rel, "name"))
+    (target,) = make_targets(0.05)
+    prints = ["ab" * 16, "cd" * 16]
+    recipe = make_recipe("edm2", target, 250, snapshots, [0.1, 0.9], prints, copied=["*.w"])
     assert "dropped" not in recipe
+    assert recipe["target"] == {"step": 250, "sigma_rel": 0.05, "gamma": target.gamma}
+    assert [source["sigma_rel"] for source in recipe["sources"]] == [0.16, 0.0]
+    assert [source["gamma"] for source in recipe["sources"]] == [3.0, None]
     read = ingredients(json.loads(json.dumps(recipe, allow_nan=False)))
+    size = snapshots[0].bytes
     assert read.sources == (
-        Source("a", 100, 0.1, 12, "ab" * 16),
-        Source("b", 200, 0.9, 13, "cd" * 16),
+        Source("a", 100, 0.1, size, prints[0]),
+        Source("b", 200, 0.9, size, prints[1]),
     )
     assert (read.copied, read.dropped) == (("*.w",), ())
 
 
-def test_one_without_marks() -> None:
-    recipe = make_recipe("edm2", Profile(150, 4.0), ["a"], [Profile(100, 3.0)], [1.0])
-    assert set(recipe) == {"version", "method", "target", "sources"}
-    assert ingredients(recipe).sources == (Source("a", 100, 1.0, None, None),)
+def test_one_without_fingerprints() -> None:
+    source = {"file": "a", "step": 100, "weight": 1.0}
+    assert ingredients({"sources": [source]}).sources == (Source("a", 100, 1.0, None, None),)

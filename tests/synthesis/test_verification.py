@@ -15,17 +15,16 @@ import pytest
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver.targets import make_targets
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.readers import fingerprint
 from posthoc_cli.storage.shards import open_tensors
 from posthoc_cli.synthesis import comparison
 from posthoc_cli.synthesis.comparison import Problem, allowed
-from posthoc_cli.synthesis.engine import execute
-from posthoc_cli.synthesis.plan import make_plan
+from posthoc_cli.synthesis.outputs import write_outputs
 from posthoc_cli.synthesis.recipe import KEY, make_recipe
 from posthoc_cli.synthesis.verification import Report, find_output, verify
-from tests.support import STORED, read_tensors, snapshot_of, write_layout, write_tensors
+from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_layout, write_tensors
 
 END = ".safetensors"
 
@@ -77,16 +76,21 @@ def synthesize(
     dtype = how.pop("dtype", "same")
     recipe = make_recipe(
         "edm2",
-        Profile(100, 3.0),
-        [each.file for each in snapshots],
-        [each.profile for each in snapshots],
+        *make_targets(gamma=3.0),
+        100,
+        snapshots,
         weights,
-        marks=() if old else [(each.bytes, fingerprint(each.index)) for each in snapshots],
+        [fingerprint(each.index) for each in snapshots],
         copied=() if old else copy,
         dropped=() if old else drop,
     )
-    plan = make_plan(snapshots, dtype=dtype, copy=copy, drop=drop)
-    execute(plan, np.array([weights]), [out], [recipe], device=device, **how)
+    if old:
+        recipe["sources"] = [
+            {key: value for key, value in source.items() if key not in ("bytes", "fingerprint")}
+            for source in recipe["sources"]
+        ]
+    plan = plan_of(snapshots, dtype=dtype, copy=copy, drop=drop)
+    write_outputs(plan, np.array([weights]), [out], [recipe], device=device, **how)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Where the outputs go: what -o says for each target."""
+"""Where outputs go: what a folder, a path or a template says for each target."""
 
 from __future__ import annotations
 
@@ -8,95 +8,88 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 
-from posthoc_cli.cli.options import Target
 from posthoc_cli.errors import UsageError
+from posthoc_cli.solver.targets import Target
+from posthoc_cli.storage.atomic import write_errors
+from posthoc_cli.storage.shards import ENDING
 
-ENDING = ".safetensors"
-
-_SPEC = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
+_FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
 
 
 def is_folder(output: str) -> bool:
-    """Whether -o names a folder: one that exists, or a path that ends in a separator."""
+    """Whether an output names a folder: one that exists, or a path that ends in a separator."""
     separators = tuple(filter(None, (os.sep, os.altsep)))
     return output.endswith(separators) or os.path.isdir(output)
 
 
-def output_paths(output: str, folder: str, targets: Sequence[Target], step: int) -> list[Path]:
+def output_paths(output: str, run: str, targets: Sequence[Target], step: int) -> list[Path]:
     """The file of each target. Raises UsageError unless each gets one of its own.
 
-    `output` is a folder, where each file is named after the folder of snapshots and its target; or
-    else a path in which `{sigma_rel}`, `{gamma}` and `{step}` stand for the target's.
+    `output` is a folder, where each file is named after the `run` and its target; or else a path in
+    which `{sigma_rel}`, `{gamma}` and `{step}` stand for the target's.
     """
     if is_folder(output):
-        run = Path(folder).resolve().name or "ema"
-        names = [f"{run}-step{step}-{_tag(target)}{ENDING}" for target in targets]
+        names = [f"{run or 'ema'}-step{step}-{_tag(target)}{ENDING}" for target in targets]
         paths = [Path(output, name) for name in names]
     else:
         paths = [Path(_filled(output, target, step)) for target in targets]
     for path in paths:
-        _check(path)
+        if path.suffix.lower() != ENDING:
+            raise UsageError(
+                "output=",
+                f"'{path}' doesn't end in {ENDING}",
+                "add it: what loads the file goes by it (a folder ends in / or exists)",
+            )
+        if path.is_dir():
+            raise UsageError("output=", f"'{path}' is a folder", "give a file name within it")
     for parent in {Path(output).parent} if is_folder(output) else {path.parent for path in paths}:
         if not parent.is_dir():
-            raise UsageError("-o", f"there is no folder '{parent}'", "create it first")
+            raise UsageError("output=", f"there is no folder '{parent}'", "create it first")
     _check_distinct(output, targets, paths)
     return paths
 
 
 def make_folder(output: str) -> None:
-    """Make the folder that -o names, if it names one that isn't there yet."""
-    from posthoc_cli.storage.atomic import write_errors
-
+    """Make the folder that an output names, if it names one that isn't there yet."""
     if is_folder(output) and not os.path.isdir(output):
         with write_errors(Path(output)):
             os.mkdir(output)
 
 
 def _tag(target: Target) -> str:
-    return f"{'sigma' if target.option == '--sigma-rel' else 'gamma'}{target.text}"
+    return f"{'sigma' if target.argument == 'sigma_rel' else 'gamma'}{target.text}"
 
 
 def _filled(template: str, target: Target, step: int) -> str:
-    values: dict[str, tuple[str, float]] = {
-        "sigma_rel": (target.sigma_rel_text, target.sigma_rel),
-        "gamma": (target.gamma_text, target.gamma),
-        "step": (str(step), step),
-    }
+    values: dict[str, tuple[str, float]] = {"step": (str(step), step)}
+    for argument in ("sigma_rel", "gamma"):
+        value = getattr(target, argument)
+        short = target.text if target.argument == argument else f"{value:.6g}"
+        values[argument] = short, value
     known = "the fields are {sigma_rel}, {gamma} and {step}; for a brace write {{ or }}"
     try:
         pieces = list(Formatter().parse(template))
     except ValueError:
-        raise UsageError("-o", f"a brace in '{template}' stands alone", known) from None
+        raise UsageError("output=", f"a brace in '{template}' stands alone", known) from None
     filled = ""
     for text, field, spec, conversion in pieces:
         filled += text
         if field is None:
             continue
         if field not in values or conversion is not None:
-            raise UsageError("-o", f"unknown field {{{field}}} in '{template}'", known)
+            raise UsageError("output=", f"unknown field {{{field}}} in '{template}'", known)
         as_text, number = values[field]
         try:
-            if not _SPEC.fullmatch(spec or ""):
+            if not _FORMAT.fullmatch(spec or ""):
                 raise ValueError
             filled += format(number, spec) if spec else as_text
         except ValueError:
             raise UsageError(
-                "-o",
+                "output=",
                 f"'{spec}' is no format for {{{field}}}",
                 "write, say, {step:07d} or {sigma_rel:.3f}",
             ) from None
     return filled
-
-
-def _check(path: Path) -> None:
-    if path.suffix.lower() != ENDING:
-        raise UsageError(
-            "-o",
-            f"'{path}' doesn't end in {ENDING}",
-            "add it: what loads the file goes by it (a folder ends in / or exists)",
-        )
-    if path.is_dir():
-        raise UsageError("-o", f"'{path}' is a folder", "give a file name within it")
 
 
 def _check_distinct(output: str, targets: Sequence[Target], paths: Sequence[Path]) -> None:
@@ -108,12 +101,12 @@ def _check_distinct(output: str, targets: Sequence[Target], paths: Sequence[Path
             continue
         if "{" not in output and not is_folder(output):
             raise UsageError(
-                "-o",
+                "output=",
                 f"one file for {len(targets)} targets",
                 "give a folder, or a template such as 'ema-{sigma_rel}.safetensors'",
             )
         raise UsageError(
-            "-o",
+            "output=",
             f"{taken[place]} and {target} would both become '{path}'",
             "put {sigma_rel} or {gamma} into it",
         )

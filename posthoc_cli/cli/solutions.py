@@ -1,0 +1,164 @@
+"""A solution as the commands show it: solved as asked, noted on stderr, described as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from posthoc_cli.cli import options
+from posthoc_cli.cli.console import counted, note, warn
+from posthoc_cli.errors import percent
+
+if TYPE_CHECKING:
+    from posthoc_cli.api import Run, Solution
+    from posthoc_cli.solver.targets import Target
+
+FAR_OFF = 0.05
+"""Of a profile error or an expected one: what is beyond it is said without being asked."""
+
+LONE = 0.9
+"""The weight of a single raw checkpoint beyond which an EMA is hardly more than that one."""
+
+LOUD = 4
+"""The noise gain beyond which snapshots of half precision don't give half precision."""
+
+HALF = frozenset({"F16", "BF16"})
+
+
+def open_and_warn(folder: str, reading: options.Reading, quiet: bool) -> Run:
+    """The snapshots of a folder; warns of what is odd and names what --skip-incomplete left out."""
+    run = options.open_folder(folder, reading)
+    for file, reason in run.skipped:
+        if reason.startswith("incomplete"):
+            note(f"{file}: left out: {reason}", quiet)
+    warn(run.warnings, quiet)
+    return run
+
+
+def warn_of_sample(solution: Solution, quiet: bool) -> None:
+    """Warn of sampled values that are not finite."""
+    moments = solution.moments
+    if moments is not None and moments.broken:
+        share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
+        warn([f"{share} are NaN or infinite in some snapshot, and left out"], quiet)
+
+
+def note_large_errors(solution: Solution, quiet: bool) -> None:
+    """One line on stderr for targets out of reach, and one for rounding that is blown up."""
+    if quiet:
+        return
+    targets = range(len(solution.targets))
+    if solution.expected is not None:
+        off = solution.expected.relative
+        if far := [at for at in targets if off[at] > FAR_OFF]:
+            note(
+                f"{_listed(solution, far)}: an error of up to {percent(off[far].max())} of the "
+                "distance between EMA and network is to be expected (see --diagnose)",
+                quiet,
+            )
+        return
+    if solution.run.raw:
+        _note_lone_checkpoints(solution)
+        return
+    errors, gains = solution.solved.profile_error, solution.solved.noise_gain
+    if far := [at for at in targets if errors[at] > FAR_OFF]:
+        note(
+            f"{_listed(solution, far)}: out of reach, with a profile error of up to "
+            f"{percent(errors[far].max())}; {_reach(solution)}",
+            quiet,
+        )
+    half = sorted(HALF & {dtype for snapshot in solution.snapshots for dtype in snapshot.dtypes})
+    if half and (loud := [at for at in targets if gains[at] > LOUD]):
+        note(
+            f"{_listed(solution, loud)}: the rounding of {' and '.join(half)} snapshots comes out "
+            f"up to {gains[loud].max():.3g} times as large; --method blup weighs that",
+            quiet,
+        )
+
+
+def _note_lone_checkpoints(solution: Solution) -> None:
+    """A line on stderr for EMAs that are narrower than raw checkpoints are apart."""
+    largest = solution.weights.max(axis=1)
+    lone = [at for at in range(len(solution.targets)) if largest[at] > LONE]
+    if lone and len(solution.snapshots) > 1:
+        worst = max(lone, key=lambda at: float(largest[at]))
+        one = solution.snapshots[int(solution.weights[worst].argmax())]
+        note(
+            f"{_listed(solution, lone)}: narrower than the checkpoints are apart; up to "
+            f"{percent(largest[worst])} of it is '{one.file}' alone",
+            quiet=False,
+        )
+
+
+def _listed(solution: Solution, which: Sequence[int]) -> str:
+    """The targets `which`, in short: `sigma_rel 0.2, 0.25 and 3 more`."""
+    first, *others = (solution.targets[at] for at in which)
+    alike = [target.text for target in others if target.argument == first.argument]
+    shown = [str(first), *alike[:2]]
+    more = len(which) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def _reach(solution: Solution) -> str:
+    from posthoc_cli.solver.reach import reachable
+
+    profiles = [snapshot.profile for snapshot in solution.snapshots]
+    ranges = reachable(profiles, solution.step, FAR_OFF)
+    if not ranges:
+        return f"nothing is within {FAR_OFF:.0%} at step {solution.step}"
+    spans = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)
+    return f"within {FAR_OFF:.0%}, these snapshots reach sigma_rel {spans}"
+
+
+def sources(solution: Solution) -> str:
+    """Such as `16 snapshots`."""
+    return counted(len(solution.snapshots), "raw checkpoint" if solution.run.raw else "snapshot")
+
+
+def title(target: Target) -> str:
+    """A target both ways: `sigma_rel 0.05 (gamma 16.97)`."""
+    if target.argument == "gamma":
+        return f"{target} (sigma_rel {target.sigma_rel:.4g})"
+    return f"{target} (gamma {target.gamma:.4g})"
+
+
+def describe(folder: str, solution: Solution) -> dict[str, Any]:
+    """What --json prints; docs/json.md has its schema."""
+    solved = solution.solved
+    return {
+        "folder": folder,
+        "method": solved.method,
+        "device": solution.device,
+        "condition_number": solved.condition_number,
+        "targets": [
+            {
+                "sigma_rel": target.sigma_rel,
+                "gamma": target.gamma,
+                "step": solution.step,
+                "sum_of_weights": float(solved.sum_of_weights[at]),
+                "noise_gain": float(solved.noise_gain[at]),
+                "profile_error": float(solved.profile_error[at]),
+                **_describe_expected(solution, at),
+                "weights": [
+                    {
+                        "file": snapshot.file,
+                        "step": snapshot.step,
+                        "sigma_rel": snapshot.sigma_rel,
+                        "gamma": snapshot.gamma,
+                        "weight": float(weight),
+                    }
+                    for snapshot, weight in zip(solution.snapshots, solved.weights[at], strict=True)
+                ],
+            }
+            for at, target in enumerate(solution.targets)
+        ],
+    }
+
+
+def _describe_expected(solution: Solution, at: int) -> dict[str, float]:
+    if solution.expected is None:
+        return {}
+    return {
+        "expected_error": float(solution.expected.total[at]),
+        "relative_error": float(solution.expected.relative[at]),
+    }

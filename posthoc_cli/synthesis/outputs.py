@@ -1,0 +1,205 @@
+"""Outputs: their files, and the sink that writes the sums to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage.header import Part as FilePart
+from posthoc_cli.storage.header import TensorIndex, make_header, spans
+from posthoc_cli.storage.shards import (
+    index_path,
+    made_by_posthoc,
+    make_index,
+    replaced,
+    shard_paths,
+    split,
+)
+from posthoc_cli.storage.workers import background_flush
+from posthoc_cli.synthesis.accumulators import Weights
+from posthoc_cli.synthesis.engine import Engine, Part, Progress, Results
+from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
+from posthoc_cli.synthesis.plan import Chunk, TensorPlan
+from posthoc_cli.synthesis.recipe import KEY
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: for each target its `files`, an index last, and their bytes together."""
+
+    files: list[tuple[Path, ...]]
+    sizes: list[int]
+    nonfinite: list[NonfiniteTensor]
+
+
+def write_outputs(
+    plan: TensorPlan,
+    weights: Weights,
+    paths: Sequence[Path],
+    recipes: Sequence[Mapping[str, Any]],
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    shard_bytes: int | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    row_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write one output for each row of `weights` [targets, snapshots], in one pass.
+
+    Each appears whole or not at all; when anything fails none does. One with more than
+    `shard_bytes` of data becomes several files of at most so much, and an index. With `strict`, NaN
+    or infinity in the snapshots or the sums is an error. `workers`, `row_bytes` and `progress` are
+    those of Engine.
+
+    Raises UsageError when an output exists and `overwrite` is false, or when it is one of the
+    snapshots; SnapshotError when a snapshot changed meanwhile, or by `strict`; MachineError when
+    the disk or the device fails.
+    """
+    outputs = [
+        output_files(plan, path, recipe, shard_bytes=shard_bytes, overwrite=overwrite)
+        for path, recipe in zip(paths, recipes, strict=True)
+    ]
+    report = NonfiniteReport(plan, weights)
+    engine = Engine(
+        plan,
+        weights,
+        device=device,
+        workers=workers,
+        row_bytes=row_bytes,
+        report=report,
+        progress=progress,
+        other_files=sum(len(output.files) for output in outputs),
+    )
+    with engine, _opened(plan, outputs):
+        engine.run(FileSink(outputs))
+        found = report.tensors(engine.varies)
+        if strict and found:
+            raise SnapshotError(*summarize(plan, found), "nothing is written, as strict=True says")
+    return Written(
+        [tuple(file.path for file in output.files) for output in outputs],
+        [sum(file.size for file in output.files) for output in outputs],
+        found,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFiles:
+    """The files of one output, in the order in which they are committed, and its data's places.
+
+    Of one in shards the index comes last, and has no part. `stale` are files that contradict it.
+    """
+
+    files: Sequence[AtomicFile]
+    contents: Sequence[bytes]
+    parts: Sequence[FilePart]
+    stale: Sequence[Path]
+
+
+def output_files(
+    plan: TensorPlan,
+    path: Path,
+    recipe: Mapping[str, Any],
+    *,
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+) -> OutputFiles:
+    """The files of an output; shards with an index where one would hold more than `shard_bytes`.
+
+    Raises UsageError when the output exists and `overwrite` is false.
+    """
+    places = make_header(plan.tensors, {})[1]
+    shards = [list(places)] if shard_bytes is None else split(places, shard_bytes)
+    metadata = _metadata(plan.sources[plan.newest], recipe)
+    if len(shards) > 1:
+        metadata = {"format": "pt", **metadata}  # without it transformers loads no shard
+    paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
+    stale = replaced(path, paths, overwrite)
+    files, contents, parts = [], [], []
+    for name, names in zip(paths, shards, strict=True):
+        header, _ = make_header({tensor: plan.tensors[tensor] for tensor in names}, metadata)
+        first, last = places[names[0]].start, places[names[-1]].end
+        size = len(header) + last - first
+        files.append(AtomicFile(name, size, overwrite=overwrite or name in stale))
+        contents.append(header)
+        parts.append(FilePart(name, first, last - first, len(header), size))
+    if len(shards) > 1:
+        index = make_index(list(zip(paths, shards, strict=True)), plan.bytes_to_write)
+        files.append(AtomicFile(index_path(path), len(index), overwrite=overwrite))
+        contents.append(index)
+    return OutputFiles(files, contents, parts, [old for old in stale if old not in paths])
+
+
+_HASHES = ("sshs_", "modelspec.hash_")
+"""What keys begin with that hold hashes of a file's tensors: kohya's, and the Model Spec's."""
+
+
+def _metadata(newest: TensorIndex, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
+    gone = {"step", "gamma", "sigma_rel", "converted", KEY}
+    carried = {
+        key: value
+        for key, value in newest.metadata.items()
+        if key not in gone and not key.startswith(_HASHES)
+    }
+    return carried | {KEY: json.dumps(recipe)}
+
+
+class FileSink:
+    """Writes the sums of each target to the files of its output."""
+
+    def __init__(self, outputs: Sequence[OutputFiles]) -> None:
+        self._outputs = outputs
+
+    def take_sums(self, chunk: Chunk, results: Results, unsettled: Sequence[Part]) -> None:
+        self.take_copies(chunk, results)
+
+    def take_copies(self, chunk: Chunk, results: Results) -> None:
+        for target, output in enumerate(self._outputs):
+            data = results(target)
+            for at, offset, count in spans(output.parts, chunk.out_start, len(data)):
+                output.files[at].write_at(offset, data[:count])
+                data = data[count:]
+
+
+@contextlib.contextmanager
+def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
+    """Open the files of `outputs` for a `with` block, at the end of which all appear, or none.
+
+    Raises UsageError when one is a snapshot or lies among them, MachineError when the disk fails.
+    """
+    files = [file for output in outputs for file in output.files]
+    stale = [path for output in outputs for path in output.stale]
+    _refuse_inputs(plan.sources, [*(file.path for file in files), *stale])
+    with commit_together(files, stale):
+        for output in outputs:
+            for file, content in zip(output.files, output.contents, strict=True):
+                file.write_at(0, content)
+        with background_flush(files):
+            yield
+
+
+def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Sequence[Path]) -> None:
+    """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
+    inputs = [part.path for source in sources for part in source.parts]
+    folders = {source.path.parent for source in sources}
+    for path in outputs:
+        if not path.exists():
+            continue
+        if any(os.path.samefile(path, source) for source in inputs):
+            raise UsageError(str(path), "is one of the snapshots", "choose another output")
+        among = any(os.path.samefile(path.parent, folder) for folder in folders)
+        if among and not made_by_posthoc(path):
+            raise UsageError(
+                str(path),
+                "lies among the snapshots, and posthoc didn't make it",
+                "choose another output",
+            )
