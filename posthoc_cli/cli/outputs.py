@@ -45,11 +45,10 @@ def output_paths(output: str, folder: str, targets: Sequence[Target], step: int)
 
 def make_folder(output: str) -> None:
     """Make the folder that -o names, if it names one that isn't there yet."""
-    from posthoc_cli.storage.atomic import write_errors
+    from posthoc_cli.storage import disk
 
-    if is_folder(output) and not os.path.isdir(output):
-        with write_errors(Path(output)):
-            os.mkdir(output)
+    if is_folder(output):
+        disk.make_folder(Path(output))
 
 
 def _tag(target: Target) -> str:

@@ -178,10 +178,10 @@ def synthesize(
         _check_error(solved, max_error)
     paths = output_paths(output, folder, solved.targets, solved.step)
 
-    from posthoc_cli.storage.shards import standing
+    from posthoc_cli.storage.shards import existing_output
     from posthoc_cli.synthesis.plan import make_plan
 
-    kept = {path for path in paths if skip_existing and standing(path)}
+    kept = {path for path in paths if skip_existing and existing_output(path)}
     for path in paths:
         if path in kept:
             note(f"{path}: exists already; skipped", quiet)
@@ -263,9 +263,9 @@ def _write(
 
 def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
     """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.storage.shards import shard_names, standing
+    from posthoc_cli.storage.shards import existing_output, shard_names
 
-    main = standing(path)[0]
+    main = existing_output(path)[0]
     shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
     return main, shards, sum(each.stat().st_size for each in (main, *shards))
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
 from posthoc_cli.storage.header import TensorIndex
 from posthoc_cli.storage.readers import Reader
-from posthoc_cli.storage.workers import share
+from posthoc_cli.storage.workers import run_workers
 from posthoc_cli.synthesis.accumulators import Accumulator, CpuAccumulator, Weights
 from posthoc_cli.synthesis.engine import GROUP, ROW_BYTES, raise_file_limit
 from posthoc_cli.synthesis.kernels import STRIDE
@@ -180,9 +180,9 @@ class Comparison:
                 stack.enter_context(Reader(layout, keep_open=keep_open)) for layout in layouts
             ]
             *self._readers, self._there = readers
-            share(self._chunks(), self._check, summing, workers)
+            run_workers(self._chunks(), self._check, summing, workers)
             self._progress = None
-            share(iter(self._doubtful()), self._check, summing, workers)
+            run_workers(iter(self._doubtful()), self._check, summing, workers)
             for reader in readers:
                 reader.check_unchanged()
 

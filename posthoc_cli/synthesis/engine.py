@@ -22,17 +22,17 @@ from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.atomic import AtomicFile, commit_together
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
 from posthoc_cli.storage.header import Part, make_header, spans
+from posthoc_cli.storage.metadata import FORMAT, RECIPE, carried_over
 from posthoc_cli.storage.readers import Reader
 from posthoc_cli.storage.shards import (
     index_path,
     made_by_posthoc,
     make_index,
-    replaced,
+    replaced_files,
     shard_paths,
     split,
 )
-from posthoc_cli.storage.workers import background_flush, default_workers, share
-from posthoc_cli.synthesis import recipe
+from posthoc_cli.storage.workers import background_flush, default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
     Accumulator,
     CpuAccumulator,
@@ -88,8 +88,9 @@ def execute(
     snapshots; SnapshotError when a snapshot changed meanwhile, or by `strict`; MachineError when
     the disk or the device fails.
     """
+    carried = carried_over(plan.snapshots[plan.newest].index.metadata)
     wanted = [
-        _output(plan, path, _metadata(plan, entry), shard_bytes, overwrite)
+        _output(plan, path, carried | {RECIPE: json.dumps(entry)}, shard_bytes, overwrite)
         for path, entry in zip(outputs, recipes, strict=True)
     ]
     files = [file for output in wanted for file in output.files]
@@ -124,8 +125,8 @@ def execute(
             output.write_headers()
         job = _Job(plan, weights, readers, wanted, progress)
         with _device_errors(device), background_flush(files):
-            share(plan.chunks(elements), job.sum_chunk, summing, workers or default_workers())
-            share(job.constant_chunks(elements), job.copy_chunk, summing, 1)
+            run_workers(plan.chunks(elements), job.sum_chunk, summing, workers or default_workers())
+            run_workers(job.constant_chunks(elements), job.copy_chunk, summing, 1)
         for reader in readers:
             reader.check_unchanged()
         findings = job.findings()
@@ -184,9 +185,9 @@ def _output(
     places = make_header(plan.tensors, {})[1]
     shards = [list(places)] if shard_bytes is None else split(places, shard_bytes)
     if len(shards) > 1:
-        metadata = {"format": "pt", **metadata}  # without it transformers loads no shard
+        metadata = {FORMAT: "pt", **metadata}  # without it transformers loads no shard
     paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
-    stale = replaced(path, paths, overwrite)
+    stale = replaced_files(path, paths, overwrite)
     files, contents, parts = [], [], []
     for name, names in zip(paths, shards, strict=True):
         header, _ = make_header({tensor: plan.tensors[tensor] for tensor in names}, metadata)
@@ -322,21 +323,6 @@ class _Job:
     def _report(self, read: int) -> None:
         if self._progress is not None and read:
             self._progress(read)
-
-
-_HASHES = ("sshs_", "modelspec.hash_")
-"""What keys begin with that hold hashes of a file's tensors: kohya's, and the Model Spec's."""
-
-
-def _metadata(plan: Plan, entry: Mapping[str, Any]) -> dict[str, str]:
-    """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
-    gone = {"step", "gamma", "sigma_rel", "converted", recipe.KEY}
-    carried = {
-        key: value
-        for key, value in plan.snapshots[plan.newest].index.metadata.items()
-        if key not in gone and not key.startswith(_HASHES)
-    }
-    return carried | {recipe.KEY: json.dumps(entry)}
 
 
 def _refuse_inputs(snapshots: Sequence[Snapshot], outputs: Sequence[Path]) -> None:

@@ -12,9 +12,6 @@ from typing import Any
 from posthoc_cli._version import __version__
 from posthoc_cli.solver.profiles import Profile
 
-KEY = "posthoc"
-"""The key of the recipe in an output's `__metadata__`."""
-
 
 def make_recipe(
     method: str,
@@ -29,7 +26,7 @@ def make_recipe(
 ) -> dict[str, Any]:
     """The recipe of one output: `files`, `snapshots`, `weights` and, if any, `marks` go together.
 
-    `marks` are each source's bytes and fingerprint (see `reading.fingerprint`), `copied` and
+    `marks` are each source's bytes and fingerprint (see `fingerprint`), `copied` and
     `dropped` the globs of tensors that are not averaged, and left out.
     """
     sources: list[dict[str, Any]] = [
@@ -55,18 +52,6 @@ def describe(profile: Profile) -> dict[str, float | None]:
     step = int(profile.step) if float(profile.step).is_integer() else profile.step
     gamma = None if profile.raw else profile.gamma
     return {"step": step, "sigma_rel": profile.sigma_rel, "gamma": gamma}
-
-
-def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The recipe in a file's metadata; None when posthoc did not write the file."""
-    text = metadata.get(KEY)
-    if text is None:
-        return None
-    try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return recipe if isinstance(recipe, dict) and "sources" in recipe else None
 
 
 _MAX_GLOBS = 1_000

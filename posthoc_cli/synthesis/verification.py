@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.snapshots.folder import Snapshot, recipe_of
+from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.header import Cache, TensorIndex, TensorInfo
+from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.storage.readers import fingerprint
 from posthoc_cli.storage.shards import index_path, open_tensors
 from posthoc_cli.storage.workers import default_workers
@@ -114,7 +115,7 @@ def verify(
 
 
 def _ingredients(out: TensorIndex) -> RecipeSources:
-    recipe = recipe_of(out)
+    recipe = read_recipe(out.metadata)
     if recipe is None:
         raise SnapshotError(
             str(out.path),

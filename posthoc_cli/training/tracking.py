@@ -35,12 +35,13 @@ from posthoc_cli.snapshots.identity import MAX_GAMMA
 from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.atomic import write_errors
+from posthoc_cli.storage.disk import make_folder, remove_file
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import read_header
+from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
 from posthoc_cli.storage.readers import Reader
 from posthoc_cli.storage.shards import ENDING
-from posthoc_cli.synthesis.recipe import KEY, make_recipe
+from posthoc_cli.synthesis.recipe import make_recipe
 from posthoc_cli.training.averaging import (
     Choice,
     EmaUpdate,
@@ -54,9 +55,6 @@ from posthoc_cli.training.averaging import (
 )
 from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
 from posthoc_cli.training.saving import Entry, code_of, stage, write
-
-RUN = "run"
-"""The key in a snapshot's `__metadata__` that tells one run's snapshots from another's."""
 
 _Job = tuple[Path, dict[str, Entry], dict[str, str]]
 """A snapshot to be: its path, its tensors, its metadata."""
@@ -159,8 +157,7 @@ class PostHocEMA:
         self._troubles: list[str] = []
         self._overflowed: set[str] = set()
         if _writes():
-            with write_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, parents=True)
 
     # Averaging
 
@@ -296,10 +293,10 @@ class PostHocEMA:
             entries[name] = Entry(value, self._saved_as(name, tensor), tensor)
         width = self.sigma_rels[index]
         metadata = {
-            "format": "pt",  # some libraries load nothing without it
-            "step": str(self.step),
-            "gamma": repr(self.gammas[index]),
-            "sigma_rel": repr(width),
+            FORMAT: "pt",  # some libraries load nothing without it
+            STEP: str(self.step),
+            GAMMA: repr(self.gammas[index]),
+            SIGMA_REL: repr(width),
             RUN: self.run,
         }
         # No known convention has such a name, so that none can read something else into it.
@@ -340,7 +337,7 @@ class PostHocEMA:
                         f"{path.name}; if they are large, give dtype=torch.bfloat16"
                     )
         if self.keep is not None and len(written) == len(jobs):
-            self._prune(int(jobs[0][2]["step"]), self.keep)
+            self._prune(int(jobs[0][2][STEP]), self.keep)
         return written
 
     def _prune(self, newest: int, keep: int) -> None:
@@ -350,14 +347,14 @@ class PostHocEMA:
         for step, path in mine:
             if step in steps:
                 try:
-                    path.unlink()
-                except OSError as error:
+                    remove_file(path)
+                except MachineError as error:
                     self._troubles.append(f"{path}: an old snapshot that can't be removed: {error}")
 
     def _snapshots(self) -> list[tuple[Path, int]]:
         """This run's snapshots in the folder, with their steps."""
         return [
-            (path, int(metadata["step"]))
+            (path, int(metadata[STEP]))
             for path, metadata in _folder_metadata(self.folder)
             if metadata.get(RUN) == self.run
         ]
@@ -374,7 +371,7 @@ class PostHocEMA:
         others = [
             path.name
             for path, metadata in (_folder_metadata(self.folder) if _writes() else ())
-            if KEY not in metadata and metadata.get(RUN) != self.run
+            if RECIPE not in metadata and metadata.get(RUN) != self.run
         ]
         if others:
             problem = f"holds another run's snapshots, such as '{others[0]}'"
@@ -484,7 +481,7 @@ class PostHocEMA:
             execute(plan, weights, [temporary], [recipe])
             return _load(temporary, own)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove_file(temporary)
 
     @contextlib.contextmanager
     def lend(
