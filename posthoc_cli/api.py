@@ -335,7 +335,7 @@ class Solution:
         meanwhile, MachineError when the disk or the device fails.
         """
         from posthoc_cli.storage.readers import fingerprint
-        from posthoc_cli.storage.shards import standing
+        from posthoc_cli.storage.shards import existing_output
         from posthoc_cli.synthesis.nonfinite import summarize
         from posthoc_cli.synthesis.outputs import write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
@@ -348,7 +348,7 @@ class Solution:
         plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop)
         name = self.run.folder.resolve().name
         paths = output_paths(os.fspath(output), name, self.targets, self.step)
-        kept = {path for path in paths if skip_existing and standing(path)}
+        kept = {path for path in paths if skip_existing and existing_output(path)}
         wanted = [at for at, path in enumerate(paths) if path not in kept]
         outputs = {at: _kept_output(path) for at, path in enumerate(paths) if path in kept}
         if not wanted:
@@ -456,8 +456,8 @@ def _method(method: str | None, raw: bool) -> str:
 
 def _kept_output(path: Path) -> Output:
     """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.storage.shards import shard_names, standing
+    from posthoc_cli.storage.shards import existing_output, shard_names
 
-    main = standing(path)[0]
+    main = existing_output(path)[0]
     shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
     return Output(main, shards, sum(each.stat().st_size for each in (main, *shards)), None)

@@ -281,8 +281,8 @@ class Recipe:
 
 def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
+    from posthoc_cli.storage.metadata import read_recipe
     from posthoc_cli.storage.shards import open_tensors
-    from posthoc_cli.synthesis.recipe import read_recipe
 
     layout = open_tensors(path)
     document = read_recipe(layout.metadata)

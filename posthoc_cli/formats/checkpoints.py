@@ -9,8 +9,6 @@ where the tensor's bytes lie in the file. The bytes themselves are never read he
 from __future__ import annotations
 
 import math
-import os
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import MachineError, SnapshotError
+from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats.pickles import (
     Allowance,
     Call,
@@ -29,8 +27,8 @@ from posthoc_cli.formats.pickles import (
     shown,
     unpickle,
 )
+from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
-from posthoc_cli.storage.header import reason
 
 _MAX_DIMENSIONS = 64
 _MAX_BYTES = 1 << 62
@@ -103,17 +101,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises SnapshotError for a file that is none of them, that is corrupt, or that names anything
     that is not data; MachineError for one that cannot be read.
     """
-    try:
-        # A FIFO would block on open, and a device has no length.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SnapshotError(str(path), "not a regular file", "leave it out")
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            root = _read(Source(path, file, 0, status.st_size))
-    except OSError as error:
-        raise MachineError(
-            str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
-        ) from None
+    with open_file(path, "leave it out") as (file, status):
+        root = _read(Source(path, file, 0, status.st_size))
     return Checkpoint(path, root, status.st_size, status.st_mtime_ns)
 
 

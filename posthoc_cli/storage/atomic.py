@@ -1,4 +1,4 @@
-"""A writer that streams, and lands its files atomically: whole or not at all."""
+"""Files that appear whole or not at all, one or several together."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
-from posthoc_cli.errors import MachineError, UsageError, in_bytes
-from posthoc_cli.storage.header import reason
+from posthoc_cli.errors import MachineError, in_bytes
+from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
 
 try:
     import fcntl
@@ -25,19 +24,19 @@ except ImportError:  # Windows
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.posthoc-tmp", re.DOTALL)
 
 _ABANDONED_AFTER = 60.0
-"""Seconds without a write after which a temporary file is nobody's, where files have no locks."""
+"""Seconds without a write after which a temporary file counts as abandoned, without locks."""
 
 
 class AtomicFile:
     """A file of `size` bytes that appears at `path` whole, or not at all.
 
-    Written beside its place under a temporary name, its space reserved first; on leaving the
-    `with` block it is flushed to disk and renamed, or, if there was an exception, removed. Its mode
-    is what the umask gives. `write_at` may be called from several threads at once. What a process
-    that was killed has left in the folder is removed by the next one that writes there.
+    Its space is reserved, and it is written beside its place under a temporary name; at the end of
+    the `with` block it is flushed to disk and renamed, or, after an exception, removed. Its mode
+    is what the umask gives. `write_at` may be called from several threads at once. What a killed
+    process has left in the folder is removed by the next one that writes there.
 
     Raises UsageError when `path` exists and `overwrite` is false, MachineError when the space or
-    the permission is missing. `together` lands several.
+    the permission is missing. `commit_together` does the same for several files.
     """
 
     def __init__(self, path: Path, size: int, *, overwrite: bool = False) -> None:
@@ -58,7 +57,7 @@ class AtomicFile:
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
         if not self.overwrite and os.path.lexists(self.path):
-            raise _exists(self.path)
+            raise already_exists(self.path)
 
     def open(self) -> None:
         """Make the temporary file, and reserve its space."""
@@ -81,8 +80,8 @@ class AtomicFile:
                 view, offset = view[written:], offset + written
 
     def copy_from(self, fd: int, offset: int, start: int, count: int) -> int:
-        """Have the system copy up to `count` bytes, from `offset` in the file open as `fd`, to byte
-        `start` of this one; returns how many: 0 where it can't do that, or not between these two.
+        """Have the system copy up to `count` bytes from `offset` of the open file `fd` to byte
+        `start` of this one; returns how many: 0 where it can't, or not between these two.
         """
         if not hasattr(os, "copy_file_range"):
             return 0
@@ -100,7 +99,7 @@ class AtomicFile:
             getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> None:
-        """Flush all of it, length and times included."""
+        """Wait until all of it is on the disk, length and times included."""
         with write_errors(self.path):
             os.fsync(self._fd)
 
@@ -110,13 +109,13 @@ class AtomicFile:
         with write_errors(self.path):
             if fcntl is None:
                 self._close()  # Windows renames no open file; elsewhere it stays open: locked
-            _land(self._temporary, self.path, self.overwrite)
+            _move_into_place(self._temporary, self.path, self.overwrite)
             self._temporary = None
             self._close()
             _flush_folder(self.path.parent)
 
     def discard(self) -> None:
-        """Remove what was written, unless it has landed."""
+        """Remove the temporary file, unless it has been renamed."""
         self._close()
         if self._temporary is not None:
             with contextlib.suppress(OSError):
@@ -124,7 +123,7 @@ class AtomicFile:
             self._temporary = None
 
     def rollback(self) -> None:
-        """Remove it from its place again if it has landed there, unless in that of another."""
+        """Undo `commit`, unless it replaced another file."""
         if not self.overwrite and self._own is not None:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.lstat(self.path), self._own):
@@ -143,12 +142,7 @@ class AtomicFile:
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.finish()
@@ -159,10 +153,10 @@ class AtomicFile:
 
 @contextlib.contextmanager
 def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterator[None]:
-    """Open `files` for a `with` block, at the end of which all of them land, or none.
+    """Open `files` for a `with` block, at the end of which all of them appear, or none.
 
-    They land in their order, once all are on the disk. `stale` are files that would contradict
-    them, such as the index of an output that they replace: gone before the first one lands.
+    They appear in their order, once all are on the disk. `stale` are files that would contradict
+    them, such as the index of an output that they replace: they are removed before.
     """
     try:
         for file in files:
@@ -173,14 +167,13 @@ def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> 
         yield
         for file in files:
             file.finish()
-        for file in files:  # before any of them lands, as another run may have been faster
+        for file in files:  # again, as another run may have been faster
             file.check_absent()
         for path in stale:
-            with write_errors(path):
-                path.unlink(missing_ok=True)
+            remove_file(path)
         for file in files:
             file.commit()
-    except BaseException:  # an interrupt may come between a landing and any note of it
+    except BaseException:  # an interrupt may come right after a rename
         for file in reversed(files):
             file.rollback()
         raise
@@ -190,7 +183,7 @@ def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> 
 
 
 def check_space(files: Sequence[AtomicFile]) -> None:
-    """Raise MachineError, and say how much is missing, when a disk can't hold its `files`."""
+    """Raise MachineError, with how much is missing, when a disk can't hold its `files`."""
     needed: dict[int, tuple[int, AtomicFile]] = {}
     for file in files:
         with contextlib.suppress(OSError):  # a folder that isn't there is told when it is written
@@ -208,7 +201,7 @@ def check_space(files: Sequence[AtomicFile]) -> None:
                 )
 
 
-# Temporary files: one that a living process writes is locked, one that is not has been abandoned.
+# Temporary files. One that is being written is locked; one that isn't has been abandoned.
 
 
 def _make_temporary(path: Path) -> tuple[int, Path]:
@@ -254,12 +247,6 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(fd)
 
 
-def _exists(path: Path) -> UsageError:
-    return UsageError(
-        str(path), "exists already", "use force=True to replace it or skip_existing=True to keep it"
-    )
-
-
 def _reserve(fd: int, size: int) -> None:
     """Give the file its length now, and its space where the system can promise it."""
     if size and hasattr(os, "posix_fallocate"):
@@ -272,7 +259,7 @@ def _reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def _land(temporary: Path, path: Path, overwrite: bool) -> None:
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
     """Move the finished file to its place; without `overwrite`, never onto another file."""
     if overwrite:
         os.replace(temporary, path)
@@ -280,10 +267,10 @@ def _land(temporary: Path, path: Path, overwrite: bool) -> None:
     try:
         os.link(temporary, path)  # unlike a rename, fails if another run got there first
     except FileExistsError:
-        raise _exists(path) from None
+        raise already_exists(path) from None
     except OSError:  # a file system without hard links: the check above has to do
         if os.path.lexists(path):
-            raise _exists(path) from None
+            raise already_exists(path) from None
         os.replace(temporary, path)
     else:
         os.unlink(temporary)
@@ -299,20 +286,3 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors while `path` is written into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        remedy = {
-            errno.ENOSPC: "free some space or choose another disk",
-            getattr(errno, "EDQUOT", -1): "free some space or choose another disk",
-            errno.EFBIG: "raise the file size limit (ulimit -f) or choose another disk",
-            errno.ENOENT: "create the folder first",
-            errno.ENOTDIR: "choose another path",
-            errno.ENAMETOOLONG: "choose a shorter name",
-        }.get(error.errno or 0, "check the folder and its permissions")
-        raise MachineError(str(path), f"cannot be written ({reason(error)})", remedy) from error

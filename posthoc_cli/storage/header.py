@@ -1,4 +1,4 @@
-"""The safetensors layout: where each tensor lies.
+"""The safetensors format: where each tensor of a file lies.
 
 A safetensors file is eight bytes of header length, a JSON header that maps each tensor's name to
 its dtype, shape and place, and the tensors' bytes.
@@ -7,13 +7,9 @@ its dtype, shape and place, and the tensors' bytes.
 from __future__ import annotations
 
 import bisect
-import contextlib
-import gc
 import json
 import math
-import os
 import re
-import stat
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +18,19 @@ from typing import Any
 
 import safetensors
 
-from posthoc_cli.errors import IncompleteError, MachineError, SnapshotError, in_bytes, printable
+from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
+from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.dtypes import DTYPES, bytes_of
 
 MAX_HEADER = 32 << 20
 """Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
 
 MAX_TENSORS = 150_000
-"""Tensors of the largest file that is read. Beyond it, reading the header alone takes seconds and
-gigabytes: the work of someone who means harm."""
+"""Tensors of the largest file that is read: more take seconds and gigabytes for the header alone,
+and no network has so many."""
 
 _MAX_ITEMS = 12 * MAX_TENSORS
-"""Quotes, and commas, of a header; a tensor takes ten quotes and some seven commas."""
+"""The most quotes, or commas, of a header; a tensor takes ten quotes and some seven commas."""
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
@@ -55,9 +52,9 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file of a layout: its data section is bytes `first` to `first + length` of the whole.
+    """One file of an index: its data section is bytes `first` to `first + length` of the whole.
 
-    `data_start` is the byte offset of the data section in the file, `size` the file's length;
+    `data_start` is the byte offset of the data section in the file, `size` the file's length.
     `modified`, the time of its last change in nanoseconds, and `inode` tell whether it is still
     the same.
     """
@@ -75,9 +72,9 @@ class Part:
 class TensorIndex:
     """What the header of a safetensors file says, or those of several that hold one network.
 
-    The tensors' offsets are within the data sections of `parts`, thought to lie end to end.
-    Layouts whose headers agree share one `tensors` mapping, so that 600 snapshots of a large
-    network cost little more than one.
+    The tensors' offsets are within the data sections of `parts`, laid end to end. Files whose
+    headers agree share one `tensors` mapping: 600 snapshots of a large network cost little more
+    than one.
     """
 
     path: Path
@@ -115,30 +112,22 @@ def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
     with the same tensors at the same places. Raises IncompleteError for the beginning of a
     safetensors file, SnapshotError for one that is none, MachineError for one that cannot be read.
     """
-    try:
-        # A FIFO would block on open, and a device has no length.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SnapshotError(str(path), "not a regular file", "leave it out with only=")
-        with open(path, "rb") as file:
-            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            _check_length(path, length)
-            header = file.read(length)
-            status = os.fstat(file.fileno())
+    with open_file(path) as (file, status):
+        start = file.read(_LENGTH.size)
+        if len(start) < _LENGTH.size:
+            raise _incomplete(path)
+        (length,) = _LENGTH.unpack(start)
+        if length > MAX_HEADER:
+            raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
+        header = file.read(length)
         check_items(path, header)
-        with safetensors.safe_open(path, framework="np"):
-            pass
-    except OSError as error:
-        raise MachineError(
-            str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
-        ) from None
-    except (safetensors.SafetensorError, struct.error, UnicodeError) as error:
-        if _ends_early(path):
-            raise IncompleteError(
-                str(path),
-                "not a whole safetensors file (its end is missing)",
-                "wait until it is written, copy it again, or leave it out",
-            ) from None
-        raise _corrupt(path, str(error)) from None
+        try:
+            with safetensors.safe_open(path, framework="np"):
+                pass
+        except (safetensors.SafetensorError, UnicodeError) as error:
+            if _ends_early(header, length, status.st_size):
+                raise _incomplete(path) from None
+            raise _corrupt(path, str(error)) from None
     try:
         metadata, rest = _split_metadata(header)
         tensors = cache.get(rest) if cache is not None else None
@@ -148,21 +137,15 @@ def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
                 cache[rest] = tensors
     except _NOT_A_HEADER:  # then the library has seen another file
         raise _corrupt(path, "it changed while it was read") from None
-    end = max((info.end for info in tensors.values()), default=0)
-    data_start = _LENGTH.size + length
-    if len(header) != length or data_start + end != status.st_size:
+    data_start, data_length = _LENGTH.size + length, _data_length(tensors)
+    if len(header) != length or data_start + data_length != status.st_size:
         raise _corrupt(path, "its length changed while it was read")
-    part = Part(path, 0, end, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
+    part = Part(path, 0, data_length, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
     return TensorIndex(path, tensors, metadata, (part,))
 
 
 _NOT_A_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What parsing a header raises that the library has not validated."""
-
-
-def _check_length(path: Path, length: int) -> None:
-    if length > MAX_HEADER:
-        raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
 
 
 def check_items(path: Path, header: bytes) -> None:
@@ -176,25 +159,26 @@ def check_items(path: Path, header: bytes) -> None:
         )
 
 
-def _ends_early(path: Path) -> bool:
-    """Whether a file that is not valid may be the beginning of one that is."""
+def _ends_early(header: bytes, length: int, size: int) -> bool:
+    """Whether a file that is not valid may be the beginning of one that is.
+
+    `header` is what the file has of it, `length` what it should have, `size` the file's own.
+    """
+    if len(header) < length:
+        return header[:1] in (b"", b"{")
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(_LENGTH.size)
-            if len(start) < _LENGTH.size:
-                return True
-            (length,) = _LENGTH.unpack(start)
-            if length > MAX_HEADER:
-                return False
-            header = file.read(length)
-        if len(header) < length:
-            return header[:1] in (b"", b"{")
-        _, rest = _split_metadata(header)
-        data = max((info.end for info in _parse_tensors(rest).values()), default=0)
-        return bool(_LENGTH.size + length + data > size)
-    except (OSError, *_NOT_A_HEADER):
+        tensors = _parse_tensors(_split_metadata(header)[1])
+        return bool(_LENGTH.size + length + _data_length(tensors) > size)
+    except _NOT_A_HEADER:
         return False
+
+
+def _incomplete(path: Path) -> IncompleteError:
+    return IncompleteError(
+        str(path),
+        "not a whole safetensors file (its end is missing)",
+        "wait until it is written, copy it again, or leave it out",
+    )
 
 
 def _corrupt(path: Path, detail: str) -> SnapshotError:
@@ -220,23 +204,14 @@ def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
 
 
 def _parse_tensors(header: bytes) -> dict[str, TensorInfo]:
-    with _without_collections():
-        return {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in json.loads(header).items()
-        }
+    return {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in json.loads(header).items()
+    }
 
 
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Make very many objects without the search for garbage among them, which takes as long."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _data_length(tensors: Mapping[str, TensorInfo]) -> int:
+    return max((info.end for info in tensors.values()), default=0)
 
 
 def make_header(
@@ -266,8 +241,3 @@ def make_header(
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
     return _LENGTH.pack(len(text)) + text, infos
-
-
-def reason(error: OSError) -> str:
-    """What went wrong, in the system's words, without the paths it adds."""
-    return printable(error.strerror or str(error))

@@ -7,15 +7,16 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
-from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.storage.header import TensorIndex, reason, spans
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.storage.disk import unreadable
+from posthoc_cli.storage.header import TensorIndex, spans
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
 
-_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 16, 4096
+_BLOCKS, _BLOCK = 16, 4096
+"""How many blocks of data a fingerprint is made of, and their bytes."""
 
 
 _OTHER_FILES = 64
@@ -33,13 +34,12 @@ def can_open(files: int) -> bool:
 
 
 class InputFile:
-    """One file, open for reading; in a `with` block, from several threads at once.
+    """A file open for reading in a `with` block, from several threads at once.
 
-    It has to be what it was when it was looked at: of `size` bytes, last modified at `modified` (in
-    nanoseconds), with the number `inode` where that is known. With `keep_open` false each read
-    opens it anew.
+    It must still be of `size` bytes, last modified at `modified` (in nanoseconds) and, where that
+    is known, of the number `inode`. With `keep_open` false each read opens it anew.
 
-    Raises SnapshotError when it is another now, MachineError when it can't be read.
+    Raises SnapshotError when it has changed, MachineError when it can't be read.
     """
 
     def __init__(
@@ -65,12 +65,7 @@ class InputFile:
             os.close(fd)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -83,25 +78,25 @@ class InputFile:
         """Fill `into` with the bytes from `offset` on."""
         fd = self._fd if self._keep_open else self._open()
         try:
-            with read_errors(self._path):
+            with _read_errors(self._path):
                 while into:
                     count = self._read_some(fd, offset, into)
                     if count == 0:
-                        raise changed(self._path)
+                        raise _changed(self._path)
                     into, offset = into[count:], offset + count
         finally:
             if not self._keep_open:
                 os.close(fd)
 
     def check_unchanged(self) -> None:
-        """Raise SnapshotError if it is not as it was when it was looked at."""
-        with read_errors(self._path):
+        """Raise SnapshotError if the file is not as it was."""
+        with _read_errors(self._path):
             if self._keep_open:
                 self._check(os.fstat(self._fd))
             self._check(os.stat(self._path))  # another file may have taken its name
 
     def _open(self) -> int:
-        with read_errors(self._path):
+        with _read_errors(self._path):
             fd = os.open(self._path, _FLAGS)
             try:
                 self._check(os.fstat(fd))
@@ -114,7 +109,7 @@ class InputFile:
         size, modified, inode = self._expected
         found = status.st_size, status.st_mtime_ns, None if inode is None else status.st_ino
         if found != (size, modified, inode):
-            raise changed(self._path)
+            raise _changed(self._path)
 
     def _read_some(self, fd: int, offset: int, into: memoryview) -> int:
         if hasattr(os, "preadv"):
@@ -127,20 +122,20 @@ class InputFile:
 
 
 class Reader:
-    """The files of a snapshot, open for reading; in a `with` block, from several threads at once.
+    """A snapshot's files open for reading in a `with` block, from several threads at once.
 
-    With `keep_open` false each read opens its file anew, for those with more snapshots than the
-    system lets a process have files.
+    With `keep_open` false each read opens its file anew: for more snapshots than the system lets a
+    process have open files.
 
-    Raises SnapshotError for a file that is no longer what its header said when that was read,
-    MachineError for one that can't be read.
+    Raises SnapshotError for a file that changed since its header was read, MachineError for one
+    that can't be read.
     """
 
-    def __init__(self, layout: TensorIndex, *, keep_open: bool = True) -> None:
-        self._parts = layout.parts
+    def __init__(self, index: TensorIndex, *, keep_open: bool = True) -> None:
+        self._parts = index.parts
         self._files = [
             InputFile(part.path, part.size, part.modified, part.inode, keep_open=keep_open)
-            for part in layout.parts
+            for part in index.parts
         ]
         self._opened = contextlib.ExitStack()
 
@@ -151,12 +146,7 @@ class Reader:
             self._opened = opened.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._opened.close()
 
     def read(self, start: int, into: memoryview) -> None:
@@ -166,44 +156,39 @@ class Reader:
             into = into[count:]
 
     def header(self, at: int) -> bytearray:
-        """All that stands before the data in file `at` of the snapshot's parts."""
+        """The bytes before the data of file `at` of the index."""
         header = bytearray(self._parts[at].data_start)
         self._files[at].read(0, memoryview(header))
         return header
 
     def check_unchanged(self) -> None:
-        """Raise SnapshotError for a file that is not as it was when its header was read."""
+        """Raise SnapshotError for a file that changed since its header was read."""
         for file in self._files:
             file.check_unchanged()
 
 
-def fingerprint(layout: TensorIndex) -> str:
+def fingerprint(index: TensorIndex) -> str:
     """What tells a snapshot from others, wherever it lies and whatever it is called.
 
-    32 hex digits of the SHA-256 of its files' headers and of 16 blocks of its data, spread evenly
-    from the first byte to the last: 64 KiB are quickly read, however large it is. Raises what
-    Reader does.
+    32 hex digits of the SHA-256 of its files' headers and of 16 blocks of 4 KiB of its data, spread
+    evenly from the first byte to the last. Raises what Reader does.
     """
     import hashlib  # only here: it takes as long to load as all else in this module
 
     digest = hashlib.sha256()
-    length = sum(part.length for part in layout.parts)
-    block = min(_FINGERPRINT_BLOCK, length)
-    places = {
-        (length - block) * at // (_FINGERPRINT_BLOCKS - 1) for at in range(_FINGERPRINT_BLOCKS)
-    }
-    with Reader(layout) as reader:
-        for at in range(len(layout.parts)):
+    length = sum(part.length for part in index.parts)
+    block = min(_BLOCK, length)
+    with Reader(index) as reader:
+        for at in range(len(index.parts)):
             digest.update(reader.header(at))
         data = bytearray(block)
-        for start in sorted(places):
+        for start in sorted({(length - block) * at // (_BLOCKS - 1) for at in range(_BLOCKS)}):
             reader.read(start, memoryview(data))
             digest.update(data)
     return digest.hexdigest()[:32]
 
 
-def changed(path: Path) -> SnapshotError:
-    """The error for a file that is no longer what its header said when it was read."""
+def _changed(path: Path) -> SnapshotError:
     return SnapshotError(
         str(path),
         "changed while it was read",
@@ -212,13 +197,11 @@ def changed(path: Path) -> SnapshotError:
 
 
 @contextlib.contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors while `path` is read into one line that says what to do."""
+def _read_errors(path: Path) -> Iterator[None]:
+    """Raise the system's errors while an open `path` is read as one line each."""
     try:
         yield
     except FileNotFoundError:
-        raise changed(path) from None
+        raise _changed(path) from None
     except OSError as error:
-        raise MachineError(
-            str(path), f"cannot be read ({reason(error)})", "check the disk and the permissions"
-        ) from error
+        raise unreadable(path, error, "check the disk and the permissions") from error

@@ -1,7 +1,7 @@
 """Networks in several files: Hugging Face's shards with an index, and folders that hold one.
 
-Shards are safetensors files, and the index beside them, `<name>.safetensors.index.json`, says in
-its `weight_map` which of them each tensor is in.
+Shards are safetensors files. The index beside them, `<name>.safetensors.index.json`, says in its
+`weight_map` in which of them each tensor is.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import (
-    IncompleteError,
-    MachineError,
-    PosthocError,
-    SnapshotError,
-    UsageError,
-    printable,
-)
+from posthoc_cli.errors import IncompleteError, PosthocError, SnapshotError, printable
+from posthoc_cli.storage.disk import already_exists, open_file
 from posthoc_cli.storage.header import (
     MAX_HEADER,
     Cache,
+    Part,
     TensorIndex,
     TensorInfo,
     check_items,
     read_header,
-    reason,
 )
-from posthoc_cli.synthesis.recipe import read_recipe
+from posthoc_cli.storage.metadata import read_recipe
 
 ENDING = ".safetensors"
-"""Of the files that count, in capitals too."""
+"""Of safetensors files, in capitals too."""
 
 INDEX_ENDING = ".safetensors.index.json"
+
+_NUMBER = "-[0-9]{5}-of-[0-9]{5}"
+"""What the name of a shard has before its ending."""
 
 
 def is_index(name: str) -> bool:
@@ -46,7 +44,7 @@ def is_index(name: str) -> bool:
 
 def index_of_shard(path: Path) -> Path | None:
     """The index beside the file `path` that lists it as a shard, if there is one."""
-    stem = re.sub(r"-[0-9]{5}-of-[0-9]{5}\Z", "", path.name[: -len(ENDING)])
+    stem = re.sub(_NUMBER + r"\Z", "", path.name[: -len(ENDING)])
     index = path.with_name(stem + INDEX_ENDING)
     with contextlib.suppress(PosthocError):
         if os.path.exists(index) and path.name in shard_names(index):
@@ -55,7 +53,7 @@ def index_of_shard(path: Path) -> Path | None:
 
 
 def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
-    """The layout of a safetensors file, of the shards of an index, or of a folder with either.
+    """The tensor index of a safetensors file, of an index's shards, or of a folder with either.
 
     Raises what read_header does, and SnapshotError for an index that makes no sense or a folder
     that doesn't hold one network.
@@ -99,25 +97,19 @@ def shard_names(index: Path) -> set[str]:
 
 
 def _parse_index(path: Path) -> dict[str, Any]:
+    with open_file(path) as (file, _):
+        text = file.read(MAX_HEADER + 1)
     try:
-        if not os.path.isfile(path):
-            raise SnapshotError(str(path), "not a regular file", "leave it out with only=")
-        with open(path, "rb") as file:
-            text = file.read(MAX_HEADER + 1)
         if len(text) > MAX_HEADER:
             raise ValueError("it is too long")
         check_items(path, text)
         document = json.loads(text.decode())  # from bytes, it lets half a surrogate pair pass
         if rb"\u" in text:
             json.dumps(document, ensure_ascii=False).encode()  # and as an escape
-    except OSError as error:
-        raise MachineError(
-            str(path), f"cannot be read ({reason(error)})", "check the file and its permissions"
-        ) from None
     except (ValueError, RecursionError) as error:
-        raise _senseless(path, str(error)) from None
+        raise _bad_index(path, str(error)) from None
     if not isinstance(document, dict):
-        raise _senseless(path, "not an object")
+        raise _bad_index(path, "not an object")
     return document
 
 
@@ -125,15 +117,15 @@ def _weight_map(path: Path, document: Mapping[str, Any]) -> dict[str, str]:
     """Tensor -> shard; every name of a shard is that of a file beside the index."""
     found = document.get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise _senseless(path, "no weight_map")
+        raise _bad_index(path, "no weight_map")
     for shard in set(map(str, found.values())):
         plain = shard == os.path.basename(shard) and "\\" not in shard and "\0" not in shard
         if not plain or not shard.lower().endswith(ENDING):
-            raise _senseless(path, f"'{shard}' is no name of a shard")
+            raise _bad_index(path, f"'{shard}' is no name of a shard")
     return {str(tensor): str(shard) for tensor, shard in found.items()}
 
 
-def _senseless(path: Path, detail: str) -> SnapshotError:
+def _bad_index(path: Path, detail: str) -> SnapshotError:
     return SnapshotError(
         str(path), f"not an index of shards ({detail})", "copy it again or leave it out"
     )
@@ -149,10 +141,15 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
                 str(path), f"its shard '{name}' is missing", "copy it again or leave it out"
             )
         shards.append(read_header(path.with_name(name), cache))
+    firsts = accumulate((shard.parts[0].length for shard in shards), initial=0)
+    parts = [
+        dataclasses.replace(shard.parts[0], first=first)
+        for shard, first in zip(shards, firsts, strict=False)
+    ]
     key = tuple(id(shard.tensors) for shard in shards)  # alive as long as the cache that has them
     tensors = cache.get(key) if cache is not None else None
     if tensors is None:
-        tensors = _joined(path, shards)
+        tensors = _joined(path, shards, parts)
         if cache is not None:
             cache[key] = tensors
     where = {name: shard.path.name for shard in shards for name in shard.tensors}
@@ -174,10 +171,6 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             for key, value in stated.items()
             if isinstance(value, (str, int, float)) and not key.startswith("total_")
         }
-    first, parts = 0, []
-    for shard in shards:
-        parts.append(dataclasses.replace(shard.parts[0], first=first))
-        first += shard.parts[0].length
     return TensorIndex(path, tensors, metadata, tuple(parts))
 
 
@@ -185,18 +178,19 @@ def _shard(where: Mapping[str, str], name: str) -> str:
     return f"'{printable(where[name])}'" if name in where else "none"
 
 
-def _joined(path: Path, shards: Sequence[TensorIndex]) -> dict[str, TensorInfo]:
-    """The tensors of all shards, their data sections thought to lie end to end."""
+def _joined(
+    path: Path, shards: Sequence[TensorIndex], parts: Sequence[Part]
+) -> dict[str, TensorInfo]:
+    """The tensors of all shards, their data sections laid end to end."""
     joined: dict[str, TensorInfo] = {}
-    first = 0
-    for shard in shards:
+    for shard, part in zip(shards, parts, strict=True):
         for name, info in shard.tensors.items():
             if name in joined:
                 raise SnapshotError(
                     str(path), f"tensor '{name}' is in two shards", "leave one of the two out"
                 )
-            joined[name] = dataclasses.replace(info, start=first + info.start, end=first + info.end)
-        first += shard.parts[0].length
+            start, end = part.first + info.start, part.first + info.end
+            joined[name] = dataclasses.replace(info, start=start, end=end)
     return joined
 
 
@@ -243,8 +237,8 @@ def make_index(shards: Sequence[tuple[Path, Sequence[str]]], size: int) -> bytes
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def standing(path: Path) -> list[Path]:
-    """What is there of an output `path`: the file itself, or the index of its shards."""
+def existing_output(path: Path) -> list[Path]:
+    """What exists of an output `path`: the file itself, or the index of its shards."""
     return [name for name in (path, index_path(path)) if os.path.lexists(name)]
 
 
@@ -256,24 +250,20 @@ def made_by_posthoc(path: Path) -> bool:
         return False
 
 
-def replaced(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
-    """What has to go when output `path` lands as `files`: what else stands for it.
+def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
+    """The files that go when output `path` is written as `files`.
 
-    That is the file or the index of the output before it and that one's shards; and shards of ours
-    without an index, which a run that was killed has left. Raises UsageError when there is an
-    output and `overwrite` is false.
+    These are the output before it, a file or an index with its shards, unless it is among `files`;
+    and shards of ours without an index, which a killed run has left. Raises UsageError when there
+    is an output and `overwrite` is false.
     """
-    found = standing(path)
+    found = existing_output(path)
     if found and not overwrite:
-        raise UsageError(
-            str(found[0]),
-            "exists already",
-            "use force=True to replace it or skip_existing=True to keep it",
-        )
-    stale = [name for name in found if name not in files]
-    shard = re.compile(re.escape(path.name[: -len(ENDING)]) + rf"-[0-9]{{5}}-of-[0-9]{{5}}{ENDING}")
+        raise already_exists(found[0])
+    old = [name for name in found if name not in files]
+    shard = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + ENDING)
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):
             if shard.fullmatch(name) and made_by_posthoc(path.with_name(name)):
-                stale.append(path.with_name(name))
-    return stale
+                old.append(path.with_name(name))
+    return old

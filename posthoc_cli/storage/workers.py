@@ -18,7 +18,7 @@ MAX_WORKERS = 8
 """Each worker has buffers of its own, up to 40 MB of them."""
 
 Piece = TypeVar("Piece")
-Own = TypeVar("Own")
+Scratch = TypeVar("Scratch")
 
 
 def default_workers() -> int:
@@ -28,15 +28,16 @@ def default_workers() -> int:
     return min(os.cpu_count() or 1, MAX_WORKERS)
 
 
-def share(
+def run_workers(
     pieces: Iterator[Piece],
-    work: Callable[[Piece, Own], None],
-    own: Callable[[], Own],
+    work: Callable[[Piece, Scratch], None],
+    make_scratch: Callable[[], Scratch],
     workers: int,
 ) -> None:
-    """Have `workers` threads do `work` on the pieces, each with what it made by `own` for itself.
+    """Call `work(piece, scratch)` for each of `pieces` in `workers` threads.
 
-    The first exception stops all of them and is raised, an interrupt included.
+    Each thread makes a scratch of its own, such as buffers, by `make_scratch`. The first exception
+    stops all of them and is raised, an interrupt included.
     """
     lock, stop = threading.Lock(), threading.Event()
 
@@ -46,9 +47,9 @@ def share(
 
     def worker() -> None:
         piece = take()
-        mine = own() if piece is not None else None
-        while piece is not None and mine is not None:
-            work(piece, mine)
+        scratch = make_scratch() if piece is not None else None
+        while piece is not None and scratch is not None:
+            work(piece, scratch)
             piece = take()
 
     with ThreadPoolExecutor(workers, thread_name_prefix="posthoc") as pool:

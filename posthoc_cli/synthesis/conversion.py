@@ -12,7 +12,6 @@ that was interrupted knows what is done.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -25,15 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UnknownError, UsageError
+from posthoc_cli.errors import PosthocError, SnapshotError, UnknownError, UsageError
 from posthoc_cli.formats.checkpoints import Checkpoint, StoredTensor, read_checkpoint, state_dict
 from posthoc_cli.formats.edm2 import is_edm2, network_state
-from posthoc_cli.snapshots.identity import MIN_SIGMA_REL, Identity, identify
+from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
+from posthoc_cli.snapshots.listing import choose_by_globs
 from posthoc_cli.snapshots.names import Pattern, read_name
-from posthoc_cli.solver.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.atomic import AtomicFile, write_errors
+from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.storage.atomic import AtomicFile
+from posthoc_cli.storage.disk import file_status, list_folder, make_folder, open_file
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, OUTPUT_DTYPES, bytes_of, decode
-from posthoc_cli.storage.header import TensorIndex, make_header, read_header, reason
+from posthoc_cli.storage.header import TensorIndex, make_header, read_header
+from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
 from posthoc_cli.storage.shards import ENDING
 from posthoc_cli.synthesis.gathering import Progress, write_tensors
 
@@ -42,9 +44,6 @@ ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 
 KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 """What `tool` can be, and what a file is found to be."""
-
-KEY = "converted"
-"""The metadata's key for what a snapshot was made of."""
 
 MAX_UPDATE_EVERY = 1_000_000
 
@@ -129,13 +128,13 @@ def find_jobs(
             "write it for the whole name of the checkpoint, its ending included",
         )
     outputs = _outputs(paths, folder)
-    inputs = {(status.st_dev, status.st_ino) for status in filter(None, map(_status, paths))}
+    inputs = {(status.st_dev, status.st_ino) for status in filter(None, map(file_status, paths))}
     jobs = []
     for path, output in zip(paths, outputs, strict=True):
-        there = _status(output)
+        there = file_status(output)
         if there is not None and (there.st_dev, there.st_ino) in inputs and there.st_ino:
             raise UsageError(str(output), "is one of the checkpoints", "choose another folder")
-        status = _status(path)
+        status = file_status(path)
         done = _done(path, output, status, options) if there and status else None
         if done is None and not overwrite and os.path.lexists(output):
             raise UsageError(
@@ -170,7 +169,7 @@ def convert(
     layout = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
     header, infos = make_header(layout, metadata)
     size = len(header) + max((info.end for info in infos.values()), default=0)
-    _make_folder(job.output.parent)
+    make_folder(job.output.parent)
     with AtomicFile(job.output, size, overwrite=overwrite) as file:
         file.write_at(0, header)
         overflowed = write_tensors(checkpoint, tensors, infos, file, len(header), progress)
@@ -200,14 +199,7 @@ def convert(
 
 def _check(options: Options) -> None:
     """Raise UsageError for options that are out of bounds or don't go together."""
-    remedy = "list the sigma_rel values by index, such as profiles=[0.05, 0.10]"
-    for value in options.profiles:
-        if not MIN_SIGMA_REL <= value < MAX_SIGMA_REL:
-            raise UsageError("profiles=", f"{value:g} is not between 0 and 0.2887", remedy)
-    if options.pattern and ("index" in options.pattern.fields) != bool(options.profiles):
-        if options.profiles:
-            raise UsageError("profiles=", "not used, as pattern= has no {index}", "leave it out")
-        raise UsageError("profiles=", "missing, as pattern= has {index}", remedy)
+    check_profiles(options.profiles or None, options.pattern)
     if options.update_every is not None:
         if not 1 <= options.update_every <= MAX_UPDATE_EVERY:
             raise UsageError(
@@ -228,31 +220,13 @@ def _list(source: Path, only: Sequence[str]) -> list[Path]:
         folder, names = source.parent, [source.name]
     else:
         folder, names = source, _names(source)
-    for glob in only:
-        if not fnmatch.filter(names, glob):
-            raise UsageError(
-                "only=",
-                f"'{glob}' fits none of {len(names)} files, such as '{names[0]}'",
-                "give file names, without their folder",
-            )
-    if only:
-        names = [name for name in names if any(fnmatch.fnmatch(name, glob) for glob in only)]
+    names = choose_by_globs(names, only, f"{len(names)} files")
     return [folder / name for name in names]
 
 
 def _names(folder: Path) -> list[str]:
-    try:
-        found = sorted(name for name in os.listdir(folder) if not os.path.isdir(folder / name))
-    except FileNotFoundError:
-        raise UsageError(str(folder), "there is no such folder", "check the path") from None
-    except NotADirectoryError:
-        raise UsageError(
-            str(folder), "is neither a folder nor a plain file", "give the folder of checkpoints"
-        ) from None
-    except OSError as error:
-        raise MachineError(
-            str(folder), f"cannot be listed ({reason(error)})", "check the folder's permissions"
-        ) from None
+    listed = list_folder(folder, "give the folder of checkpoints")
+    found = [name for name in listed if not os.path.isdir(folder / name)]
     names = [name for name in found if name.lower().endswith(ENDINGS) and name[0] != "."]
     if not names:
         snapshots = sum(name.lower().endswith(ENDING) for name in found)
@@ -285,19 +259,6 @@ def _outputs(paths: Sequence[Path], folder: Path) -> list[Path]:
     return outputs
 
 
-def _status(path: Path) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except OSError:
-        return None
-
-
-def _make_folder(folder: Path) -> None:
-    with write_errors(folder):
-        if not folder.is_dir():
-            os.mkdir(folder)
-
-
 # What is done already
 
 
@@ -305,7 +266,7 @@ def _done(source: Path, output: Path, status: os.stat_result, options: Options) 
     """What is at `output`, if it is what `source` would become."""
     try:
         layout = read_header(output)
-        entry = json.loads(layout.metadata[KEY])
+        entry = json.loads(layout.metadata[CONVERTED])
         kind, made_with = entry["from"], dict(entry["options"])
         same = (
             [entry["file"], entry["bytes"], entry["modified"]]
@@ -324,7 +285,7 @@ def _describe(source: Path, layout: TensorIndex, kind: str) -> Converted:
         identity: Identity | None = identify("", layout.metadata)[0]
     except SnapshotError:
         identity = None
-    step = identity.step if identity else max(int(layout.metadata.get("step", "0")), 0) or None
+    step = identity.step if identity else max(int(layout.metadata.get(STEP, "0")), 0) or None
     dtypes = Counter(info.dtype for info in layout.tensors.values())
     elements = sum(info.elements for info in layout.tensors.values())
     return Converted(
@@ -484,13 +445,13 @@ def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
     ):
         size = bytes_of(value.dtype, 1)
         try:
-            with open(checkpoint.path, "rb") as file:
+            with open_file(checkpoint.path) as (file, _):
                 file.seek(value.offset)
                 data = np.frombuffer(file.read(size), np.uint8)
             kind = value.dtype
             stored = decode(kind, data) if kind in FLOATS else data.view(DTYPES[kind].numpy())
             (value,) = stored.tolist()
-        except (OSError, ValueError):
+        except (PosthocError, ValueError):
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -539,13 +500,13 @@ def _metadata(
     options: Options,
 ) -> dict[str, str]:
     """The snapshot's metadata: its step and profile, and what it was made of."""
-    metadata = {} if step is None else {"step": str(step)}
+    metadata = {} if step is None else {STEP: str(step)}
     if identity is not None:
         # As whichever of the two is shorter, which is the one that was given; below gamma 0 there
         # are two exponents of each width.
-        texts = {"sigma_rel": repr(identity.sigma_rel), "gamma": repr(identity.gamma)}
+        texts = {SIGMA_REL: repr(identity.sigma_rel), GAMMA: repr(identity.gamma)}
         exact = identity.gamma > 0 and sigma_rel_to_gamma(identity.sigma_rel) == identity.gamma
-        key = min(texts, key=lambda key: len(texts[key])) if exact else "gamma"
+        key = min(texts, key=lambda key: len(texts[key])) if exact else GAMMA
         metadata[key] = texts[key]
     entry = {
         "from": kind,
@@ -554,7 +515,7 @@ def _metadata(
         "modified": checkpoint.modified,
         "options": {"from": options.kind, **_made_with(kind, options)},
     }
-    return metadata | {KEY: json.dumps(entry)}
+    return metadata | {CONVERTED: json.dumps(entry)}
 
 
 # What to tell

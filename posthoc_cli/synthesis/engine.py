@@ -15,7 +15,7 @@ import numpy as np
 
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
 from posthoc_cli.storage.readers import Reader, can_open
-from posthoc_cli.storage.workers import default_workers, share
+from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
     Accumulator,
     CpuAccumulator,
@@ -127,7 +127,7 @@ class Engine:
         chunks = self.plan.whole() if chunks is None else chunks
         self.sum(sink, chunks)
         with device_errors(self._device):
-            share(
+            run_workers(
                 self._cut(self._constant_parts(chunks)),
                 lambda chunk, accumulator: self._copy(sink, chunk, accumulator),
                 self._accumulator,
@@ -143,7 +143,7 @@ class Engine:
     def sum(self, sink: Sink, chunks: Iterable[Chunk]) -> None:
         """Hand the sums of `chunks` to `sink`, whether their tensors vary or not."""
         with device_errors(self._device):
-            share(
+            run_workers(
                 self._cut(chunks),
                 lambda chunk, accumulator: self._sum(sink, chunk, accumulator),
                 self._accumulator,

@@ -23,7 +23,7 @@ from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import InputFile
-from posthoc_cli.storage.workers import background_flush, share
+from posthoc_cli.storage.workers import background_flush, run_workers
 
 COPY_BYTES = 16 << 20
 """Bytes that a worker copies at a time where they need not be looked at."""
@@ -66,7 +66,7 @@ def write_tensors(
     source = InputFile(checkpoint.path, checkpoint.size, checkpoint.modified)
     with source, background_flush([file]):
         job = _Job(source, file, data_start, progress or (lambda count: None))
-        share(_pieces(tensors, infos), job, _Scratch, WORKERS)
+        run_workers(_pieces(tensors, infos), job, _Scratch, WORKERS)
         source.check_unchanged()
     return sorted(job.overflowed)
 

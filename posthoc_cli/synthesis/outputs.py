@@ -14,11 +14,12 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.storage.atomic import AtomicFile, commit_together
 from posthoc_cli.storage.header import Part as FilePart
 from posthoc_cli.storage.header import TensorIndex, make_header, spans
+from posthoc_cli.storage.metadata import FORMAT, RECIPE, carried_over
 from posthoc_cli.storage.shards import (
     index_path,
     made_by_posthoc,
     make_index,
-    replaced,
+    replaced_files,
     shard_paths,
     split,
 )
@@ -27,7 +28,6 @@ from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Progress, Results
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
-from posthoc_cli.synthesis.recipe import KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,12 @@ def output_files(
     """
     places = make_header(plan.tensors, {})[1]
     shards = [list(places)] if shard_bytes is None else split(places, shard_bytes)
-    metadata = _metadata(plan.sources[plan.newest], recipe)
+    carried = carried_over(plan.sources[plan.newest].metadata)
+    metadata = carried | {RECIPE: json.dumps(recipe)}
     if len(shards) > 1:
-        metadata = {"format": "pt", **metadata}  # without it transformers loads no shard
+        metadata = {FORMAT: "pt", **metadata}  # without it transformers loads no shard
     paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
-    stale = replaced(path, paths, overwrite)
+    stale = replaced_files(path, paths, overwrite)
     files, contents, parts = [], [], []
     for name, names in zip(paths, shards, strict=True):
         header, _ = make_header({tensor: plan.tensors[tensor] for tensor in names}, metadata)
@@ -136,21 +137,6 @@ def output_files(
         files.append(AtomicFile(index_path(path), len(index), overwrite=overwrite))
         contents.append(index)
     return OutputFiles(files, contents, parts, [old for old in stale if old not in paths])
-
-
-_HASHES = ("sshs_", "modelspec.hash_")
-"""What keys begin with that hold hashes of a file's tensors: kohya's, and the Model Spec's."""
-
-
-def _metadata(newest: TensorIndex, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """The newest snapshot's metadata, less what no longer holds, plus the recipe."""
-    gone = {"step", "gamma", "sigma_rel", "converted", KEY}
-    carried = {
-        key: value
-        for key, value in newest.metadata.items()
-        if key not in gone and not key.startswith(_HASHES)
-    }
-    return carried | {KEY: json.dumps(recipe)}
 
 
 class FileSink:

@@ -10,7 +10,7 @@ from string import Formatter
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.targets import Target
-from posthoc_cli.storage.atomic import write_errors
+from posthoc_cli.storage import disk
 from posthoc_cli.storage.shards import ENDING
 
 _FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
@@ -51,9 +51,8 @@ def output_paths(output: str, run: str, targets: Sequence[Target], step: int) ->
 
 def make_folder(output: str) -> None:
     """Make the folder that an output names, if it names one that isn't there yet."""
-    if is_folder(output) and not os.path.isdir(output):
-        with write_errors(Path(output)):
-            os.mkdir(output)
+    if is_folder(output):
+        disk.make_folder(Path(output))
 
 
 def _tag(target: Target) -> str:

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from posthoc_cli._version import __version__
-from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.solver.targets import Target
-
-KEY = "posthoc"
-"""The key of the recipe in an output's `__metadata__`."""
 
 
 def make_recipe(
@@ -56,18 +53,6 @@ def _describe(step: int, sigma_rel: float, gamma: float) -> dict[str, float | No
     """A profile as JSON has it: a raw checkpoint's gamma is null, as JSON has no infinity."""
     gamma_or_null = None if math.isinf(gamma) else gamma
     return {"step": step, "sigma_rel": sigma_rel, "gamma": gamma_or_null}
-
-
-def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The recipe in a file's metadata; None when posthoc did not write the file."""
-    text = metadata.get(KEY)
-    if text is None:
-        return None
-    try:
-        recipe = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return recipe if isinstance(recipe, dict) and "sources" in recipe else None
 
 
 _MAX_GLOBS = 1_000

@@ -30,17 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
-from posthoc_cli.snapshots.folder import read_folder, select
 from posthoc_cli.snapshots.identity import MAX_GAMMA
 from posthoc_cli.snapshots.names import SAME_WIDTH
-from posthoc_cli.solver.methods import solve
-from posthoc_cli.solver.profiles import Profile, decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.atomic import write_errors
-from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.storage.disk import make_folder, remove_file
 from posthoc_cli.storage.header import read_header
-from posthoc_cli.storage.readers import Reader
+from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
 from posthoc_cli.storage.shards import ENDING
-from posthoc_cli.synthesis.recipe import KEY, make_recipe
 from posthoc_cli.training.averaging import (
     Choice,
     EmaUpdate,
@@ -54,9 +50,6 @@ from posthoc_cli.training.averaging import (
 )
 from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
 from posthoc_cli.training.saving import Entry, code_of, stage, write
-
-RUN = "run"
-"""The key in a snapshot's `__metadata__` that tells one run's snapshots from another's."""
 
 _Job = tuple[Path, dict[str, Entry], dict[str, str]]
 """A snapshot to be: its path, its tensors, its metadata."""
@@ -159,8 +152,7 @@ class PostHocEMA:
         self._troubles: list[str] = []
         self._overflowed: set[str] = set()
         if _writes():
-            with write_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, parents=True)
 
     # Averaging
 
@@ -296,10 +288,10 @@ class PostHocEMA:
             entries[name] = Entry(value, self._saved_as(name, tensor), tensor)
         width = self.sigma_rels[index]
         metadata = {
-            "format": "pt",  # some libraries load nothing without it
-            "step": str(self.step),
-            "gamma": repr(self.gammas[index]),
-            "sigma_rel": repr(width),
+            FORMAT: "pt",  # some libraries load nothing without it
+            STEP: str(self.step),
+            GAMMA: repr(self.gammas[index]),
+            SIGMA_REL: repr(width),
             RUN: self.run,
         }
         # No known convention has such a name, so that none can read something else into it.
@@ -340,7 +332,7 @@ class PostHocEMA:
                         f"{path.name}; if they are large, give dtype=torch.bfloat16"
                     )
         if self.keep is not None and len(written) == len(jobs):
-            self._prune(int(jobs[0][2]["step"]), self.keep)
+            self._prune(int(jobs[0][2][STEP]), self.keep)
         return written
 
     def _prune(self, newest: int, keep: int) -> None:
@@ -350,14 +342,14 @@ class PostHocEMA:
         for step, path in mine:
             if step in steps:
                 try:
-                    path.unlink()
-                except OSError as error:
+                    remove_file(path)
+                except MachineError as error:
                     self._troubles.append(f"{path}: an old snapshot that can't be removed: {error}")
 
     def _snapshots(self) -> list[tuple[Path, int]]:
         """This run's snapshots in the folder, with their steps."""
         return [
-            (path, int(metadata["step"]))
+            (path, int(metadata[STEP]))
             for path, metadata in _folder_metadata(self.folder)
             if metadata.get(RUN) == self.run
         ]
@@ -374,7 +366,7 @@ class PostHocEMA:
         others = [
             path.name
             for path, metadata in (_folder_metadata(self.folder) if _writes() else ())
-            if KEY not in metadata and metadata.get(RUN) != self.run
+            if RECIPE not in metadata and metadata.get(RUN) != self.run
         ]
         if others:
             problem = f"holds another run's snapshots, such as '{others[0]}'"
@@ -449,16 +441,12 @@ class PostHocEMA:
         """The EMA of another length, as a state dict in host memory, in the network's dtypes.
 
         `step` is the target step, by default the last snapshot's. Made from this run's snapshots
-        in the folder, or, before the first update, from all that the folder holds. The folder
-        takes the result for a moment: it must have room for it in float32.
+        in the folder, or, before the first update, from all that the folder holds.
 
         Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
         out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
-        # Only here: training itself doesn't need what compiles kernels.
-        from posthoc_cli.snapshots.diagnosis import observe
-        from posthoc_cli.synthesis.engine import execute
-        from posthoc_cli.synthesis.plan import make_plan
+        from posthoc_cli.api import open_snapshots  # only here: training itself needs none of it
 
         gamma = resolve_gamma(sigma_rel, gamma)
         self.wait()
@@ -467,24 +455,16 @@ class PostHocEMA:
             raise SnapshotError(
                 str(self.folder), "holds no snapshots of this run yet", "call checkpoint() first"
             )
-        chosen, target_step = select(read_folder(self.folder, only=only).usable(), step)
-        target = Profile(target_step, gamma)
-        profiles = [each.profile for each in chosen]
-        trajectory = observe(chosen)[1] if method == "blup" else None
-        weights = solve(profiles, [target], method, trajectory=trajectory).weights
-        recipe = make_recipe(method, target, [each.file for each in chosen], profiles, weights[0])
+        run = open_snapshots(self.folder, only=only)
+        solution = run.solve(gamma=gamma, step=step, method=method)
         own = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
         exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())
-        temporary = self.folder / f".{secrets.token_hex(6)}.posthoc-tmp"
-        try:
-            names = chosen[-1].index.tensors
-            copied = [escape(name) for name in names if not self._how.averages(name)]
-            dtype = "float64" if exact else "float32"
-            plan = make_plan(chosen, dtype=dtype, copy=copied)
-            execute(plan, weights, [temporary], [recipe])
-            return _load(temporary, own)
-        finally:
-            temporary.unlink(missing_ok=True)
+        names = solution.snapshots[-1].index.tensors
+        tensors = solution.state_dict(
+            dtype="float64" if exact else "float32",
+            copy=[escape(name) for name in names if not self._how.averages(name)],
+        )
+        return {name: tensor.to(own.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
     @contextlib.contextmanager
     def lend(
@@ -577,16 +557,3 @@ def _decimals(sigma_rel: float) -> str:
     while abs(round(sigma_rel, places) - sigma_rel) > SAME_WIDTH / 10 * sigma_rel:
         places += 1
     return f"{sigma_rel:.{places}f}"
-
-
-def _load(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own, converted to `dtypes`."""
-    layout = read_header(path)
-    tensors = {}
-    with Reader(layout) as reader:
-        for name, info in layout.tensors.items():
-            tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype].torch())
-            if info.elements:
-                reader.read(info.start, tensor.view(-1).view(torch.uint8).numpy().data)
-            tensors[name] = tensor.to(dtypes.get(name, tensor.dtype))
-    return tensors

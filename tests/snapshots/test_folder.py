@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.snapshots import consistency
 from posthoc_cli.snapshots import folder as module
-from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, recipe_of, select
+from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, select
 from posthoc_cli.storage.header import read_header
+from posthoc_cli.storage.metadata import read_recipe
 
 END = ".safetensors"
 NETWORK = {
@@ -86,7 +88,7 @@ def test_snapshots_of_one_network_share_what_is_known_of_it(
         lambda tensors, of=module.Contents.of: counted.append(tensors) or of(tensors),
     )
     compared = []
-    monkeypatch.setattr(module, "_difference", lambda *tensors: compared.append(tensors))
+    monkeypatch.setattr(consistency, "_difference", lambda *tensors: compared.append(tensors))
     found = read_folder(tmp_path).usable()
     assert len(found) == 10
     assert len({id(snapshot.index.tensors) for snapshot in found}) == 1
@@ -172,10 +174,10 @@ def test_only_our_outputs_is_no_snapshots(tmp_path: Path) -> None:
         inventory.usable()
 
 
-def test_recipe_of(tmp_path: Path) -> None:
-    made = read_header(save(tmp_path / f"a{END}", RECIPE))
-    assert recipe_of(made) == {"version": "1", "method": "edm2", "target": {}, "sources": []}
-    assert recipe_of(read_header(save(tmp_path / f"b{END}"))) is None
+def test_the_recipe_of_a_file(tmp_path: Path) -> None:
+    made = read_recipe(read_header(save(tmp_path / f"a{END}", RECIPE)).metadata)
+    assert made == {"version": "1", "method": "edm2", "target": {}, "sources": []}
+    assert read_recipe(read_header(save(tmp_path / f"b{END}")).metadata) is None
 
 
 def test_ending_in_capitals_counts(tmp_path: Path) -> None:

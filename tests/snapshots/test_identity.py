@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.snapshots.identity import Identity, agree_on_unit, clues, identify
+from posthoc_cli.snapshots.identity import Identity, identify
 from posthoc_cli.snapshots.names import compile_pattern
+from posthoc_cli.snapshots.raw import agree_on_unit, step_counts
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
 
 END = ".safetensors"
@@ -229,7 +230,7 @@ def settled(
 ) -> tuple[dict[str, tuple[int, str]], dict[str, str], list[str]]:
     """Steps and sources, problems, and warnings, by stem."""
     compiled = compile_pattern(pattern, raw=True) if pattern else None
-    said = {stem: clues(stem + END, metadata, compiled) for stem, metadata in files.items()}
+    said = {stem: step_counts(stem + END, metadata, compiled) for stem, metadata in files.items()}
     steps, problems = {}, {}
     for stem, outcome in agree_on_unit(said).items():
         if isinstance(outcome, Identity):
@@ -312,7 +313,7 @@ def test_raw_step_out_of_bounds(step: str) -> None:
 
 def test_raw_metadata_step_that_is_none() -> None:
     with pytest.raises(SnapshotError, match=r"metadata's step is '1\.5', not a whole number"):
-        clues(f"x-1{END}", {"step": "1.5"})
+        step_counts(f"x-1{END}", {"step": "1.5"})
 
 
 def test_a_name_that_says_another_step_is_doubted() -> None:

@@ -11,7 +11,7 @@ import pytest
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.workers import background_flush, share
+from posthoc_cli.storage.workers import background_flush, run_workers
 
 
 class Trouble(Exception):
@@ -30,13 +30,13 @@ def test_each_piece_is_done_once_by_one_of_the_workers() -> None:
         mine.append(piece)
         done.append((piece, id(mine)))
 
-    share(iter(range(100)), work, own, 3)
+    run_workers(iter(range(100)), work, own, 3)
     assert sorted(piece for piece, _ in done) == list(range(100))
     assert len({mine for _, mine in done}) <= 3
 
 
 def test_no_pieces_need_nothing_of_their_own() -> None:
-    share(iter(()), lambda piece, mine: None, lambda: pytest.fail("not needed"), 2)
+    run_workers(iter(()), lambda piece, mine: None, lambda: pytest.fail("not needed"), 2)
 
 
 def test_the_first_error_stops_all() -> None:
@@ -48,7 +48,7 @@ def test_the_first_error_stops_all() -> None:
             raise Trouble
 
     with pytest.raises(Trouble):
-        share(count(), work, object, 4)
+        run_workers(count(), work, object, 4)
     assert begun[-1] < 1_000_000
 
 
@@ -57,7 +57,7 @@ def test_an_error_before_the_first_piece_is_raised_too() -> None:
         raise Trouble
 
     with pytest.raises(Trouble):
-        share(iter(range(3)), lambda piece, mine: None, own, 2)
+        run_workers(iter(range(3)), lambda piece, mine: None, own, 2)
 
 
 def test_files_are_flushed_until_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,10 @@ from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.header import read_header
+from posthoc_cli.storage.metadata import RECIPE
 from posthoc_cli.synthesis import engine as synthesis
 from posthoc_cli.synthesis.accumulators import TorchAccumulator
 from posthoc_cli.synthesis.outputs import write_outputs
-from posthoc_cli.synthesis.recipe import KEY
 from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
 Weights = npt.NDArray[np.float64]
@@ -283,7 +283,7 @@ def test_metadata_is_carried_over_less_what_no_longer_holds(tmp_path: Path) -> N
     assert read_header(out).metadata == {
         "format": "pt",
         "ss_base_model": "x",
-        KEY: '{"sources": []}',
+        RECIPE: '{"sources": []}',
     }
 
 

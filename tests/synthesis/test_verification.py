@@ -17,12 +17,13 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver.targets import make_targets
 from posthoc_cli.storage.header import read_header
+from posthoc_cli.storage.metadata import RECIPE
 from posthoc_cli.storage.readers import fingerprint
 from posthoc_cli.storage.shards import open_tensors
 from posthoc_cli.synthesis import comparison
 from posthoc_cli.synthesis.comparison import Problem, allowed
 from posthoc_cli.synthesis.outputs import write_outputs
-from posthoc_cli.synthesis.recipe import KEY, make_recipe
+from posthoc_cli.synthesis.recipe import make_recipe
 from posthoc_cli.synthesis.verification import Report, find_output, verify
 from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_layout, write_tensors
 
@@ -174,7 +175,7 @@ def test_without_a_folder_the_snapshots_lie_beside_it(tmp_path: Path, folder: Pa
 def test_an_old_recipe(tmp_path: Path, folder: Path) -> None:
     snapshots = snapshots_in(folder, 2)
     out = synthesize(snapshots, tmp_path / f"x{END}", drop=["same.*"], old=True)
-    assert "fingerprint" not in read_header(out).metadata[KEY]
+    assert "fingerprint" not in read_header(out).metadata[RECIPE]
     report = check(out, folder, full=True)
     assert (report.known, report.problems) == (0, [])
 
@@ -341,9 +342,9 @@ def test_the_first_of_several_in_the_order_of_the_file(tmp_path: Path, folder: P
 def test_another_weight(tmp_path: Path, folder: Path) -> None:
     out = synthesize(snapshots_in(folder, 2), tmp_path / f"x{END}", [0.5, 0.5])
     metadata = dict(read_header(out).metadata)
-    recipe = json.loads(metadata[KEY])
+    recipe = json.loads(metadata[RECIPE])
     recipe["sources"][0]["weight"] = 0.52
-    write_tensors(out, read_tensors(out), metadata | {KEY: json.dumps(recipe)})
+    write_tensors(out, read_tensors(out), metadata | {RECIPE: json.dumps(recipe)})
     wrong = {problem.tensor for problem in check(out, folder).problems}
     assert {"float.F64", "float.F8_E4M3", "complex", "scalar"} <= wrong
     assert not wrong & {"count", "flags", "same.F16", "same.F64"}
@@ -445,7 +446,7 @@ def source(**changes: Any) -> dict[str, Any]:
 )
 def test_recipes_that_make_no_sense(tmp_path: Path, recipe: dict[str, Any]) -> None:
     out = tmp_path / f"x{END}"
-    write_tensors(out, {"w": np.ones(3)}, {KEY: json.dumps(recipe)})
+    write_tensors(out, {"w": np.ones(3)}, {RECIPE: json.dumps(recipe)})
     write_tensors(tmp_path / f"000{END}", {"w": np.ones(3)})
     with pytest.raises(SnapshotError, match="its recipe doesn't make sense"):
         check(out, tmp_path)

@@ -1,0 +1,119 @@
+"""Which step a raw checkpoint is of: a plain network, no EMA.
+
+Metadata or name may count it in steps or epochs: `step_counts` gathers what one file says,
+`agree_on_unit` finds the unit that all files of a folder have.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from posthoc_cli.errors import SnapshotError, UnknownError
+from posthoc_cli.snapshots.identity import (
+    MAX_STEP,
+    UNITS,
+    Identity,
+    bad_number,
+    not_fitting,
+    read_steps,
+    whole_number,
+)
+from posthoc_cli.snapshots.names import Pattern, read_counts, read_name
+from posthoc_cli.storage.metadata import GAMMA, SIGMA_REL, STEP
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """The steps of a raw checkpoint as `read_steps` gives them, and warnings."""
+
+    steps: Mapping[str, tuple[int, str, str]]
+    warnings: list[str] = field(default_factory=list)
+
+
+def step_counts(
+    name: str, metadata: Mapping[str, str], pattern: Pattern | None = None
+) -> StepCounts:
+    """What the file `name` with `metadata` says of its step.
+
+    Raises SnapshotError when the pattern doesn't fit, or metadata's `step` is no number.
+    """
+    warnings = []
+    if ema := _called_ema(name, metadata):
+        warnings.append(f"{ema}: an EMA, which raw=True takes for plain weights")
+    if pattern is not None:
+        reading = read_name(name, pattern)
+        if reading is None:
+            raise not_fitting(name, pattern)
+        stated = whole_number(metadata.get(STEP, ""))
+        if stated is not None and stated not in reading.steps:
+            warnings.append(
+                f"its name says {reading}, its metadata step {stated}; the pattern is used"
+            )
+        return StepCounts({"step": (reading.step, "pattern", "name")}, warnings)
+    if STEP in metadata and whole_number(metadata[STEP]) is None:
+        raise bad_number(STEP, metadata[STEP], "a whole number")
+    counted = read_steps(name, metadata)
+    for unit, number in read_counts(name).items():
+        step, source, where = counted[unit]
+        if source == "metadata" and step != number:
+            warnings.append(
+                f"its name says {unit} {number}, its {where} {step}; the metadata is used"
+            )
+    return StepCounts(counted, warnings)
+
+
+def agree_on_unit(found: Mapping[str, StepCounts]) -> dict[str, Identity | SnapshotError]:
+    """The identities of a folder's raw checkpoints, by name, or what is wrong with each.
+
+    They take the first of UNITS that all of them have, else the one that most have, and the others
+    are wrong.
+    """
+    files = Counter(unit for each in found.values() for unit in each.steps)
+    unit = max(UNITS, key=lambda unit: files[unit])  # the first of those that most have
+    identities: dict[str, Identity | SnapshotError] = {}
+    for name, each in found.items():
+        if unit not in each.steps:
+            identities[name] = _not_counted(name, each, unit, files[unit])
+            continue
+        step, source, where = each.steps[unit]
+        if 0 < step <= MAX_STEP:
+            identities[name] = Identity(step, math.inf, 0.0, source)
+        else:
+            identities[name] = SnapshotError(
+                name,
+                f"its {where} says step {step:.6g}, not one from 1 to 2^53",
+                "give pattern=, or leave it out with only=",
+            )
+    return identities
+
+
+def _called_ema(name: str, metadata: Mapping[str, str]) -> str | None:
+    """Where a file is called an EMA: `its metadata says sigma_rel 0.05`."""
+    for key in (SIGMA_REL, GAMMA):
+        if key in metadata:
+            return f"its metadata says {key} {metadata[key]}"
+    named = read_name(name)
+    # What sd-scripts' convention takes for a whole gamma may as well be a step.
+    if named and named.index is None and re.search(r"\.[0-9]+\Z", name.rpartition(".")[0]):
+        return f"its name says {str(named).partition(', ')[2]}"
+    return None
+
+
+def _not_counted(name: str, each: StepCounts, unit: str, others: int) -> SnapshotError:
+    if not each.steps:
+        problem = "neither its name nor its metadata says its step"
+        return UnknownError(
+            name, problem, "put its step at the end of its name, or leave it out with only="
+        )
+    _, (step, _, where) = next(iter(each.steps.items()))
+    counts = {"step": "steps", "epoch": "epochs", "number": "a bare number in the name"}
+    return SnapshotError(
+        name,
+        f"its {where} says {step}, but not in {counts[unit]}, as {others} other"
+        f"{'s do' if others != 1 else ' does'}",
+        "give pattern=, or leave it out with only=",
+    )

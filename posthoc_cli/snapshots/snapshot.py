@@ -1,0 +1,70 @@
+"""A snapshot: one average of the network at one step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.storage.header import TensorIndex, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the tensors of a file add up to: `dtypes` counts tensors, `parameters` all elements."""
+
+    dtypes: Mapping[str, int]
+    parameters: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorInfo]) -> Contents:
+        dtypes = Counter(info.dtype for info in tensors.values())
+        elements = sum(info.elements for info in tensors.values())
+        return cls(dict(sorted(dtypes.items())), elements)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One EMA of the network at one step with one profile.
+
+    `source` says where step and profile are from: "pattern", "metadata" or "name". A raw checkpoint
+    is an EMA of no width: its gamma is infinite, its sigma_rel 0. `contents` is shared between
+    snapshots of the same tensors.
+    """
+
+    index: TensorIndex
+    step: int
+    gamma: float
+    sigma_rel: float
+    source: str
+    contents: Contents | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def file(self) -> str:
+        """The name of the file in its folder, as it is: pass it through `printable` to show it."""
+        return self.index.path.name
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors have each dtype."""
+        return dict((self.contents or Contents.of(self.index.tensors)).dtypes)
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the file holds."""
+        return len(self.index.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """The number of elements of all tensors, whatever their dtype."""
+        return (self.contents or Contents.of(self.index.tensors)).parameters
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file."""
+        return self.index.size
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.step, self.gamma)

@@ -1,0 +1,51 @@
+"""The keys of a safetensors file's `__metadata__`, where every value is a text.
+
+Ours, and those of other tools that say something of a snapshot: kohya's trainers (`ss_*`, `sshs_*`)
+and the Model Spec (`modelspec.*`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+STEP, GAMMA, SIGMA_REL = "step", "gamma", "sigma_rel"
+"""A snapshot's step and its profile, as either of the two."""
+
+RUN = "run"
+"""The training run that a snapshot is of."""
+
+CONVERTED = "converted"
+"""What `convert` made a snapshot of, as JSON."""
+
+RECIPE = "posthoc"
+"""How an output was made, as JSON: the sources and their weights. No snapshot has it."""
+
+FORMAT = "format"
+"""The framework the tensors are of, "pt": some libraries load nothing without it."""
+
+COUNTS = {STEP: "step", "ss_steps": "step", "ss_epoch": "epoch"}
+"""The keys that count training, the most reliable first, each with its unit."""
+
+_HASHES = ("sshs_", "modelspec.hash_")
+"""What the keys for hashes of a file's tensors begin with."""
+
+
+def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The recipe in a file's metadata; None when posthoc did not write the file."""
+    try:
+        recipe = json.loads(metadata.get(RECIPE, "null"))
+    except (ValueError, RecursionError):
+        return None
+    return recipe if isinstance(recipe, dict) and "sources" in recipe else None
+
+
+def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
+    gone = {STEP, GAMMA, SIGMA_REL, CONVERTED, RECIPE}
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key not in gone and not key.startswith(_HASHES)
+    }
