@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def _standing(path: Path) -> tuple[Path, Sequence[Path], int]:
 
     main = existing_output(path)[0]
     shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
-    return main, shards, sum(each.stat().st_size for each in (main, *shards))
+    return main, shards, sum(os.path.getsize(each) for each in (main, *shards))
 
 
 def _recipes(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli.errors import MachineError, in_bytes
 from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
@@ -47,12 +48,14 @@ class AtomicFile:
         self._fd = -1
         self._temporary: Path | None = None
         self._own: os.stat_result | None = None
+        self._commit = commit_together([self])
 
     def __enter__(self) -> AtomicFile:
-        self.check_absent()
-        check_space([self])
-        self.open()
+        self._commit.__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._commit.__exit__(*error)
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
@@ -141,14 +144,6 @@ class AtomicFile:
         with self._lock:  # Windows has one position a file
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.finish()
-                self.commit()
-        finally:
-            self.discard()
 
 
 @contextlib.contextmanager
