@@ -200,8 +200,7 @@ def check_space(files: Sequence[AtomicFile]) -> None:
 
 
 def _make_temporary(path: Path) -> tuple[int, Path]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
         temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.posthoc-tmp")
         fd = os.open(temporary, flags, 0o666)
@@ -234,7 +233,7 @@ def _remove_if_abandoned(path: Path) -> None:
         if time.time() - status.st_mtime > _ABANDONED_AFTER:
             os.unlink(path)  # fails while it is open
         return
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    fd = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is written
         os.unlink(path)
