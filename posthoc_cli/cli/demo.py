@@ -56,6 +56,8 @@ def demo(
         ) from None
     from safetensors.torch import load_file
 
+    from posthoc_cli.storage.disk import make_folder
+
     console = stdout_console()
     with _training_bar(steps) as progress:
         final, tracked = train(base, steps, progress)
@@ -63,7 +65,7 @@ def demo(
     targets = ",".join(map(str, TRUE_PROFILES))
     _run(console, "inspect", str(snapshots))
     _run(console, "solve", str(snapshots), "--sigma-rel", str(_SHOWN))
-    output.mkdir()
+    make_folder(output)
     made: dict[tuple[str, float], Mapping[str, Tensor]] = {}
     for method in ("edm2", "blup"):
         template = str(output / method) + "-{sigma_rel}.safetensors"

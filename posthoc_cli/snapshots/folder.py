@@ -123,16 +123,7 @@ def read_folder(
         index = opened[name]
         if id(index.tensors) not in shared:
             shared[id(index.tensors)] = Contents.of(index.tensors)
-        contents.snapshots.append(
-            Snapshot(
-                index,
-                identity.step,
-                identity.gamma,
-                identity.sigma_rel,
-                identity.source,
-                shared[id(index.tensors)],
-            )
-        )
+        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
         contents.warnings += [printable(f"{name}: {warning}") for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     for name, message in inconsistencies(contents.snapshots):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
 from posthoc_cli.snapshots.names import Pattern, Reading, read_counts, read_name, read_number
@@ -27,8 +27,7 @@ MIN_SIGMA_REL = 1 / MAX_GAMMA
 """Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """The step and profile of a snapshot; `source` is "pattern", "metadata" or "name"."""
 
     step: int

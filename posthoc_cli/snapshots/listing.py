@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.snapshots.names import Pattern
-from posthoc_cli.storage.disk import list_folder, reason
+from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.shards import ENDING, find_network, is_index, shard_names
 
 _OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
@@ -92,11 +92,11 @@ def title(name: str, pattern: Pattern | None) -> str:
 def _no_network(folder: Path) -> str | None:
     """Why a folder is no snapshot: None if it is one, "" if nothing in it looks like one."""
     try:
-        if find_network(folder) is not None:
-            return None
-        count = sum(name.lower().endswith(ENDING) for name in os.listdir(folder))
-    except OSError as error:
-        return f"a folder that cannot be listed ({reason(error)})"
+        found, count = find_network(folder)
+    except MachineError as error:
+        return f"a folder that {error.problem}"
+    if found is not None:
+        return None
     return f"a folder with {count} {ENDING} files and not one index" if count else ""
 
 

@@ -1,24 +1,21 @@
 """LoRA networks: their `.alpha` tensors, which are no weights.
 
-Next to the factors of each module, `X.lora_down.weight` and `X.lora_up.weight`, trainers store
-`X.alpha`: by how much their product counts. It is set before training and is no part of it, so
-checkpoints that differ in it are of different networks, and a mean of the two would be of neither.
+Trainers store the factors of each module, `X.lora_down.weight` and `X.lora_up.weight`, with
+`X.alpha`, the scale of their product. It is set before training: checkpoints that differ in it are
+of different networks, and their average would be of neither.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.folder import Snapshot
 
 _FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
 """What follows a module's name in those of its factors, by all trainers that store an alpha."""
@@ -27,10 +24,7 @@ _ALPHA = ".alpha"
 
 
 def alphas(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The names of a LoRA's alphas: one number each, in a module that has factors of a LoRA.
-
-    A network's own parameter that happens to be called alpha has none beside it.
-    """
+    """The names of a LoRA's alphas: one number each, beside the factors of a module."""
     modules = {name[: match.start()] for name in tensors if (match := _FACTOR.search(name))}
     return [
         name
@@ -44,12 +38,9 @@ def different_alphas(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, 
 
     Only the alphas are read. Raises what Reader does.
     """
-    if not snapshots:
+    if not snapshots or not (names := sorted(alphas(snapshots[-1].index.tensors))):
         return
     newest = snapshots[-1].index
-    names = sorted(alphas(newest.tensors))
-    if not names:
-        return
     with Reader(newest) as reader:
         wanted = {name: _read(reader, newest.tensors[name]) for name in names}
     for snapshot in snapshots[:-1]:

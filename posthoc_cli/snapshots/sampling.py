@@ -1,10 +1,8 @@
-"""What the snapshots' values tell, measured on a sample: how far they are from each other, and how
-much of that is rounding.
+"""A sample of the snapshots' values: how far they are from each other, and how much is rounding.
 
-The sample is the same in each run, and the same elements in every snapshot, wherever they lie: the
-elements of all averaged tensors, in the order of the tensors' names, are cut into strata of equal
-length, and each gives one short block. It is read by range, a few snapshots' worth of values at a
-time, so neither the snapshots' size nor their number costs memory.
+The elements of all averaged tensors, in the order of the tensors' names, are cut into strata of
+equal length, and one short block is read of each: the same elements of every snapshot, in every
+run. They are held for some blocks at a time, so memory grows with neither size nor number.
 """
 
 from __future__ import annotations
@@ -12,14 +10,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, decode, rounding_variances
+from posthoc_cli.storage.dtypes import AVERAGED, FloatArray, bytes_of, decode, rounding_variances
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
 
@@ -40,8 +38,6 @@ _HUGE = 1e150
 GOLDEN = (5**0.5 - 1) / 2
 """Blocks begin at multiples of it, modulo one, within their strata: unlike equal distances, that
 never falls in step with the rows of a matrix."""
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +69,11 @@ class _Piece:
 
     @property
     def bytes(self) -> int:
-        return self.count * DTYPES[self.dtype].bits // 8
+        return bytes_of(self.dtype, self.count)
 
     def start(self, tensors: Mapping[str, TensorInfo]) -> int:
         """Where the piece begins in the data section of a file with these tensors."""
-        return tensors[self.name].start + self.first * DTYPES[self.dtype].bits // 8
+        return tensors[self.name].start + bytes_of(self.dtype, self.first)
 
 
 def measure(
@@ -233,14 +229,13 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
 
 def _runs(pieces: Sequence[_Piece]) -> list[tuple[str, int, int, int, int]]:
     """Stretches of one dtype: dtype, first and last element, first and last byte."""
-    runs: list[tuple[str, int, int, int, int]] = []
-    element = byte = 0
-    for piece in pieces:
-        first, start = element, byte
-        element, byte = element + piece.count, byte + piece.bytes
-        if runs and runs[-1][0] == piece.dtype:
-            _, first, _, start, _ = runs.pop()
-        runs.append((piece.dtype, first, element, start, byte))
+    runs = []
+    first = start = 0
+    for dtype, group in groupby(pieces, key=lambda piece: piece.dtype):
+        count = sum(piece.count for piece in group)
+        last, end = first + count, start + bytes_of(dtype, count)
+        runs.append((dtype, first, last, start, end))
+        first, start = last, end
     return runs
 
 

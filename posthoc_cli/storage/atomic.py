@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli.errors import MachineError, in_bytes
 from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
@@ -47,12 +48,14 @@ class AtomicFile:
         self._fd = -1
         self._temporary: Path | None = None
         self._own: os.stat_result | None = None
+        self._commit = commit_together([self])
 
     def __enter__(self) -> AtomicFile:
-        self.check_absent()
-        check_space([self])
-        self.open()
+        self._commit.__enter__()
         return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._commit.__exit__(*error)
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
@@ -142,14 +145,6 @@ class AtomicFile:
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.finish()
-                self.commit()
-        finally:
-            self.discard()
-
 
 @contextlib.contextmanager
 def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterator[None]:
@@ -205,8 +200,7 @@ def check_space(files: Sequence[AtomicFile]) -> None:
 
 
 def _make_temporary(path: Path) -> tuple[int, Path]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-    flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
         temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.posthoc-tmp")
         fd = os.open(temporary, flags, 0o666)
@@ -239,7 +233,7 @@ def _remove_if_abandoned(path: Path) -> None:
         if time.time() - status.st_mtime > _ABANDONED_AFTER:
             os.unlink(path)  # fails while it is open
         return
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+    fd = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is written
         os.unlink(path)

@@ -12,7 +12,7 @@ from posthoc_cli.errors import SnapshotError
 from posthoc_cli.storage.disk import unreadable
 from posthoc_cli.storage.header import TensorIndex, spans
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
 
 _BLOCKS, _BLOCK = 16, 4096

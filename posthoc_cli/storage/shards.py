@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import IncompleteError, PosthocError, SnapshotError, printable
-from posthoc_cli.storage.disk import already_exists, open_file
+from posthoc_cli.storage.disk import already_exists, list_folder, open_file
 from posthoc_cli.storage.header import (
     MAX_HEADER,
     Cache,
@@ -59,7 +59,7 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     that doesn't hold one network.
     """
     if os.path.isdir(path):
-        inside = find_network(path)
+        inside, _ = find_network(path)
         if inside is None:
             raise SnapshotError(
                 str(path),
@@ -72,20 +72,18 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     return read_header(path, cache)
 
 
-def find_network(folder: Path) -> str | None:
-    """The name of the one safetensors file in `folder`, or of the one index; None without one.
+def find_network(folder: Path) -> tuple[str | None, int]:
+    """The name of the one index in `folder`, or of the one safetensors file; and the files' number.
 
-    Raises OSError for a folder that can't be listed.
+    The name is None where there isn't exactly one. Raises what list_folder does.
     """
-    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    names = [name for name in list_folder(folder) if not name.startswith(".")]
     indexes = [name for name in names if is_index(name)]
     files = [name for name in names if name.lower().endswith(ENDING)]
     found = indexes or files
-    if len(found) != 1:
-        return None
-    if indexes and indexes[0][: -len(".index.json")] in files:
-        return None  # a whole file and its shards: which of the two is meant?
-    return found[0]
+    # With a whole file beside its shards, either could be meant.
+    both = indexes and indexes[0][: -len(".index.json")] in files
+    return (found[0] if len(found) == 1 and not both else None), len(files)
 
 
 def shard_names(index: Path) -> set[str]:
