@@ -1,0 +1,433 @@
+"""EMAs of a network in training, saved as snapshots for `posthoc`: `PostHocEMA`.
+
+Steps are whatever the caller counts: calls of `update` by default, images or tokens with
+`update(step=...)`. An update that ends at step t and covers the d steps since the one before
+decays by `(1 - d / t)^(1 + gamma)`. So every average has the profile asked for, whatever
+`update_every` is, when it changes, and when updates are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posthoc_cli.errors import SnapshotError, UsageError, printable
+from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.storage.atomic import write_errors
+from posthoc_cli.training.averaging import (
+    LiveTensors,
+    NetworkUpdate,
+    TensorRoles,
+    accumulation_dtype,
+    check_same_tensors,
+    is_first_process,
+    is_sharded,
+    local,
+    named_tensors,
+    swapped,
+    unwrap,
+)
+from posthoc_cli.training.counting import (
+    check_counts,
+    check_profiles,
+    crosses_multiple,
+    next_step,
+    resolve_gamma,
+)
+from posthoc_cli.training.snapshot_files import (
+    SnapshotToSave,
+    SnapshotWriter,
+    TensorToSave,
+    another_runs_snapshot,
+    own_snapshots,
+    safetensors_name,
+    saved_dtype,
+    synthesized,
+)
+
+
+class PostHocEMA:
+    """Two or more power-function EMAs of a network, saved now and then as snapshots.
+
+    Arguments:
+        model: the network. Compiled, data-parallel and `fully_shard`ed ones are seen through: a
+            snapshot's names are those of the bare network, and it loads with `strict=True`.
+        sigma_rels: relative widths of the EMAs, 0.05 and 0.10 unless given. Or
+        gammas: their exponents.
+        folder: where the snapshots go; made if need be.
+        checkpoint_every: steps between snapshots; None leaves it to `checkpoint()`.
+        dtype: of the floating-point tensors in the snapshots; None keeps the network's own.
+        keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all.
+        update_every: steps between updates of the averages.
+        background: write in a thread. The averages are copied to host memory first, in `dtype`;
+            a checkpoint waits for the one before it.
+        overwrite: write even where the folder holds another run's snapshots.
+        device: where the averages are kept; None for wherever the network is.
+        average_dtype: of the averages: torch.float32 or torch.float64. Never narrower than the
+            network's, and never less than float32.
+        prefix: how the snapshots' file names start.
+        include: globs; only tensors with such names are averaged and saved (a LoRA within a
+            frozen network: `("*lora*",)`).
+        param_or_buffer_names_no_ema: names of tensors to copy rather than average.
+        ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
+
+    Raises ValueError for arguments that make no sense, TypeError for a model in FSDP's first form,
+    MachineError when the folder can't be made. The first `update` raises UsageError when the folder
+    holds another run's snapshots, and ValueError when a tensor can't be saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rels: Sequence[float] | None = None,
+        *,
+        gammas: Sequence[float] | None = None,
+        folder: str | os.PathLike[str] = "ema-snapshots",
+        checkpoint_every: int | None = 1000,
+        dtype: torch.dtype | None = torch.float16,
+        keep: int | None = None,
+        update_every: int = 1,
+        background: bool = False,
+        overwrite: bool = False,
+        device: torch.device | str | None = None,
+        average_dtype: torch.dtype = torch.float32,
+        prefix: str = "ema",
+        include: Sequence[str] = (),
+        param_or_buffer_names_no_ema: Collection[str] = (),
+        ignore_names: Collection[str] = (),
+        ignore_startswith_names: Collection[str] = (),
+    ) -> None:
+        if sigma_rels is not None and gammas is not None:
+            raise ValueError("give sigma_rels or gammas, not both")
+        if gammas is None:
+            sigma_rels = (0.05, 0.10) if sigma_rels is None else sigma_rels
+            self.sigma_rels = tuple(float(each) for each in sigma_rels)
+            self.gammas = tuple(float(sigma_rel_to_gamma(each)) for each in self.sigma_rels)
+        else:
+            self.gammas = tuple(float(each) for each in gammas)
+            self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
+        check_profiles(self.gammas, self.sigma_rels)
+        check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
+        if dtype is not None and (not (safetensors_name(dtype) and dtype.is_floating_point)):
+            raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
+        if average_dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"average_dtype {average_dtype}: a decay near one is lost in fewer bits than "
+                "float32 has; give torch.float32 or torch.float64"
+            )
+        if not re.fullmatch(r"[^./\\\0][^/\\\0]*", prefix):
+            raise ValueError(f"prefix {prefix!r}: give the start of a file name, without a folder")
+        unwrap(model)  # raises for what can't be tracked
+        self.model = model
+        self.folder = Path(folder)
+        self.checkpoint_every = checkpoint_every
+        self.dtype = dtype
+        self.keep = keep
+        self.update_every = update_every
+        self.background = background
+        self.overwrite = overwrite
+        self.device = torch.device(device) if device is not None else None
+        self.average_dtype = average_dtype
+        self.prefix = prefix
+        self.run = secrets.token_hex(8)
+        self.step = 0
+        self._include = tuple(include)
+        self._roles = TensorRoles(
+            param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
+        )
+        self._live = LiveTensors(model, self._included)
+        self._updated = 0
+        self._averages: list[dict[str, Tensor]] = []
+        self._update: NetworkUpdate | None = None
+        self._checked = False
+        self._lent = False
+        self._writer = SnapshotWriter()
+        if is_first_process():
+            with write_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+
+    # Averaging
+
+    def update(self, step: int | None = None) -> None:
+        """Take the network's present weights in; call it after each `optimizer.step()`.
+
+        `step` is how far training has come (images, tokens, ...), by default one more than at the
+        call before. When it reaches or passes a multiple of `checkpoint_every`, snapshots are
+        written. Should that fail, training goes on with a RuntimeWarning.
+
+        Raises ValueError when `step` goes back or the network is another than before, UsageError
+        when, at the first update, the folder holds another run's snapshots.
+        """
+        if self._writer.failures:
+            self._warn_of_failures()
+        self._check_not_lent()
+        previous, now = self.step, next_step(self.step, step)
+        if now == previous:
+            return
+        self._check_can_save()
+        if crosses_multiple(self.update_every, self._updated, now):
+            self._average(now)
+        self.step = now
+        if crosses_multiple(self.checkpoint_every, previous, now):
+            self._checkpoint()
+            self._warn_of_failures()
+
+    @torch.no_grad()
+    def _average(self, now: int) -> None:
+        self._bound_update()([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
+        self._updated = now
+
+    def _bound_update(self) -> NetworkUpdate:
+        """The update, fitted to the network; makes averages, or checks that they still match."""
+        if self._live.refresh():
+            self._update = None
+        if self._update is not None:
+            return self._update
+        live = self._live.tensors
+        if not live:
+            raise ValueError(
+                f"{type(unwrap(self.model)).__name__} has nothing to average"
+                + (f" with a name that fits include={self._include}" if self._include else "")
+            )
+        if self._averages:
+            check_same_tensors(live, self._averages[0])
+        self._averages = [
+            {name: self._placed(value, live[name]) for name, value in averages.items()}
+            for averages in self._averages or [live for _ in self.gammas]
+        ]
+        self._update = NetworkUpdate(live, self._averages, self._roles)
+        return self._update
+
+    def _placed(self, value: Tensor, live: Tensor) -> Tensor:
+        """`value` as an average of `live`, in its dtype and on its device."""
+        dtype = accumulation_dtype(live.dtype, self.average_dtype)
+        device = self.device or live.device
+        if value is not live and value.dtype == dtype and value.device == device:
+            return value
+        # Strides as those of the live tensor: both are then read in the order they lie in memory.
+        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
+
+    def _included(self, name: str) -> bool:
+        return not self._include or any(fnmatch.fnmatchcase(name, g) for g in self._include)
+
+    # Snapshots
+
+    def checkpoint(self) -> list[Path]:
+        """Write a snapshot of each average as of now; returns their paths.
+
+        Averages that `update_every` left behind are brought up to the present step first. With
+        `background`, the files are there once `wait()` returns. What can't be written is left
+        out, with a RuntimeWarning. Raises ValueError before the first update.
+        """
+        self._check_not_lent()
+        paths = self._checkpoint()
+        self._warn_of_failures()
+        return paths
+
+    @torch.no_grad()
+    def _checkpoint(self) -> list[Path]:
+        self._writer.wait()
+        if not self.step:
+            raise ValueError("nothing to save yet: call update() first")
+        self._check_can_save()
+        if self._updated < self.step:
+            self._average(self.step)
+        self._bound_update()
+        own = named_tensors(self.model)
+        snapshots = [self._snapshot(index, own) for index in range(len(self.gammas))]
+        paths = [snapshot.path for snapshot in snapshots]
+        writes, sharded = is_first_process(), any(map(is_sharded, own.values()))
+        if self.background or sharded:
+            snapshots = [snapshot.on_host(hold=writes) for snapshot in snapshots]
+        if not writes:
+            return paths
+        if self.background:
+            self._writer.start(snapshots, self.keep)
+            return paths
+        return self._writer.write(snapshots, self.keep)
+
+    def wait(self) -> None:
+        """Wait until the snapshots that a thread is writing are on disk."""
+        self._writer.wait()
+        self._warn_of_failures()
+
+    def _snapshot(self, index: int, own: Mapping[str, Tensor]) -> SnapshotToSave:
+        """The snapshot of an average as of now, with what else the network's state dict has."""
+        averages, tensors = self._averages[index], {}
+        for name, tensor in own.items():
+            if self._included(name):
+                average = averages.get(self._live.alias.get(name, ""))
+                value = local(tensor) if average is None else average
+                tensors[name] = TensorToSave(value, saved_dtype(name, tensor, self.dtype), tensor)
+        return SnapshotToSave(
+            self.folder,
+            self.prefix,
+            self.run,
+            self.step,
+            self.gammas[index],
+            self.sigma_rels[index],
+            tensors,
+        )
+
+    def _check_can_save(self) -> None:
+        """Refuse, before training begins, what would fail or do harm at a checkpoint hours later.
+
+        That is a tensor that can't be saved, and a folder with another run's snapshots: of both
+        runs' together no EMA can be made.
+        """
+        if self._checked:
+            return
+        for name, tensor in named_tensors(self.model).items():
+            if self._included(name):
+                saved_dtype(name, tensor, self.dtype)
+        other = another_runs_snapshot(self.folder, self.run) if is_first_process() else None
+        if other is not None:
+            problem = f"holds another run's snapshots, such as '{other}'"
+            if not self.overwrite:
+                raise UsageError(
+                    str(self.folder),
+                    problem,
+                    "choose another folder, load_state_dict() that run's state to go on with it, "
+                    "or give overwrite=True",
+                )
+            warnings.warn(
+                printable(f"{self.folder}: {problem}; move them away before you synthesize"),
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._checked = True
+
+    def _warn_of_failures(self) -> None:
+        """Warn of what went wrong since the last call."""
+        while self._writer.failures:
+            warnings.warn(printable(self._writer.failures.pop(0)), RuntimeWarning, stacklevel=3)
+
+    # What a resumed run needs
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if it had never stopped.
+
+        Save it with the network's and the optimizer's. As with a network's, the tensors are the
+        live ones. In sharded training each process has its own.
+        """
+        return {
+            "version": 1,
+            "run": self.run,
+            "step": self.step,
+            "updated": self._updated,
+            "gammas": list(self.gammas),
+            "averages": [dict(averages) for averages in self._averages],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the folder may hold that run's snapshots.
+
+        Raises ValueError when the state is of other profiles. A network that doesn't fit it is
+        noticed at the next update.
+        """
+        if state.get("version") != 1:
+            raise ValueError("not a state of PostHocEMA")
+        if tuple(state["gammas"]) != self.gammas:
+            raise ValueError(
+                f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}; "
+                "make PostHocEMA with the profiles that the run began with"
+            )
+        self.wait()
+        self.run, self.step, self._updated = state["run"], state["step"], state["updated"]
+        self._averages = [
+            {name: value.detach().clone() for name, value in averages.items()}
+            for averages in state["averages"]
+        ]
+        self._update = None
+        self._checked = False
+
+    # Synthesis
+
+    def synthesize(
+        self,
+        sigma_rel: float | None = None,
+        *,
+        gamma: float | None = None,
+        step: int | None = None,
+        method: str = "edm2",
+    ) -> dict[str, Tensor]:
+        """The EMA of another length, as a state dict in host memory, in the network's dtypes.
+
+        `step` is the target step, by default the last snapshot's. Made from this run's snapshots
+        in the folder, or, before the first update, from all that the folder holds. The folder
+        takes the result for a moment: it must have room for it in float32.
+
+        Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
+        out of range; SnapshotError or MachineError when the snapshots can't be used.
+        """
+        gamma = resolve_gamma(sigma_rel, gamma)
+        self.wait()
+        own = [path.name for path, _ in own_snapshots(self.folder, self.run)] if self.step else []
+        if self.step and not own:
+            raise SnapshotError(
+                str(self.folder), "holds no snapshots of this run yet", "call checkpoint() first"
+            )
+        dtypes = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
+        exact = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes.values())
+        tensors = synthesized(
+            self.folder,
+            only=[escape(name) for name in own],
+            gamma=gamma,
+            step=step,
+            method=method,
+            dtype="float64" if exact else "float32",
+            averaged=self._roles.averaged,
+        )
+        return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def lend(
+        self,
+        sigma_rel: float | None = None,
+        *,
+        gamma: float | None = None,
+        step: int | None = None,
+        method: str = "edm2",
+        model: nn.Module | None = None,
+    ) -> Iterator[nn.Module]:
+        """Lend the network (or `model`) what `synthesize` makes, then give it its own weights back.
+
+            with ema.lend(sigma_rel=0.08) as model:
+                sample(model)
+
+        Meanwhile `update` and `checkpoint` raise RuntimeError. Its own weights wait in host memory.
+        """
+        self._check_not_lent()
+        borrower = self.model if model is None else model
+        state = self.synthesize(sigma_rel, gamma=gamma, step=step, method=method)
+        own = {name: each for name, each in named_tensors(borrower).items() if name in state}
+        if any(map(is_sharded, own.values())):
+            raise TypeError(
+                "a sharded model can't be lent weights; load synthesize()'s state dict with "
+                "torch.distributed.checkpoint.state_dict.set_model_state_dict"
+            )
+        check_same_tensors(own, state)
+        self._lent = borrower is self.model
+        try:
+            with swapped(own, state):
+                yield borrower
+        finally:
+            self._lent = False
+
+    def _check_not_lent(self) -> None:
+        if self._lent:
+            raise RuntimeError(
+                "the model has synthesized weights on loan: leave the `with ema.lend(...)` block "
+                "before the next update() or checkpoint()"
+            )
