@@ -8,7 +8,7 @@ from posthoc_cli._version import __version__
 
 if TYPE_CHECKING:
     from posthoc_cli.training.karras import KarrasEMA
-    from posthoc_cli.training.tracking import PostHocEMA
+    from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 __all__ = ["KarrasEMA", "PostHocEMA", "__version__"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return KarrasEMA
     if name == "PostHocEMA":
-        from posthoc_cli.training.tracking import PostHocEMA
+        from posthoc_cli.training.posthoc_ema import PostHocEMA
 
         return PostHocEMA
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from posthoc_cli.training.tracking import PostHocEMA
+from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 SNAPSHOT_PROFILES = (0.05, 0.10)
 TRUE_PROFILES = (0.03, 0.07, 0.15, 0.20)
@@ -85,17 +85,6 @@ def train(
     tracked to the end in `folder`/tracked. `progress` is called with the number of steps done.
     Raises what PostHocEMA raises.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the network is so small that threads would only wait for each other
-    try:
-        return _train(folder, steps, progress)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    folder: Path, steps: int, progress: Callable[[int], None] | None
-) -> tuple[State, dict[float, State]]:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -33,13 +33,13 @@ WITH_TORCH = {
         f"training/{name}.py"
         for name in ("adapters/lightning", "adapters/transformers", "averaging", "karras")
     ),
-    *("training/saving.py", "training/tracking.py"),
+    *("training/posthoc_ema.py", "training/snapshot_files.py"),
 }
 """Modules for a training loop, where torch is there anyway; the commands start without it."""
 
 EXCEPTIONS = {
     "tests/test_docs.py": {"shell=True"},
-    "tests/training/test_tracking.py": {"exec()", "compile()"},
+    "tests/training/test_documentation.py": {"exec()", "compile()"},
     "tests/formats/test_pickles.py": {"pickle.loads()"},
 }
 """They run what our own documentation shows, as a reader would; or compare what is read as data

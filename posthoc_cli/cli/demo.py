@@ -59,7 +59,7 @@ def demo(
     from posthoc_cli.storage.disk import make_folder
 
     console = stdout_console()
-    with _training_bar(steps) as progress:
+    with _one_thread(), _training_bar(steps) as progress:
         final, tracked = train(base, steps, progress)
     snapshots, output = base / "snapshots", base / "synthesized"
     targets = ",".join(map(str, TRUE_PROFILES))
@@ -111,6 +111,19 @@ def _run(console: Console, *arguments: str) -> None:
     if done.returncode:
         raise typer.Exit(done.returncode)
     console.print()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The network is so small that threads would only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -75,30 +75,29 @@ def plot(
     if path.exists() and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
     plotting.check_matplotlib()
+    targets = {
+        "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
+        "gamma": options.read_numbers("--gamma", gamma),
+    }
+    if (count := sum(map(len, targets.values()))) > MOST:
+        raise UsageError("--sigma-rel", f"{count} targets", f"give up to {MOST} a figure")
     run = open_and_warn(
         folder, options.Reading(pattern, profiles, only, raw, skip_incomplete), quiet
     )
-    solution = run.solve(
-        sigma_rel=options.read_numbers("--sigma-rel", sigma_rel),
-        gamma=options.read_numbers("--gamma", gamma),
-        step=step,
-        method=method,
-        sample=True,
-    )
+    solution = run.solve(step=step, method=method, sample=True, **targets)
     warn_of_sample(solution, quiet)
-    targets = solution.targets
     estimates = solution.estimate_methods()
     weights = {each.method: each.solved.weights for each in estimates if each.solved is not None}
     order = [name for name in ("algorithm3", "edm2", "share", "blup") if name in weights]
     plotting.draw(
         [snapshot.profile for snapshot in solution.snapshots],
-        [target.profile(solution.step) for target in targets],
-        [_title(target) for target in targets],
+        [target.profile(solution.step) for target in solution.targets],
+        [_title(target) for target in solution.targets],
         {name: weights[name] for name in order},
         solution.method,
         path,
     )
-    note(f"{path}: {counted(len(targets), 'target')} drawn", quiet)
+    note(f"{path}: {counted(count, 'target')} drawn", quiet)
 
 
 def _title(target: Target) -> str:

@@ -1,12 +1,13 @@
-"""The arithmetic of tracking: a module's live tensors, and averages that move towards them.
+"""The arithmetic of tracking: the tensors of a network in training, and updates of their averages.
 
-Knows neither files nor profiles; decays come in.
+Files and profiles are dealt with elsewhere: an update is given its weights.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +22,8 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 """What torch.compile, FSDP and activation checkpointing put into the names of what they wrap."""
 
 _CACHE_BLOCK = 1 << 20
-"""Elements of a block on the CPU. Small enough that the model's part is still in the cache when
-the second profile's average needs it, large enough for all threads to share in one operation."""
+"""Elements of a block on the CPU: few enough that the network's part is still in the cache for
+the second profile's average, and enough for all threads to share one operation."""
 
 _SERIAL = 1 << 15
 """Elements up to which torch uses one thread for an operation on the CPU."""
@@ -66,17 +67,10 @@ def _clean(name: str) -> str:
     return name
 
 
-def is_averaged(tensor: Tensor) -> bool:
-    """Whether an average of it means something: whole numbers and booleans have none."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def wide(dtype: torch.dtype, least: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype, least: torch.dtype) -> torch.dtype:
     """The dtype for averages of `dtype`: at least float32, and never narrower than `least`."""
-    double = torch.float64 in (dtype.to_real() if dtype.is_complex else dtype, least)
-    if dtype.is_complex:
-        return torch.complex128 if double else torch.complex64
-    return torch.float64 if double else torch.float32
+    # Torch has no promotion for float8.
+    return torch.promote_types(dtype if dtype.itemsize > 1 else torch.float32, least)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -88,6 +82,14 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
+
+
+def is_first_process() -> bool:
+    """Whether this process writes: of several that train together, only the first does."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
@@ -104,16 +106,19 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
 
 
 class LiveTensors:
-    """The averaged tensors of a module as they are now, each once.
+    """The tensors of a module that can be averaged, each once, as they are now.
 
-    Parameters and layers can be replaced behind our back (`module.to`, `param.data = ...`):
-    `refresh` notices, without naming everything anew each time. `names` and `tensors` (this
-    process' part of each) go together; `alias` leads from any name, tied ones too, to the name
-    that its tensor has here.
+    Parameters and layers can be replaced at any time (`module.to`, `param.data = ...`); `refresh`
+    notices, without collecting all names anew each time. `tensors` has this process' part of each
+    by name; `alias` leads from any name, tied ones too, to the name that its tensor has there.
     """
 
     def __init__(
-        self, module: nn.Module, wanted: Callable[[str], bool], *, transient: bool = False
+        self,
+        module: nn.Module,
+        wanted: Callable[[str], bool] | None = None,
+        *,
+        transient: bool = False,
     ) -> None:
         self._module = module
         self._wanted = wanted
@@ -122,14 +127,13 @@ class LiveTensors:
         self._whole: list[Tensor] = []
         self._addresses: list[int] = []
         self.alias: dict[str, str] = {}
-        self.names: list[str] = []
-        self.tensors: list[Tensor] = []
+        self.tensors: dict[str, Tensor] = {}
 
     def refresh(self) -> bool:
-        """Bring `tensors` up to date; returns whether anything is another tensor than before."""
+        """Bring `tensors` up to date; returns whether any is another tensor than before."""
         if (
             self._tables
-            and all(_holds(table, values) for table, values in self._tables)
+            and all(_unchanged(table, values) for table, values in self._tables)
             and list(map(_address, self._whole)) == self._addresses
         ):
             return False
@@ -140,10 +144,13 @@ class LiveTensors:
             if table
         ]
         held = {id(value) for _, values in self._tables for value in values}
-        self._whole, self.alias, self.names, self.tensors = [], {}, [], []
+        self._whole, self.alias, self.tensors = [], {}, {}
         known: dict[Any, str] = {}
         for name, tensor in named_tensors(self._module, transient=self._transient).items():
-            if not (is_averaged(tensor) and id(tensor) in held and self._wanted(name)):
+            averageable = tensor.is_floating_point() or tensor.is_complex()
+            if not (averageable and id(tensor) in held):
+                continue
+            if self._wanted is not None and not self._wanted(name):
                 continue
             part = local(tensor)
             # The same memory seen in the same way is one tensor, whatever objects stand for it.
@@ -153,13 +160,16 @@ class LiveTensors:
             self.alias[name] = known.setdefault(same, name)
             if self.alias[name] == name:
                 self._whole.append(tensor)
-                self.names.append(name)
-                self.tensors.append(part)
+                self.tensors[name] = part
         self._addresses = list(map(_address, self._whole))
         return True
 
+    def by_every_name(self) -> dict[str, Tensor]:
+        """`tensors`, and each tied one under its other names too."""
+        return {name: self.tensors[first] for name, first in self.alias.items()}
 
-def _holds(table: dict[str, Any], values: list[Any]) -> bool:
+
+def _unchanged(table: dict[str, Any], values: list[Any]) -> bool:
     return len(table) == len(values) and all(map(is_, table.values(), values))
 
 
@@ -177,10 +187,9 @@ class _Block:
 
 
 class EmaUpdate:
-    """Moves averages towards their sources, all profiles in one pass over the sources.
+    """An update of averages [profiles][tensors] from their sources, read once for all profiles.
 
-    `averages` is [profiles][tensors]. What differs in dtype or device from its averages is
-    converted once for all profiles, a block at a time.
+    A source that differs from its averages in dtype or device is converted once, block by block.
     """
 
     def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
@@ -197,19 +206,19 @@ class EmaUpdate:
 
     def __call__(self, weights: Sequence[float]) -> None:
         """`average += weight * (source - average)`, one weight (1 - decay) for each profile."""
-        _move(self._others, weights)
+        _update(self._others, weights)
         # Torch works on a small tensor with one thread, which can't fill the memory's bandwidth.
         threads = torch.get_num_threads()
         shares = min(threads, len(self._small))
         if shares > 1:
             parts = [self._small[k::shares] for k in range(shares)]
-            list(_pool(threads).map(_move, parts, repeat(weights)))
+            list(_pool(threads).map(_update, parts, repeat(weights)))
         else:
-            _move(self._small, weights)
+            _update(self._small, weights)
 
 
 @torch.no_grad()
-def _move(blocks: Sequence[_Block], weights: Sequence[float]) -> None:
+def _update(blocks: Sequence[_Block], weights: Sequence[float]) -> None:
     for block in blocks:
         ends = block.sources
         if block.staging:
@@ -275,8 +284,8 @@ def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, ...]
     return zip(*(torch.split(each.view(-1), size) for each in dense), strict=True)
 
 
-class Choice:
-    """What happens to the tensor of a name: it is averaged, copied, or left alone."""
+class TensorRoles:
+    """What happens to the tensor of a name: it is averaged, copied, or ignored."""
 
     def __init__(
         self, copied: Collection[str], ignored: Collection[str], starts: Collection[str]
@@ -286,26 +295,68 @@ class Choice:
                 raise TypeError(f"give a collection of names, such as {{{names!r}}}")
         self._copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
 
-    def ignores(self, name: str) -> bool:
+    def ignored(self, name: str) -> bool:
         return name in self._ignored or name.startswith(self._starts)
 
-    def copies(self, name: str) -> bool:
-        return name in self._copied and not self.ignores(name)
+    def copied(self, name: str) -> bool:
+        return name in self._copied and not self.ignored(name)
 
-    def averages(self, name: str) -> bool:
-        return name not in self._copied and not self.ignores(name)
+    def averaged(self, name: str) -> bool:
+        return name not in self._copied and not self.ignored(name)
+
+
+class NetworkUpdate:
+    """An update of averages from a network's tensors of the same names, each by its role.
+
+    `averages` has a mapping for each profile.
+    """
+
+    def __init__(
+        self,
+        live: Mapping[str, Tensor],
+        averages: Sequence[Mapping[str, Tensor]],
+        roles: TensorRoles,
+    ) -> None:
+        def update(chosen: Callable[[str], bool]) -> EmaUpdate:
+            names = [name for name in averages[0] if chosen(name)]
+            columns = [[each[name] for name in names] for each in averages]
+            return EmaUpdate([live[name] for name in names], columns)
+
+        self._averaged, self._copied = update(roles.averaged), update(roles.copied)
+
+    def __call__(self, weights: Sequence[float]) -> None:
+        """Update with one weight (1 - decay) for each profile."""
+        self._averaged(weights)
+        self._copied([1.0] * len(weights))
 
 
 def check_same_tensors(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the network's tensors have the names and shapes of the averages."""
-
-    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
-        return str(list(tensors[name].shape)) if name in tensors else "missing"
-
     for name in sorted(live.keys() | averages.keys()):
-        here, there = shape(live, name), shape(averages, name)
+        here, there = (
+            str(list(tensors[name].shape)) if name in tensors else "missing"
+            for tensors in (live, averages)
+        )
         if here != there:
             raise ValueError(
                 f"tensor {name!r} is {here} in the model and {there} in the average: "
                 "an average is of one network; make a new one for another"
             )
+
+
+@contextlib.contextmanager
+def swapped(own: Mapping[str, Tensor], state: dict[str, Tensor]) -> Iterator[None]:
+    """Put the values of `state`, which is emptied, into `own`; on leaving, what was there.
+
+    The own values wait in host memory.
+    """
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, tensor in own.items():
+            tensor = tensor.detach()
+            saved.append((tensor, tensor.to("cpu", copy=True)))
+            tensor.copy_(state.pop(name))
+        yield
+    finally:
+        for tensor, value in reversed(saved):  # of tied tensors, the first one saved is right
+            tensor.copy_(value)

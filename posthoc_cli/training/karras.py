@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel
 from posthoc_cli.training.averaging import (
-    Choice,
-    EmaUpdate,
     LiveTensors,
+    NetworkUpdate,
+    TensorRoles,
+    accumulation_dtype,
     check_same_tensors,
     named_tensors,
     unwrap,
-    wide,
 )
-from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
+from posthoc_cli.training.counting import check_counts, crosses_multiple, next_step, resolve_gamma
 
 
 class KarrasEMA(nn.Module):
@@ -85,11 +85,13 @@ class KarrasEMA(nn.Module):
         self.step = 0
         self._updated = 0
         self._covered = 0
-        self._how = Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
-        self._online = LiveTensors(model, _every, transient=True)
-        self._ema = LiveTensors(self.ema_model, _every, transient=True)
+        self._roles = TensorRoles(
+            param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
+        )
+        self._online = LiveTensors(model, transient=True)
+        self._ema = LiveTensors(self.ema_model, transient=True)
         self._wide: dict[str, Tensor] = {}
-        self._movers: tuple[EmaUpdate, EmaUpdate] | None = None
+        self._update: NetworkUpdate | None = None
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @property
@@ -119,12 +121,12 @@ class KarrasEMA(nn.Module):
         now = next_step(self.step, step)
         if now == self.step:
             return
-        if passes(self.update_every, self._updated, now):
+        if crosses_multiple(self.update_every, self._updated, now):
             if not self.initted:
                 self.copy_params_from_model_to_ema()
             if not self.frozen or not self.initted:
                 self._covered = now - self._updated
-                self._move(1 - decay(self.gamma, now, self._covered))
+                self._average(1 - decay(self.gamma, now, self._covered))
                 self._updated = now
             self.initted = True
         self.step = now
@@ -132,7 +134,7 @@ class KarrasEMA(nn.Module):
     @torch.no_grad()
     def copy_params_from_model_to_ema(self) -> None:
         """Set the average to the network's weights, whatever is ignored included."""
-        self._bind()
+        self._bound_update()
         live = named_tensors(self.model, transient=True)
         for name, average in self._averages().items():
             average.copy_(live[name])
@@ -141,16 +143,16 @@ class KarrasEMA(nn.Module):
     @torch.no_grad()
     def copy_params_from_ema_to_model(self) -> None:
         """Set the network's weights to the average."""
-        self._bind()
+        self._bound_update()
         live = named_tensors(self.model, transient=True)
         for name, average in self._averages().items():
             live[name].copy_(average)
 
     def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
         """The averages, without what is copied or ignored."""
-        self._bind()
+        self._bound_update()
         for name, average in self._averages().items():
-            if self._how.averages(name):
+            if self._roles.averaged(name):
                 yield average
 
     def restore_ema_model_device(self) -> None:
@@ -166,57 +168,47 @@ class KarrasEMA(nn.Module):
         return self.ema_model.eval()
 
     def _averages(self) -> dict[str, Tensor]:
-        """The averages by name; `_bind` must have been called."""
-        return {**dict(zip(self._ema.names, self._ema.tensors, strict=True)), **self._wide}
+        """The averages by name; `_bound_update` must have been called."""
+        return {**self._ema.tensors, **self._wide}
 
     @torch.no_grad()
-    def _move(self, weight: float) -> None:
-        averaged, copied = self._bind()
-        averaged([weight])
-        copied([1.0])
+    def _average(self, weight: float) -> None:
+        self._bound_update()([weight])
         self._round()
 
     def _round(self) -> None:
         """Give `ema_model` what is kept beside it in float32."""
         if self._wide:
-            narrow = dict(zip(self._ema.names, self._ema.tensors, strict=True))
-            torch._foreach_copy_([narrow[name] for name in self._wide], list(self._wide.values()))
+            narrow = [self._ema.tensors[name] for name in self._wide]
+            torch._foreach_copy_(narrow, list(self._wide.values()))
 
     @torch.no_grad()
-    def _bind(self) -> tuple[EmaUpdate, EmaUpdate]:
-        """Fit the average to the network: the same tensors, on devices that are allowed."""
-        changed = [self._online.refresh(), self._ema.refresh()]
-        if self._movers is not None and not any(changed):
-            return self._movers
-        online = dict(zip(self._online.names, self._online.tensors, strict=True))
-        online = {name: online[alias] for name, alias in self._online.alias.items()}
+    def _bound_update(self) -> NetworkUpdate:
+        """The update, fitted to the network: the same tensors, on devices that are allowed."""
+        if any([self._online.refresh(), self._ema.refresh()]):
+            self._update = None
+        if self._update is not None:
+            return self._update
+        online = self._online.by_every_name()
         self._check_devices(online)
-        ema = dict(zip(self._ema.names, self._ema.tensors, strict=True))
-        check_same_tensors(
-            {name: online[name] for name in online if name in self._ema.alias},
-            {name: ema[alias] for name, alias in self._ema.alias.items()},
-        )
+        ema = self._ema.by_every_name()
+        check_same_tensors({name: online[name] for name in online if name in ema}, ema)
         kept, self._wide = self._wide, {}
-        for name, tensor in ema.items():
-            dtype = wide(tensor.dtype, torch.float32)
+        for name, tensor in self._ema.tensors.items():
+            dtype = accumulation_dtype(tensor.dtype, torch.float32)
             if dtype != tensor.dtype:
                 self._wide[name] = kept.get(name, tensor).to(tensor.device, dtype)
             elif name in kept:  # it was narrow, and has been widened
                 tensor.copy_(kept[name])
-        averages = self._averages()
-
-        def mover(chosen: Callable[[str], bool]) -> EmaUpdate:
-            names = [name for name in averages if chosen(name)]
-            return EmaUpdate([online[name] for name in names], [[averages[name] for name in names]])
-
-        self._movers = (mover(self._how.averages), mover(self._how.copies))
-        return self._movers
+        self._update = NetworkUpdate(online, [self._averages()], self._roles)
+        return self._update
 
     def _check_devices(self, online: Mapping[str, Tensor]) -> None:
         devices = {tensor.device for tensor in online.values()}
-        if all(tensor.device in devices for tensor in self._ema.tensors):
+        averages = list(self._ema.tensors.values())
+        if all(tensor.device in devices for tensor in averages):
             return
-        here, there = self._ema.tensors[0].device, next(iter(devices))
+        here, there = averages[0].device, next(iter(devices))
         if self.move_ema_to_online_device:
             self.ema_model.to(there)
             self._ema.refresh()
@@ -268,11 +260,7 @@ class KarrasEMA(nn.Module):
             for key in list(state_dict)
             if key.startswith(opening)
         }
-        self._movers = None
+        self._update = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *others
         )
-
-
-def _every(name: str) -> bool:
-    return True

@@ -139,7 +139,9 @@ def test_a_single_snapshot_is_no_evidence(posthoc_here: Posthoc, walked: tuple, 
     assert run.json["targets"][0]["expected_error"] is None
     assert "unknown" in posthoc_here("solve", "walked", *only, "--diagnose").out
     assert "unknown" in posthoc_here("solve", "walked", *only, "--method", "blup").out
-    refused = posthoc_here("synthesize", "walked", *only, "-o", "x", "--max-error", "0.5")
+    refused = posthoc_here(
+        "synthesize", "walked", *only, "-o", "x.safetensors", "--max-error", "0.5"
+    )
     refused.failed(3, "gamma 3: its expected error is unknown, .*")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def steps(folder: Path) -> set[int]:
     return {each.step for each in read_folder(folder).usable()}
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_the_documented_imports_work(library: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tracking.md").read_text(encoding="utf-8")
+    assert f"\nfrom posthoc_cli.adapters.{library} import PostHocEMACallback\n" in text
+    spec = importlib.util.find_spec(f"posthoc_cli.adapters.{library}")
+    assert spec is not None
+    assert spec.origin is not None
+    assert Path(spec.origin).parts[-3:] == ("training", "adapters", f"{library}.py")
+    pytest.importorskip("lightning.pytorch" if library == "lightning" else library)
+    module = importlib.import_module(spec.name)
+    assert module.PostHocEMACallback((0.05, 0.10)).ema is None
 
 
 # Lightning

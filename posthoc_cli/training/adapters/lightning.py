@@ -1,6 +1,6 @@
 """A callback for Lightning's Trainer.
 
-from posthoc_cli.training.adapters.lightning import PostHocEMACallback
+from posthoc_cli.adapters.lightning import PostHocEMACallback
 
 Trainer(callbacks=[PostHocEMACallback(sigma_rels=(0.05, 0.10), folder="snapshots")])
 """
@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:  # the same library under its older name
     from pytorch_lightning import Callback
 
-from posthoc_cli.training.tracking import PostHocEMA
+from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 
 class PostHocEMACallback(Callback):

@@ -1,6 +1,6 @@
 """A callback for the Trainer of Hugging Face transformers.
 
-from posthoc_cli.training.adapters.transformers import PostHocEMACallback
+from posthoc_cli.adapters.transformers import PostHocEMACallback
 
 Trainer(..., callbacks=[PostHocEMACallback(sigma_rels=(0.05, 0.10), folder="snapshots")])
 """
@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from posthoc_cli.errors import UsageError
-from posthoc_cli.training.tracking import PostHocEMA
+from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 STATE = "posthoc-ema.pt"
 """The file in a checkpoint of the Trainer that holds the averages."""

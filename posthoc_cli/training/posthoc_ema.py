@@ -1,13 +1,8 @@
-"""The training side: EMAs that are tracked as a network trains, and saved for `posthoc`.
-
-    ema = PostHocEMA(model, sigma_rels=(0.05, 0.10), folder="snapshots")
-    ...
-        optimizer.step()
-        ema.update()
+"""EMAs of a network in training, saved as snapshots for `posthoc`: `PostHocEMA`.
 
 Steps are whatever the caller counts: calls of `update` by default, images or tokens with
 `update(step=...)`. An update that ends at step t and covers the d steps since the one before
-decays by `(1 - d / t)^(1 + gamma)`: so every average has the profile asked for, whatever
+decays by `(1 - d / t)^(1 + gamma)`. So every average has the profile asked for, whatever
 `update_every` is, when it changes, and when updates are left out.
 """
 
@@ -18,41 +13,47 @@ import fnmatch
 import os
 import re
 import secrets
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from glob import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, printable
-from posthoc_cli.snapshots.identity import MAX_GAMMA
-from posthoc_cli.snapshots.names import SAME_WIDTH
+from posthoc_cli.errors import SnapshotError, UsageError, printable
 from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage.disk import make_folder, remove_file
-from posthoc_cli.storage.header import read_header
-from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
-from posthoc_cli.storage.shards import ENDING
+from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
-    Choice,
-    EmaUpdate,
     LiveTensors,
+    NetworkUpdate,
+    TensorRoles,
+    accumulation_dtype,
     check_same_tensors,
+    is_first_process,
     is_sharded,
     local,
     named_tensors,
+    swapped,
     unwrap,
-    wide,
 )
-from posthoc_cli.training.counting import check_counts, next_step, passes, resolve_gamma
-from posthoc_cli.training.saving import Entry, code_of, stage, write
-
-_Job = tuple[Path, dict[str, Entry], dict[str, str]]
-"""A snapshot to be: its path, its tensors, its metadata."""
+from posthoc_cli.training.counting import (
+    check_counts,
+    check_profiles,
+    crosses_multiple,
+    next_step,
+    resolve_gamma,
+)
+from posthoc_cli.training.snapshot_files import (
+    SnapshotToSave,
+    SnapshotWriter,
+    TensorToSave,
+    another_runs_snapshot,
+    own_snapshots,
+    safetensors_name,
+    saved_dtype,
+)
 
 
 class PostHocEMA:
@@ -115,9 +116,9 @@ class PostHocEMA:
         else:
             self.gammas = tuple(float(each) for each in gammas)
             self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
-        _check_profiles(self.gammas, self.sigma_rels)
+        check_profiles(self.gammas, self.sigma_rels)
         check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
-        if dtype is not None and (not (code_of(dtype) and dtype.is_floating_point)):
+        if dtype is not None and (not (safetensors_name(dtype) and dtype.is_floating_point)):
             raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
         if average_dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -141,17 +142,17 @@ class PostHocEMA:
         self.run = secrets.token_hex(8)
         self.step = 0
         self._include = tuple(include)
-        self._how = Choice(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
+        self._roles = TensorRoles(
+            param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
+        )
         self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
-        self._movers: tuple[EmaUpdate, EmaUpdate] | None = None
-        self._claimed = False
+        self._update: NetworkUpdate | None = None
+        self._checked = False
         self._lent = False
-        self._writer: threading.Thread | None = None
-        self._troubles: list[str] = []
-        self._overflowed: set[str] = set()
-        if _writes():
+        self._writer = SnapshotWriter()
+        if is_first_process():
             make_folder(self.folder, parents=True)
 
     # Averaging
@@ -166,33 +167,32 @@ class PostHocEMA:
         Raises ValueError when `step` goes back or the network is another than before, UsageError
         when, at the first update, the folder holds another run's snapshots.
         """
-        if self._troubles:
-            self._tell()
+        if self._writer.failures:
+            self._warn_of_failures()
         self._check_not_lent()
         previous, now = self.step, next_step(self.step, step)
         if now == previous:
             return
-        if not self._claimed:
-            self._claim()
-        if passes(self.update_every, self._updated, now):
+        self._check_can_save()
+        if crosses_multiple(self.update_every, self._updated, now):
             self._average(now)
         self.step = now
-        if self.checkpoint_every is not None and passes(self.checkpoint_every, previous, now):
+        if crosses_multiple(self.checkpoint_every, previous, now):
             self._checkpoint()
-            self._tell()
+            self._warn_of_failures()
 
     @torch.no_grad()
     def _average(self, now: int) -> None:
-        averaged, copied = self._bind()
-        averaged([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
-        copied([1.0 for _ in self.gammas])
+        self._bound_update()([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
         self._updated = now
 
-    def _bind(self) -> tuple[EmaUpdate, EmaUpdate]:
-        """Fit averages to the network's tensors: make them, or check that they still match."""
-        if not self._live.refresh() and self._movers is not None:
-            return self._movers
-        live = dict(zip(self._live.names, self._live.tensors, strict=True))
+    def _bound_update(self) -> NetworkUpdate:
+        """The update, fitted to the network; makes averages, or checks that they still match."""
+        if self._live.refresh():
+            self._update = None
+        if self._update is not None:
+            return self._update
+        live = self._live.tensors
         if not live:
             raise ValueError(
                 f"{type(unwrap(self.model)).__name__} has nothing to average"
@@ -200,30 +200,21 @@ class PostHocEMA:
             )
         if self._averages:
             check_same_tensors(live, self._averages[0])
-            self._averages = [
-                {name: self._place(value, live[name]) for name, value in averages.items()}
-                for averages in self._averages
-            ]
-        else:
-            self._averages = [
-                {name: self._place(tensor, tensor) for name, tensor in live.items()}
-                for _ in self.gammas
-            ]
-        self._movers = (self._mover(live, self._how.averages), self._mover(live, self._how.copies))
-        return self._movers
+        self._averages = [
+            {name: self._placed(value, live[name]) for name, value in averages.items()}
+            for averages in self._averages or [live for _ in self.gammas]
+        ]
+        self._update = NetworkUpdate(live, self._averages, self._roles)
+        return self._update
 
-    def _place(self, value: Tensor, live: Tensor) -> Tensor:
-        """`value` as an average of `live`: where it belongs, as wide as it must be."""
-        dtype, device = wide(live.dtype, self.average_dtype), self.device or live.device
+    def _placed(self, value: Tensor, live: Tensor) -> Tensor:
+        """`value` as an average of `live`, in its dtype and on its device."""
+        dtype = accumulation_dtype(live.dtype, self.average_dtype)
+        device = self.device or live.device
         if value is not live and value.dtype == dtype and value.device == device:
             return value
         # Strides as those of the live tensor: both are then read in the order they lie in memory.
         return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
-
-    def _mover(self, live: Mapping[str, Tensor], chosen: Callable[[str], bool]) -> EmaUpdate:
-        names = [name for name in live if chosen(name)]
-        columns = [[averages[name] for name in names] for averages in self._averages]
-        return EmaUpdate([live[name] for name in names], columns)
 
     def _included(self, name: str) -> bool:
         return not self._include or any(fnmatch.fnmatchcase(name, g) for g in self._include)
@@ -239,137 +230,68 @@ class PostHocEMA:
         """
         self._check_not_lent()
         paths = self._checkpoint()
-        self._tell()
+        self._warn_of_failures()
         return paths
 
     @torch.no_grad()
     def _checkpoint(self) -> list[Path]:
-        self._join()
+        self._writer.wait()
         if not self.step:
             raise ValueError("nothing to save yet: call update() first")
-        if not self._claimed:
-            self._claim()
+        self._check_can_save()
         if self._updated < self.step:
             self._average(self.step)
-        self._bind()
+        self._bound_update()
         own = named_tensors(self.model)
-        jobs = [self._job(index, own) for index in range(len(self.gammas))]
-        paths = [path for path, _, _ in jobs]
-        writes, sharded = _writes(), any(is_sharded(tensor) for tensor in own.values())
+        snapshots = [self._snapshot(index, own) for index in range(len(self.gammas))]
+        paths = [snapshot.path for snapshot in snapshots]
+        writes, sharded = is_first_process(), any(map(is_sharded, own.values()))
         if self.background or sharded:
-            jobs = [(path, stage(entries, hold=writes), about) for path, entries, about in jobs]
+            snapshots = [snapshot.on_host(hold=writes) for snapshot in snapshots]
         if not writes:
             return paths
         if self.background:
-            self._writer = threading.Thread(
-                target=self._write_behind, args=(jobs,), name="posthoc snapshots"
-            )
-            self._writer.start()
+            self._writer.start(snapshots, self.keep)
             return paths
-        return self._write_all(jobs)
+        return self._writer.write(snapshots, self.keep)
 
     def wait(self) -> None:
         """Wait until the snapshots that a thread is writing are on disk."""
-        self._join()
-        self._tell()
+        self._writer.wait()
+        self._warn_of_failures()
 
-    def _join(self) -> None:
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-
-    def _job(self, index: int, own: Mapping[str, Tensor]) -> _Job:
-        averages, entries = self._averages[index], {}
+    def _snapshot(self, index: int, own: Mapping[str, Tensor]) -> SnapshotToSave:
+        """The snapshot of an average as of now, with what else the network's state dict has."""
+        averages, tensors = self._averages[index], {}
         for name, tensor in own.items():
-            if not self._included(name):
-                continue
-            average = averages.get(self._live.alias.get(name, ""))
-            value = local(tensor) if average is None else average
-            entries[name] = Entry(value, self._saved_as(name, tensor), tensor)
-        width = self.sigma_rels[index]
-        metadata = {
-            FORMAT: "pt",  # some libraries load nothing without it
-            STEP: str(self.step),
-            GAMMA: repr(self.gammas[index]),
-            SIGMA_REL: repr(width),
-            RUN: self.run,
-        }
-        # No known convention has such a name, so that none can read something else into it.
-        name = f"{self.prefix}-step{self.step:08d}-{_decimals(width)}{ENDING}"
-        return self.folder / name, entries, metadata
+            if self._included(name):
+                average = averages.get(self._live.alias.get(name, ""))
+                value = local(tensor) if average is None else average
+                tensors[name] = TensorToSave(value, saved_dtype(name, tensor, self.dtype), tensor)
+        return SnapshotToSave(
+            self.folder,
+            self.prefix,
+            self.run,
+            self.step,
+            self.gammas[index],
+            self.sigma_rels[index],
+            tensors,
+        )
 
-    def _saved_as(self, name: str, tensor: Tensor) -> torch.dtype:
-        dtype = self.dtype if self.dtype and tensor.is_floating_point() else tensor.dtype
-        if dtype is torch.complex128:
-            dtype = torch.complex64  # the one complex dtype that the format has
-        if code_of(dtype) is None:
-            raise ValueError(
-                f"tensor {name!r} is {dtype}, which safetensors doesn't have; leave it out: "
-                "include= takes the names to save"
-            )
-        return dtype
+    def _check_can_save(self) -> None:
+        """Refuse, before training begins, what would fail or do harm at a checkpoint hours later.
 
-    def _write_behind(self, jobs: list[_Job]) -> None:
-        try:
-            self._write_all(jobs)
-        except Exception as error:  # nobody would see it in a thread, and training goes on
-            self._troubles.append(f"no snapshots of step {jobs[0][2]['step']}: {error!r}")
-
-    def _write_all(self, jobs: list[_Job]) -> list[Path]:
-        written = []
-        for path, entries, metadata in jobs:
-            try:
-                overflowing = write(path, entries, metadata)
-            except MachineError as error:
-                self._troubles.append(f"no snapshot of step {metadata['step']}: {error}")
-                continue
-            written.append(path)
-            for name in overflowing:
-                if name not in self._overflowed:
-                    self._overflowed.add(name)
-                    self._troubles.append(
-                        f"tensor {name!r} has values that are not finite in float16, first in "
-                        f"{path.name}; if they are large, give dtype=torch.bfloat16"
-                    )
-        if self.keep is not None and len(written) == len(jobs):
-            self._prune(int(jobs[0][2][STEP]), self.keep)
-        return written
-
-    def _prune(self, newest: int, keep: int) -> None:
-        """Remove this run's oldest snapshots, so that `keep` steps up to `newest` are left."""
-        mine = [(step, path) for path, step in self._snapshots() if step <= newest]
-        steps = sorted({step for step, _ in mine})[:-keep]
-        for step, path in mine:
-            if step in steps:
-                try:
-                    remove_file(path)
-                except MachineError as error:
-                    self._troubles.append(f"{path}: an old snapshot that can't be removed: {error}")
-
-    def _snapshots(self) -> list[tuple[Path, int]]:
-        """This run's snapshots in the folder, with their steps."""
-        return [
-            (path, int(metadata[STEP]))
-            for path, metadata in _folder_metadata(self.folder)
-            if metadata.get(RUN) == self.run
-        ]
-
-    def _claim(self) -> None:
-        """Refuse what would only fail, or do harm, at a checkpoint hours later.
-
-        That is a tensor that can't be saved, and a folder with another run's snapshots: together
-        with ours they would make no EMA.
+        That is a tensor that can't be saved, and a folder with another run's snapshots: of both
+        runs' together no EMA can be made.
         """
+        if self._checked:
+            return
         for name, tensor in named_tensors(self.model).items():
             if self._included(name):
-                self._saved_as(name, tensor)
-        others = [
-            path.name
-            for path, metadata in (_folder_metadata(self.folder) if _writes() else ())
-            if RECIPE not in metadata and metadata.get(RUN) != self.run
-        ]
-        if others:
-            problem = f"holds another run's snapshots, such as '{others[0]}'"
+                saved_dtype(name, tensor, self.dtype)
+        other = another_runs_snapshot(self.folder, self.run) if is_first_process() else None
+        if other is not None:
+            problem = f"holds another run's snapshots, such as '{other}'"
             if not self.overwrite:
                 raise UsageError(
                     str(self.folder),
@@ -382,12 +304,12 @@ class PostHocEMA:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self._claimed = True
+        self._checked = True
 
-    def _tell(self) -> None:
+    def _warn_of_failures(self) -> None:
         """Warn of what went wrong since the last call."""
-        while self._troubles:
-            warnings.warn(printable(self._troubles.pop(0)), RuntimeWarning, stacklevel=3)
+        while self._writer.failures:
+            warnings.warn(printable(self._writer.failures.pop(0)), RuntimeWarning, stacklevel=3)
 
     # What a resumed run needs
 
@@ -425,8 +347,8 @@ class PostHocEMA:
             {name: value.detach().clone() for name, value in averages.items()}
             for averages in state["averages"]
         ]
-        self._movers = None
-        self._claimed = False
+        self._update = None
+        self._checked = False
 
     # Synthesis
 
@@ -450,21 +372,21 @@ class PostHocEMA:
 
         gamma = resolve_gamma(sigma_rel, gamma)
         self.wait()
-        only = [escape(path.name) for path, _ in self._snapshots()] if self.step else []
-        if self.step and not only:
+        own = [path.name for path, _ in own_snapshots(self.folder, self.run)] if self.step else []
+        if self.step and not own:
             raise SnapshotError(
                 str(self.folder), "holds no snapshots of this run yet", "call checkpoint() first"
             )
-        run = open_snapshots(self.folder, only=only)
+        run = open_snapshots(self.folder, only=[escape(name) for name in own])
         solution = run.solve(gamma=gamma, step=step, method=method)
-        own = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
-        exact = any(dtype in (torch.float64, torch.complex128) for dtype in own.values())
+        dtypes = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
+        exact = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes.values())
         names = solution.snapshots[-1].index.tensors
         tensors = solution.state_dict(
             dtype="float64" if exact else "float32",
-            copy=[escape(name) for name in names if not self._how.averages(name)],
+            copy=[escape(name) for name in names if not self._roles.averaged(name)],
         )
-        return {name: tensor.to(own.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+        return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
     @contextlib.contextmanager
     def lend(
@@ -486,24 +408,18 @@ class PostHocEMA:
         self._check_not_lent()
         borrower = self.model if model is None else model
         state = self.synthesize(sigma_rel, gamma=gamma, step=step, method=method)
-        live = {name: each for name, each in named_tensors(borrower).items() if name in state}
-        if any(is_sharded(tensor) for tensor in live.values()):
+        own = {name: each for name, each in named_tensors(borrower).items() if name in state}
+        if any(map(is_sharded, own.values())):
             raise TypeError(
                 "a sharded model can't be lent weights; load synthesize()'s state dict with "
                 "torch.distributed.checkpoint.state_dict.set_model_state_dict"
             )
-        check_same_tensors(live, state)
-        own: list[tuple[Tensor, Tensor]] = []
+        check_same_tensors(own, state)
+        self._lent = borrower is self.model
         try:
-            self._lent = borrower is self.model
-            for name, tensor in live.items():
-                tensor = tensor.detach()
-                own.append((tensor, tensor.to("cpu", copy=True)))
-                tensor.copy_(state.pop(name))
-            yield borrower
+            with swapped(own, state):
+                yield borrower
         finally:
-            for tensor, value in reversed(own):  # tied tensors: the first one saved has the truth
-                tensor.copy_(value)
             self._lent = False
 
     def _check_not_lent(self) -> None:
@@ -512,48 +428,3 @@ class PostHocEMA:
                 "the model has synthesized weights on loan: leave the `with ema.lend(...)` block "
                 "before the next update() or checkpoint()"
             )
-
-
-def _check_profiles(gammas: Sequence[float], sigma_rels: Sequence[float]) -> None:
-    if len(gammas) < 2:
-        raise ValueError(
-            f"{len(gammas)} profile: other EMAs can only be made from two or more, "
-            "such as sigma_rels=(0.05, 0.10)"
-        )
-    for gamma in gammas:
-        if not 0 < gamma <= MAX_GAMMA:
-            raise ValueError(f"gamma {gamma:g}: not above 0 and at most {MAX_GAMMA:g}")
-    ordered = sorted(sigma_rels)
-    for one, other in pairwise(ordered):
-        if other - one <= SAME_WIDTH * other:
-            raise ValueError(
-                f"sigma_rel {one:g} and {other:g} are the same profile: give different ones, "
-                "such as sigma_rels=(0.05, 0.10)"
-            )
-
-
-def _writes() -> bool:
-    """Whether this process is the one that writes: of several that train together, the first."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0
-
-
-def _folder_metadata(folder: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
-    """The files in a folder that could be snapshots, with what their headers say."""
-    for path in sorted(folder.glob(f"*{ENDING}")):
-        if path.name.startswith("."):
-            continue
-        try:
-            yield path, read_header(path).metadata
-        except PosthocError:
-            yield path, {}
-
-
-def _decimals(sigma_rel: float) -> str:
-    """`0.050`: three decimals, or as many more as tell two profiles apart."""
-    places = 3
-    while abs(round(sigma_rel, places) - sigma_rel) > SAME_WIDTH / 10 * sigma_rel:
-        places += 1
-    return f"{sigma_rel:.{places}f}"

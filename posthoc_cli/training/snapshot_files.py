@@ -1,0 +1,250 @@
+"""The snapshots of a run as files: their names, what is in them, and which of a folder are whose.
+
+A run is one training run, resumed or not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posthoc_cli.errors import MachineError, PosthocError
+from posthoc_cli.snapshots.names import SAME_WIDTH
+from posthoc_cli.storage.atomic import AtomicFile
+from posthoc_cli.storage.disk import remove_file
+from posthoc_cli.storage.dtypes import BY_NAME
+from posthoc_cli.storage.header import make_header, read_header
+from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
+from posthoc_cli.storage.shards import ENDING
+from posthoc_cli.training.averaging import gather, is_sharded
+
+
+def safetensors_name(dtype: torch.dtype) -> str | None:
+    """safetensors' name for a dtype; None where it has none."""
+    return BY_NAME.get(str(dtype).removeprefix("torch."))
+
+
+def saved_dtype(name: str, tensor: Tensor, floating: torch.dtype | None) -> torch.dtype:
+    """The dtype to save a tensor in: `floating`, if given, for those of a floating-point dtype.
+
+    Raises ValueError when safetensors has none for it.
+    """
+    dtype = floating if floating and tensor.is_floating_point() else tensor.dtype
+    if dtype is torch.complex128:
+        dtype = torch.complex64  # the one complex dtype that the format has
+    if safetensors_name(dtype) is None:
+        raise ValueError(
+            f"tensor {name!r} is {dtype}, which safetensors doesn't have; leave it out: "
+            "include= takes the names to save"
+        )
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TensorToSave:
+    """A tensor's value, the dtype to save it in, and the network's own tensor.
+
+    `value` is sharded as `like` is.
+    """
+
+    value: Tensor
+    dtype: torch.dtype
+    like: Tensor
+
+    def on_host(self, *, copy: bool = False) -> Tensor:
+        """The whole tensor in its final dtype, in host memory.
+
+        Every process must call it if it is sharded.
+        """
+        whole = gather(self.value.detach(), self.like)
+        return whole.to("cpu", self.dtype, copy=copy)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotToSave:
+    """An average as of `step`, to be written to `folder`."""
+
+    folder: Path
+    prefix: str
+    run: str
+    step: int
+    gamma: float
+    sigma_rel: float
+    tensors: Mapping[str, TensorToSave]
+
+    @property
+    def path(self) -> Path:
+        places = 3  # decimals, or as many more as tell two profiles apart
+        while (
+            abs(round(self.sigma_rel, places) - self.sigma_rel) > SAME_WIDTH / 10 * self.sigma_rel
+        ):
+            places += 1
+        # A name that fits no known convention, so that nobody reads something else into it.
+        name = f"{self.prefix}-step{self.step:08d}-{self.sigma_rel:.{places}f}{ENDING}"
+        return self.folder / name
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {
+            FORMAT: "pt",  # some libraries load nothing without it
+            STEP: str(self.step),
+            GAMMA: repr(self.gamma),
+            SIGMA_REL: repr(self.sigma_rel),
+            RUN: self.run,
+        }
+
+    def on_host(self, *, hold: bool) -> SnapshotToSave:
+        """The same with its tensors copied to host memory, each once however many names it has.
+
+        A process that doesn't `hold` the result takes part in gathering what is sharded, and gets
+        no tensors.
+        """
+        copies: dict[int, TensorToSave] = {}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            if not (hold or is_sharded(tensor.like)):
+                continue
+            key = id(tensor.value)
+            if key not in copies:
+                value = tensor.on_host(copy=True)
+                if not hold:
+                    continue
+                copies[key] = TensorToSave(value, tensor.dtype, value)
+            tensors[name] = copies[key]
+        return replace(self, tensors=tensors)
+
+
+class SnapshotWriter:
+    """Writes the snapshots of a run, in a thread if asked to.
+
+    `failures` has a message for everything that went wrong: training must go on.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self._overflowed: set[str] = set()
+        self._thread: threading.Thread | None = None
+
+    def wait(self) -> None:
+        """Wait until the thread, if there is one, is done."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def start(self, snapshots: Sequence[SnapshotToSave], keep: int | None) -> None:
+        """Begin to `write` in a thread."""
+
+        def write() -> None:
+            try:
+                self.write(snapshots, keep)
+            except Exception as error:  # nobody would see it in a thread, and training goes on
+                self.failures.append(f"no snapshots of step {snapshots[0].step}: {error!r}")
+
+        self._thread = threading.Thread(target=write, name="posthoc snapshots")
+        self._thread.start()
+
+    def write(self, snapshots: Sequence[SnapshotToSave], keep: int | None) -> list[Path]:
+        """Write the snapshots of one step; returns the paths of those that could be written.
+
+        Unless `keep` is None, snapshots of this run older than its newest `keep` steps are removed.
+        """
+        written = []
+        for snapshot in snapshots:
+            try:
+                overflowing = write_snapshot(snapshot)
+            except MachineError as error:
+                self.failures.append(f"no snapshot of step {snapshot.step}: {error}")
+                continue
+            written.append(snapshot.path)
+            self.failures += [
+                f"tensor {name!r} has values that are not finite in float16, first in "
+                f"{snapshot.path.name}; if they are large, give dtype=torch.bfloat16"
+                for name in overflowing
+                if name not in self._overflowed
+            ]
+            self._overflowed.update(overflowing)
+        if keep is not None and len(written) == len(snapshots):
+            first = snapshots[0]
+            self.failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
+        return written
+
+
+def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
+    """Write a snapshot, whole or not at all, replacing the file that is there.
+
+    Tensors with several names are written under each, since the format has no shared ones.
+    Returns the names of tensors with values that float16, if they are in it, made infinite.
+    Raises MachineError when the disk is full or the folder can't be written.
+    """
+    kinds = {
+        name: (safetensors_name(tensor.dtype) or "", tuple(tensor.like.shape))
+        for name, tensor in snapshot.tensors.items()
+    }
+    header, places = make_header(kinds, snapshot.metadata)
+    size = len(header) + max((info.end for info in places.values()), default=0)
+    overflowing = []
+    with AtomicFile(snapshot.path, size, overwrite=True) as file:
+        file.write_at(0, header)
+        for name, info in places.items():
+            if not info.elements:
+                continue
+            value = snapshot.tensors[name].on_host().contiguous().view(-1)
+            # All exponent bits set: infinite or not a number. Torch's isfinite takes ten times
+            # as long as the write.
+            if value.dtype == torch.float16 and np.any(
+                (value.view(torch.int16).numpy() & 0x7C00) == 0x7C00
+            ):
+                overflowing.append(name)
+            file.write_at(len(header) + info.start, value.view(torch.uint8).numpy().data)
+    return overflowing
+
+
+def own_snapshots(folder: Path, run: str) -> list[tuple[Path, int]]:
+    """A run's snapshots in a folder, with their steps."""
+    return [
+        (path, int(metadata[STEP]))
+        for path, metadata in _candidates(folder)
+        if metadata.get(RUN) == run
+    ]
+
+
+def another_runs_snapshot(folder: Path, run: str) -> str | None:
+    """The name of a file in a folder that may be a snapshot and isn't of `run`, if there is one."""
+    for path, metadata in _candidates(folder):
+        if RECIPE not in metadata and metadata.get(RUN) != run:
+            return path.name
+    return None
+
+
+def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list[str]:
+    """Remove a run's oldest snapshots, so that those of `keep` steps up to `newest` are left.
+
+    Returns a message for each that can't be removed.
+    """
+    own = [(path, step) for path, step in own_snapshots(folder, run) if step <= newest]
+    old = sorted({step for _, step in own})[:-keep]
+    failures = []
+    for path, step in own:
+        if step in old:
+            try:
+                remove_file(path)
+            except MachineError as error:
+                failures.append(f"{path}: an old snapshot that can't be removed: {error}")
+    return failures
+
+
+def _candidates(folder: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
+    """The files in a folder that may be snapshots, with the metadata in their headers."""
+    for path in sorted(folder.glob(f"*{ENDING}")):
+        if path.name.startswith("."):
+            continue
+        try:
+            yield path, read_header(path).metadata
+        except PosthocError:
+            yield path, {}
