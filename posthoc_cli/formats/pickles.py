@@ -166,7 +166,7 @@ class _Unpickler(pickle._Unpickler):
         self.persistent = persistent
         self.allowance = allowance
         self.read = file.read
-        self.readline = partial(file.readline, _MAX_NAME)
+        self.readline = self.line
 
     def load(self) -> Any:
         self.stack, self.metastack = [], []
@@ -183,8 +183,15 @@ class _Unpickler(pickle._Unpickler):
         except (IndexError, struct.error):
             self.claim(1)
             raise corrupt("its stack is empty") from None
+        except UnicodeDecodeError:
+            self.claim(0)
+            raise corrupt("a text that isn't UTF-8") from None
         except (pickle.UnpicklingError, ValueError) as error:
+            self.claim(0)
             raise corrupt(str(error)) from None
+        except SnapshotError:
+            self.claim(0)  # what lies behind the pickle is none of its mistakes
+            raise
         return value
 
     def claim(self, length: int) -> int:
@@ -196,6 +203,12 @@ class _Unpickler(pickle._Unpickler):
 
     def number(self, length: int) -> int:
         return int.from_bytes(self.read(length), "little")
+
+    def line(self) -> bytes:
+        line = self.file.readline(_MAX_NAME)
+        if not line.endswith(b"\n"):
+            raise corrupt("it ends too early" if len(line) < _MAX_NAME else "a name without an end")
+        return line
 
     def find_class(self, module: str, name: str) -> Global:
         module = _RENAMED.get(module, module)

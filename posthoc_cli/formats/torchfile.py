@@ -36,7 +36,7 @@ _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = 30
-_MAX_DIRECTORY = 16 << 20
+_MAX_DIRECTORY = 8 << 20
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

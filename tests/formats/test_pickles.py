@@ -233,6 +233,13 @@ def test_what_a_file_needs_is_named(case: str, named: str, workplace: Path) -> N
     assert f"needs '{named}', which isn't data" in str(caught.value)
 
 
+@pytest.mark.parametrize("case", [case for case in CORPUS if re.search("cut at|behind its", case)])
+def test_what_is_cut_is_said_to_be_no_whole_checkpoint(case: str, workplace: Path) -> None:
+    Path("x.pkl").write_bytes(CORPUS[case]())
+    with pytest.raises(SnapshotError, match=r"not a whole checkpoint|nor a pickle"):
+        tensors(Path("x.pkl"))
+
+
 @pytest.mark.parametrize("case", GOOD)
 def test_good_files_next_to_them_are_read(case: str, workplace: Path) -> None:
     Path("x.pkl").write_bytes(GOOD[case])
@@ -301,7 +308,11 @@ print(json.dumps(peaks))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_no_file_takes_much_memory(workplace: Path) -> None:
-    heavy = [case for case in CORPUS if re.search(r"GB|2 \*\* |million|hundred|mega", case)]
+    heavy = [
+        case
+        for case in CORPUS
+        if re.search(r"GB|2 \*\* |million|hundred|mega|100,000|many|memos", case)
+    ]
     assert len(heavy) > 20
     for index, case in enumerate(heavy):
         Path(str(index)).write_bytes(CORPUS[case]())
