@@ -300,6 +300,38 @@ CORPUS: dict[str, Callable[[], bytes]] = {
         + mapping(text("__setstate__"), name("os", "system"), text("__dict__"), b"}")
         + b"b"
     ),
+    "a state of slots": lambda: whole(
+        call(name("torch", "device"), text("cpu"))
+        + group(b"N", mapping(text("function"), name("torch", "device"), text("__class__"), b"N"))
+        + b"b"
+    ),
+    "a state for a name": lambda: whole(
+        name("torch", "device") + mapping(text("make"), b"N") + b"b"
+    ),
+    "a state for a tuple": lambda: whole(b")}b"),
+    "a state for a text": lambda: whole(text("x") + mapping(text("__dict__"), b"}") + b"b"),
+    "a state for a tensor": lambda: zipped(
+        whole(tensor(storage_id()) + mapping(text("start"), number(1 << 40)) + b"b")
+    ),
+    "a call of a call": lambda: whole(
+        call(call(name("torch", "device"), text("os")), text("system"), text(SHELL))
+    ),
+    "a call of a text": lambda: whole(call(text("system"), text(SHELL))),
+    "a call of a dict's method": lambda: whole(b"}" + name("builtins", "dict") + b"\x86R"),
+    "a call with a list": lambda: whole(name("torch", "device") + b"]R"),
+    "a call with a call": lambda: whole(name("torch", "device") * 2 + b")RR"),
+    "a new object of a call": lambda: whole(call(name("torch", "device")) + b")\x81"),
+    "a class of a class": lambda: zipped(
+        whole(
+            call(
+                name("torch._tensor", "_rebuild_from_type_v2"),
+                name("torch._tensor", "_rebuild_from_type_v2"),
+                name("torch", "Tensor"),
+                group(name("os", "system"), name("torch", "Tensor"), group(text(SHELL))),
+            )
+        )
+    ),
+    "a persistent id in a persistent id": lambda: zipped(whole(storage_id() + b"Q")),
     # Names that are themselves the attack.
     "terminal escapes": lambda: whole(name("\x1b]0;x\x07\x1b[2J", "\x1b[31m\r")),
     "a newline in a name": lambda: whole(name_from_stack("os\nposthoc: ok", "a\u202eb")),
@@ -342,6 +374,29 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "a dict within itself": lambda: whole(b"}q\x01" + text("x") + b"h\x01s"),
     "a module within itself": module_within_itself,
     "many marks and pops": lambda: whole(b"(1" * 50_000 + b"N"),
+    "deep lists of 100,000": lambda: whole(b"](" * 100_000 + b"e" * 100_000),
+    "deep states": lambda: whole(
+        name("torch", "device") + b"q\x01N" + b"q\x020h\x01)Rh\x02b" * 50_000
+    ),
+    "memos far apart": lambda: (
+        PROTO + b"N" + b"".join(b"r" + struct.pack("<I", i * 65_537) for i in range(60_000)) + b"."
+    ),
+    "a million tuples": lambda: PROTO + b")\x85" * 2 * MILLION + b".",
+    "a million entries of a dict": lambda: whole(
+        mapping(*(number(i) + b"N" for i in range(MILLION)))
+    ),
+    "a directory of a million entries": lambda: (
+        b"PK\x03\x04"
+        + bytes(26)
+        + (b"PK\x01\x02" + bytes(42)) * MILLION
+        + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 46 * MILLION, 30, 0)
+    ),
+    "a directory of as many as may be": lambda: (
+        b"PK\x03\x04"
+        + bytes(26)
+        + (b"PK\x01\x02" + bytes(42)) * 182_000
+        + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 46 * 182_000, 30, 0)
+    ),
     "a million dicts": lambda: PROTO + b"}" * 2 * MILLION + b".",
     "many memos": lambda: PROTO + b"N" + b"\x94" * 50_000 + b".",
     "a hundred texts of a megabyte": lambda: (
@@ -361,6 +416,15 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "LONG4 of 2 GB": lambda: PROTO + b"\x8b" + struct.pack("<I", 2**31 - 1) + b"x.",
     "LONG4 of a megabyte": lambda: whole(b"\x8b" + struct.pack("<I", MILLION) + b"\x7f" * MILLION),
     "FRAME of 10 GB": lambda: b"\x80\x04\x95" + struct.pack("<Q", 10 << 30) + b"N.",
+    "a FRAME of a byte too many": lambda: b"\x80\x04\x95" + struct.pack("<Q", 3) + b"N.",
+    "a text that ends behind its entry": lambda: zipped(
+        PROTO + b"X" + struct.pack("<I", 64) + b"x"
+    ),
+    "a data.pkl without an end": lambda: zipped(PROTO + b"}" * 8),
+    "bytes that end behind their storage": lambda: whole(
+        in_pickle(legacy(b"B" + struct.pack("<I", 200) + b"x"))
+    ),
+    "a number that is cut": lambda: PROTO + b"\x8e\x00",
     "bytearray(10 GB)": lambda: whole(call(name("builtins", "bytearray"), number(10 << 30))),
     "a storage of 10 GB": lambda: zipped(whole(mapping(text("w"), storage_id(elements=10 << 30)))),
     "a legacy storage of 10 GB": lambda: legacy(
@@ -424,7 +488,6 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "a compressed data.pkl": compressed,
     "data.pkl beyond the file": lambda: directory_field(42, "<L", 2**31, entry=b"archive/data.pkl"),
     "entries of one name": duplicate_entries,
-    "65535 entries": lambda: end_field(10, "<H", 65535),
     "a directory of 4 GB": lambda: end_field(12, "<L", 2**32 - 1),
     "a directory beyond the file": lambda: end_field(16, "<L", 2**32 - 1),
     "a directory of 10 GB": lambda: zip64_directory(10 << 30),
@@ -458,6 +521,11 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "text": lambda: b"hello, world\n" * 100,
     "zeros": lambda: bytes(4096),
     "protocol 0": lambda: b"(dp0\n.",
+    "protocol 0 by another name": lambda: PROTO + b"(dp0\nS'x'\np1\nNs.",
+    "an instance of what may be named": lambda: PROTO + b"(icollections\nOrderedDict\n.",
+    "an object of what may be named": lambda: PROTO + b"(" + name("torch", "device") + b"o.",
+    "extensions": lambda: whole(b"\x83\x01\x00\x84\x01\x00\x00\x00"),
+    "a read-only buffer": lambda: b"\x80\x05N\x98.",
     "protocol 9": lambda: b"\x80\x09N.",
     "a protocol in the middle": lambda: whole(b"\x80\x09N"),
     "a safetensors file": lambda: struct.pack("<Q", 2) + b"{}",
@@ -472,6 +540,14 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "a new object with keywords": lambda: whole(name("torch", "device") + b")}\x92"),
     "a value without a key": lambda: whole(b"}(Nu"),
     "items for a list": lambda: whole(b"](NNu"),
+    "items for a tuple": lambda: whole(b")(NNu"),
+    "items for a call": lambda: whole(call(name("torch", "device")) + b"(NNu"),
+    "an item for a text": lambda: whole(text("x") + b"NNs"),
+    "a dict of odd items": lambda: whole(b"(NNNd"),
+    "appended to a text": lambda: whole(text("x") + b"(Ne"),
+    "appended to a tuple": lambda: whole(b")Na"),
+    "appended to a name": lambda: whole(name("torch", "device") + b"(Ne"),
+    "added to a dict": lambda: whole(b"}(N\x90"),
     "appended to a dict": lambda: whole(b"}Na"),
     "a text that isn't UTF-8": lambda: whole(b"X\x01\x00\x00\x00\xff"),
 }

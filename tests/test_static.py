@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,13 +38,17 @@ WITH_TORCH = {
 }
 """Modules for a training loop, where torch is there anyway; the commands start without it."""
 
+AS_DATA = "posthoc_cli/formats/pickles.py"
+"""The one module of the package that may import pickle, and that only for `allowed_of_pickle`."""
+
 EXCEPTIONS = {
+    AS_DATA: {"pickle"},
     "tests/test_docs.py": {"shell=True"},
     "tests/training/test_documentation.py": {"exec()", "compile()"},
     "tests/formats/test_pickles.py": {"pickle.loads()"},
 }
 """They run what our own documentation shows, as a reader would; or compare what is read as data
-with what Python makes of a pickle that the test itself has made."""
+with what Python makes of a pickle that the test itself has made; or read pickles as data."""
 
 
 def forbidden(tree: ast.AST, *, ours: bool) -> Iterator[tuple[int, str]]:
@@ -52,8 +57,8 @@ def forbidden(tree: ast.AST, *, ours: bool) -> Iterator[tuple[int, str]]:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and ours:
             yield from ((node.lineno, name) for name in _modules(node) if name in UNPICKLERS)
         if isinstance(node, ast.ImportFrom) and node.module in UNPICKLERS:
-            loaders = {"load", "loads", "Unpickler"} & {alias.name for alias in node.names}
-            yield from ((node.lineno, name) for name in loaders)
+            loaders = {"load", "loads", "Unpickler", "_Unpickler", "_load", "_loads"}
+            yield from ((node.lineno, one.name) for one in node.names if one.name in loaders)
         if isinstance(node, ast.ImportFrom):
             hidden = UNDER_ANOTHER_NAME.get(node.module or "", set())
             yield from ((node.lineno, one.name) for one in node.names if one.name in hidden)
@@ -75,7 +80,7 @@ def _calls(call: ast.Call, *, ours: bool) -> Iterator[str]:
     base, _, method = name.rpartition(".")
     if name in RUNNERS or (base == "builtins" and method in RUNNERS):
         yield f"{name}()"
-    if base in UNPICKLERS and method in ("load", "loads", "Unpickler", "open"):
+    if base in UNPICKLERS and method.lstrip("_") in ("load", "loads", "Unpickler", "open"):
         yield f"{name}()"
     if name in ("torch.load", "torch.serialization.load") and not _is(
         given.get("weights_only"), True
@@ -93,6 +98,33 @@ def _calls(call: ast.Call, *, ours: bool) -> Iterator[str]:
         yield "shell=True"
     if ours and method in ("import_module", "run_path", "run_module"):
         yield from [] if call.args and isinstance(call.args[0], ast.Constant) else [f"{name}()"]
+
+
+def misused_pickle(tree: ast.AST) -> list[str]:
+    """What a module does with pickle besides `import pickle`, its opcodes' names, its error, and
+    its unpickler as a base class or for its table of opcodes.
+
+    The class that has that base must say itself what a name stands for, what a persistent id does,
+    and how opcodes are dispatched.
+    """
+    allowed = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and "pickle._Unpickler" in map(ast.unparse, node.bases):
+            methods = {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+            if {"load", "find_class", "persistent_load"} <= methods:
+                allowed |= {base.value for base in node.bases if isinstance(base, ast.Attribute)}
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name == "pickle._Unpickler.dispatch" and isinstance(node.value, ast.Attribute):
+                allowed.add(node.value.value)
+            elif re.fullmatch(r"pickle\.(UnpicklingError|[A-Z][A-Z0-9_]+)", name):
+                allowed.add(node.value)
+    uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "pickle"]
+    misused = [f"line {node.lineno}" for node in uses if node not in allowed]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "pickle" in _modules(node):
+            misused += [] if ast.unparse(node) == "import pickle" else [ast.unparse(node)]
+    return misused
 
 
 def _is(node: ast.expr | None, value: bool) -> bool:
@@ -123,6 +155,7 @@ def test_nothing_that_comes_from_a_file_is_ever_run(path: Path) -> None:
         "from builtins import eval as value_of",
         "pickle.load(file)",
         "pickle.Unpickler(file)",
+        "pickle._Unpickler(file)",
         "eval('1')",
         "exec(code)",
         "builtins.exec(code)",
@@ -140,6 +173,32 @@ def test_nothing_that_comes_from_a_file_is_ever_run(path: Path) -> None:
 )
 def test_it_would_be_found(code: str) -> None:
     assert list(forbidden(ast.parse(code), ours=True))
+
+
+def test_pickle_is_only_used_to_read_pickles_as_data() -> None:
+    assert not misused_pickle(ast.parse((ROOT / AS_DATA).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "pickle.loads(data)",
+        "run = pickle.loads",
+        "pickle.Unpickler(file).load()",
+        "pickle._Unpickler(file).load()",
+        "made = pickle._Unpickler",
+        "pickle._Unpickler.find_class(self, module, name)",
+        "pickle._loads(data)",
+        "getattr(pickle, name)(data)",
+        "import pickle as p",
+        "from pickle import STOP",
+        "class Mine(pickle._Unpickler): pass",
+        "class Mine(pickle._Unpickler):\n def load(self): pass\n def find_class(self): pass",
+        "class Mine(pickle.Unpickler):\n def find_class(self, module, name): pass",
+    ],
+)
+def test_pickle_used_otherwise_would_be_found(code: str) -> None:
+    assert misused_pickle(ast.parse(code))
 
 
 @pytest.mark.parametrize(

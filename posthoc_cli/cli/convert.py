@@ -25,13 +25,13 @@ from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from posthoc_cli.synthesis.conversion import Converted, Job, Options
+    from posthoc_cli.synthesis.conversion_jobs import Converted, Job, Options
 
 _OUTPUT = "Output"
 
 
 def _kinds() -> list[str]:
-    from posthoc_cli.synthesis.conversion import KINDS
+    from posthoc_cli.formats import KINDS
 
     return ["auto", *KINDS]
 
@@ -147,7 +147,8 @@ def convert(
     options.check_choice("--dtype", dtype, _dtypes())
 
     from posthoc_cli.snapshots.names import compile_pattern
-    from posthoc_cli.synthesis.conversion import Options, explanations, find_jobs
+    from posthoc_cli.synthesis.conversion import explanations
+    from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 
     indexed = tuple(float(value) for value in options.read_list("--profiles", profiles or ()))
     chosen = Options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -75,7 +75,7 @@ def plot(
     if path.exists() and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
     plotting.check_matplotlib()
-    targets = {
+    targets: dict[str, Any] = {
         "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
         "gamma": options.read_numbers("--gamma", gamma),
     }

@@ -144,7 +144,7 @@ def synthesize(
     shard_bytes = (
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
-    targets = {
+    targets: dict[str, Any] = {
         "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
         "gamma": options.read_numbers("--gamma", gamma),
     }

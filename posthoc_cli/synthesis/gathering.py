@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.formats.checkpoints import Checkpoint, StoredTensor
+from posthoc_cli.formats import Checkpoint, StoredTensor
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import TensorInfo

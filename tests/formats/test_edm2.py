@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.formats import edm2
-from posthoc_cli.formats.checkpoints import read_checkpoint
+from posthoc_cli.formats import edm2, read_checkpoint
 from posthoc_cli.formats.edm2 import is_edm2, network_state
 from tests.formats.test_checkpoints import assert_same
 from tests.hostile_pickles import CORPUS, SENTINEL, SOURCE

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.formats.checkpoints import Checkpoint, StoredTensor
+from posthoc_cli.formats import Checkpoint, Storage, StoredTensor
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.header import make_header, read_header
 from posthoc_cli.synthesis import gathering
@@ -29,7 +29,8 @@ def stored(array: npt.NDArray) -> StoredTensor:
     itemsize = array.dtype.itemsize
     offset = array.__array_interface__["data"][0] - STORE.ctypes.data
     strides = tuple(stride // itemsize for stride in array.strides)
-    return StoredTensor(NAMES[array.dtype], array.shape, strides, offset)
+    storage = Storage("uint8", STORE.size)
+    return StoredTensor(NAMES[array.dtype], array.shape, strides, storage, offset)
 
 
 def words(count: int, kind: type = np.int32, start: int = 64) -> npt.NDArray:

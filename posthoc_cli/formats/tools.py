@@ -1,0 +1,152 @@
+"""What a checkpoint is: the tool that wrote it, its network's tensors, and what it says of itself.
+
+ema-pytorch    <index>.<step>.pt       of ema-pytorch's PostHocEMA
+posthoc-ema    <index>.<step>.pt       of pytorch-posthoc-ema's
+edm2           <prefix>-<kimg>-<sigma_rel>.pkl
+torch          any state dict that torch.save wrote
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from posthoc_cli.errors import PosthocError
+from posthoc_cli.formats.checkpoint import Checkpoint, state_dict
+from posthoc_cli.formats.edm2 import is_edm2, network_state
+from posthoc_cli.formats.pickles import naming, refused
+from posthoc_cli.formats.tensors import StoredTensor
+from posthoc_cli.storage.disk import open_file
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, bytes_of, decode
+
+KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
+
+DEFAULT_UPDATE_EVERY = {"ema-pytorch": 100, "posthoc-ema": 10}
+"""Of the tools that update their averages at every N-th step, but by the decay of one: their N."""
+
+_PREFIX = "ema_model."
+_COUNTERS = ("initted", "step")
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """One of KINDS, by the checkpoint's contents."""
+    if is_edm2(checkpoint):
+        return "edm2"
+    root = checkpoint.root
+    if isinstance(root, dict) and all(isinstance(root.get(n), StoredTensor) for n in _COUNTERS):
+        prefixed = Counter(name.startswith(_PREFIX) for name in _averages(root))
+        if len(prefixed) == 1:  # with both, it is the network beside an ordinary EMA of it
+            return "ema-pytorch" if prefixed[True] and "sigma_rel" not in root else "posthoc-ema"
+    return "torch"
+
+
+def network_tensors(
+    checkpoint: Checkpoint, kind: str, key: str | None = None
+) -> dict[str, StoredTensor]:
+    """The network's tensors in a checkpoint of `kind`, by the network's own names.
+
+    `key` is as `state_dict` has it, for "torch" alone. Raises SnapshotError when there are none, or
+    when safetensors can't have one's name.
+    """
+    if kind == "edm2":
+        tensors = network_state(checkpoint)
+    elif kind == "torch":
+        tensors = state_dict(checkpoint, key)
+    else:
+        tensors = _averages(checkpoint.root)
+        inner = {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_PREFIX)
+        }
+        if kind == "ema-pytorch" or len(inner) == len(tensors):
+            tensors = inner
+    with naming(checkpoint.path):
+        if not tensors:
+            raise refused(f"is not a checkpoint of {kind}", "leave out tool=")
+        for name in tensors:
+            if name == "__metadata__" or not _is_text(name):
+                raise refused(
+                    f"a tensor's name, '{name}', is none that safetensors can have",
+                    "save it under another name",
+                )
+    return tensors
+
+
+def _averages(root: Any) -> dict[str, StoredTensor]:
+    """The tensors of a post-hoc EMA's checkpoint that are not its counters."""
+    return {
+        name: tensor
+        for name, tensor in (root.items() if isinstance(root, dict) else ())
+        if isinstance(name, str) and isinstance(tensor, StoredTensor) and name not in _COUNTERS
+    }
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
+    """`step`, `gamma` and `sigma_rel` where its root says them, as a snapshot's metadata would."""
+    root = checkpoint.root if isinstance(checkpoint.root, dict) else {}
+    stated = {}
+    for key in ("global_step", "step"):
+        value = _number(checkpoint, root.get(key))
+        if value is not None and value >= 1 and value == math.floor(value):
+            stated["step"] = str(int(value))
+    for key in ("gamma", "sigma_rel"):
+        value = _number(checkpoint, root.get(key))
+        if value is not None:
+            stated[key] = repr(float(value))
+    return stated
+
+
+def averaged_steps(checkpoint: Checkpoint, named: int) -> int:
+    """The steps that pytorch-posthoc-ema has averaged over, where its file is named after `named`.
+
+    Its averages start late, by default at step 100, and their decay goes by a counter that starts
+    with them. In half precision the counter is rounded: what `named` would be rounded to is it.
+    """
+    counter = checkpoint.root.get("step")
+    value = _number(checkpoint, counter)
+    if value is None or not 1 <= value < named:
+        return named
+    rounding = {"F16": 2.0**-11, "BF16": 2.0**-8}.get(getattr(counter, "dtype", ""), 0.0)
+    return named if named - value <= named * rounding else int(value)
+
+
+def effective_gamma(gamma: float, update_every: int) -> float:
+    """The exponent of averages that were updated every so many steps by the decay of one.
+
+    That leaves `prod (1 - 1 / t)^(1 + gamma)` over every N-th t: of an exponent with `1 + gamma`
+    divided by N.
+    """
+    return (1 + gamma) / update_every - 1
+
+
+def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
+    """A finite number, or one in a tensor of one element; None for anything else."""
+    if (
+        isinstance(value, StoredTensor)
+        and value.shape in ((), (1,))
+        and value.dtype in FLOATS | {"I64", "I32"}
+    ):
+        kind, size = value.dtype, bytes_of(value.dtype, 1)
+        try:
+            with open_file(checkpoint.path) as (file, _):
+                file.seek(value.offset)
+                data = np.frombuffer(file.read(size), np.uint8)
+            stored = decode(kind, data) if kind in FLOATS else data.view(DTYPES[kind].numpy())
+            (value,) = stored.tolist()
+        except (PosthocError, ValueError):
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
