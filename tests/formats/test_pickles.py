@@ -153,6 +153,7 @@ def test_an_allowance_is_used_up_by_several_pickles() -> None:
     assert min(once) > 100
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_the_library_imports_neither_pickle_nor_torch() -> None:
     code = (
         "import sys, posthoc_cli.formats.edm2, posthoc_cli.formats.checkpoints;"
@@ -274,6 +275,7 @@ print(json.dumps(peaks))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.usefixtures("unmeasured")
 def test_no_file_takes_much_memory(workplace: Path) -> None:
     heavy = [case for case in CORPUS if re.search(r"GB|2 \*\* |million|hundred|mega", case)]
     assert len(heavy) > 20

@@ -882,6 +882,7 @@ def test_karras_moves_to_the_network_or_stays() -> None:
         assert torch.equal(ema.ema_model[0].weight.cpu(), model[0].weight.cpu())
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_importing_the_package_does_not_import_torch() -> None:
     code = (
         "import sys, posthoc_cli; assert 'torch' not in sys.modules; "
