@@ -1,5 +1,5 @@
 # make demo   install into .venv, train a small network, and do the main job on its snapshots
-# make test   install into .venv, then lint, type-check and run every test
+# make test   install into .venv, then lint, type-check and run every test, with coverage
 # make soak   the long tests: kills, full disks, 10,000 hostile files (a quarter of an hour)
 # make docs   write docs/commands.md and the README's picture anew from the program
 # make bench  measure synthesize beside other tools, in a temporary folder (30 GB, an hour)
@@ -21,7 +21,7 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --cov
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak
@@ -38,4 +38,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

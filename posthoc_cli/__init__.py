@@ -1,4 +1,11 @@
-"""Post-hoc EMA: rebuild an EMA of any length from the snapshots of a training run."""
+"""Post-hoc EMA: rebuild an EMA of any length from the snapshots of a training run.
+
+    run = posthoc_cli.open_snapshots("snapshots")
+    run.solve(sigma_rel=0.07).save("ema-0.07.safetensors")
+
+docs/python.md tells it all. Importing the package imports neither torch nor NumPy: each name below
+is loaded when it is first used.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +14,51 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli._version import __version__
 
 if TYPE_CHECKING:
+    from posthoc_cli.api import Run, Solution, open_snapshots, verify
+    from posthoc_cli.errors import (
+        IncompleteError,
+        MachineError,
+        PosthocError,
+        SnapshotError,
+        UnknownError,
+        UsageError,
+    )
+    from posthoc_cli.solver.profiles import Profile
     from posthoc_cli.training.karras import KarrasEMA
     from posthoc_cli.training.posthoc_ema import PostHocEMA
 
-__all__ = ["KarrasEMA", "PostHocEMA", "__version__"]
+__all__ = [
+    "IncompleteError",
+    "KarrasEMA",
+    "MachineError",
+    "PostHocEMA",
+    "PosthocError",
+    "Profile",
+    "Run",
+    "SnapshotError",
+    "Solution",
+    "UnknownError",
+    "UsageError",
+    "__version__",
+    "open_snapshots",
+    "verify",
+]
+
+_HOMES = {
+    "KarrasEMA": "training.karras",
+    "PostHocEMA": "training.posthoc_ema",
+    "Profile": "solver.profiles",
+    **dict.fromkeys(("Run", "Solution", "open_snapshots", "verify"), "api"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Only a training loop needs torch; the command line must not wait a second for its import.
-    if name == "KarrasEMA":
-        from posthoc_cli.training.karras import KarrasEMA
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return KarrasEMA
-    if name == "PostHocEMA":
-        from posthoc_cli.training.posthoc_ema import PostHocEMA
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
 
-        return PostHocEMA
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

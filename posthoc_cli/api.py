@@ -296,7 +296,7 @@ class Solution:
                 raise SnapshotError(
                     str(target),
                     f"its expected error is {known} max_error={percent(max_error)}",
-                    f"{better}see solve --diagnose for what these snapshots can give",
+                    f"{better}see estimate_methods() for what these snapshots can give",
                 )
 
     def save(

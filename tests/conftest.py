@@ -63,6 +63,18 @@ def snapshots(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts run without coverage.
+
+    For those whose time, memory, modules or last moments are the question: coverage imports
+    modules of its own, slows Python down and writes its data at exit.
+    """
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delitem(ENVIRONMENT, name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def check_json() -> Callable[[str, Any], None]:
     """Check a document against the schema of a command that docs/json.md shows, to the last key."""
@@ -92,7 +104,9 @@ def _closed(schema: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none, and start with the longest test."""
+    # Run last, as its name has it, it would leave the other processes of xdist with nothing to do.
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -39,6 +39,7 @@ SYNTHESIZE = ("synthesize", "snapshots", "--sigma-rel", "0.07", "-o", "x.safeten
 @posix
 @linux
 @pytest.mark.parametrize("section", [kill, interrupt])
+@pytest.mark.usefixtures("unmeasured")
 def test_a_run_that_ends_early_leaves_nothing_half_done(section: Callable[..., None]) -> None:
     tally = Tally("few")
     section(SEED, tally, rounds=3, megabytes=1, most=2)
@@ -48,6 +49,7 @@ def test_a_run_that_ends_early_leaves_nothing_half_done(section: Callable[..., N
 
 @posix
 @linux
+@pytest.mark.usefixtures("unmeasured")
 def test_runs_at_once_and_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     tally, rng = Tally("few"), random.Random(SEED)
     scene = next(scenes(tmp_path, 1, SEED))

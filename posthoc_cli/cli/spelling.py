@@ -30,7 +30,7 @@ _ARGUMENT = re.compile(
 
 def spelled(text: str) -> str:
     """`text` of a message with options in place of arguments."""
-    return _ARGUMENT.sub(_option, text)
+    return _ARGUMENT.sub(_option, text).replace("estimate_methods()", "solve --diagnose")
 
 
 def spelled_error(error: PosthocError) -> PosthocError:

@@ -165,6 +165,7 @@ def test_an_output_that_is_there(posthoc_here: Posthoc, mixed: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("unmeasured")
 def test_an_interrupted_run_goes_on_where_it_was(
     kind: signal.Signals, posthoc: Posthoc, tmp_path: Path
 ) -> None:

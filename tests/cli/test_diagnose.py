@@ -173,6 +173,7 @@ def test_values_that_are_not_finite_are_said(posthoc_here: Posthoc, walked: tupl
     assert "7 of 5,009 sampled values are NaN or infinite" in run.err
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_edm2_does_not_load_what_only_blup_needs(posthoc: Posthoc, snapshots: Path) -> None:
     import subprocess
     import sys

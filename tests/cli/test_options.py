@@ -276,6 +276,7 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.usefixtures("unmeasured")
 def test_signals_unwind(tmp_path: Path, number: str) -> None:
     code = (
         "import sys, time, posthoc_cli.snapshots.folder as s; from posthoc_cli.cli import main\n"
@@ -296,6 +297,7 @@ def test_signals_unwind(tmp_path: Path, number: str) -> None:
     assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[number]
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_the_cpu_needs_no_torch(snapshots: Path) -> None:
     code = (
         "import sys; from posthoc_cli.cli import main\n"
@@ -353,6 +355,7 @@ def test_a_snapshot_that_is_still_being_written(
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+@pytest.mark.usefixtures("unmeasured")
 def test_a_signal_that_comes_where_no_exception_gets_out(name: str, code: int) -> None:
     """As in a callback while Python imports, or in an object's __del__."""
     script = f"""

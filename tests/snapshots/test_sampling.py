@@ -197,6 +197,7 @@ def test_very_many_snapshots_are_sampled_less(tmp_path: Path) -> None:
     assert 10**5 < measure([snapshot] * 129).sampled == sampling.BLOCKS // 2 * sampling.BLOCK
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_torch_is_not_imported() -> None:
     import subprocess
 
