@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli._version import __version__
 
 if TYPE_CHECKING:
-    from posthoc_cli.api import Run, Solution, open_snapshots, verify
+    from posthoc_cli.api import Profile, Run, Solution, open_snapshots, verify
     from posthoc_cli.errors import (
         IncompleteError,
         MachineError,
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         UnknownError,
         UsageError,
     )
-    from posthoc_cli.solver.profiles import Profile
     from posthoc_cli.training.karras import KarrasEMA
     from posthoc_cli.training.posthoc_ema import PostHocEMA
 
@@ -44,20 +43,25 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
-    "KarrasEMA": "training.karras",
-    "PostHocEMA": "training.posthoc_ema",
-    "Profile": "solver.profiles",
-    **dict.fromkeys(("Run", "Solution", "open_snapshots", "verify"), "api"),
-}
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    if name == "KarrasEMA":
+        from posthoc_cli.training.karras import KarrasEMA
 
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+        return KarrasEMA
+    if name == "PostHocEMA":
+        from posthoc_cli.training.posthoc_ema import PostHocEMA
+
+        return PostHocEMA
+    if name.endswith("Error"):
+        from posthoc_cli import errors
+
+        return getattr(errors, name)
+    from posthoc_cli import api
+
+    return getattr(api, name)
 
 
 def __dir__() -> list[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, select
 from posthoc_cli.solver.methods import METHODS, FloatArray, check_method, solve
+from posthoc_cli.solver.profiles import Profile as Profile
 from posthoc_cli.solver.targets import Target, make_targets
 
 if TYPE_CHECKING:

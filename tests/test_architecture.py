@@ -90,8 +90,6 @@ OF_THE_PROCESS = {
 EXCEPTIONS = {
     # It puts /dev/null where the caller has closed a standard stream.
     "cli/__init__.py": {"os.open"},
-    # A command's module: it trains with one thread, and gives the others back.
-    "demo.py": {"torch.set_num_threads"},
 }
 
 
@@ -232,7 +230,6 @@ def test_the_package_itself_imports_only_its_version() -> None:
     assert _at_import(modules()["posthoc_cli"].tree) <= {"posthoc_cli._version"}
 
 
-@pytest.mark.xfail(strict=True, reason="the recipe is still read below where it is defined")
 def test_no_circles() -> None:
     graph = {module.name: module.imports(types=False) for module in modules().values()}
     try:
@@ -249,7 +246,6 @@ def test_each_room_has_its_place_in_the_order() -> None:
 # What a room alone may do
 
 
-@pytest.mark.xfail(strict=True, reason="the tracker still removes files by itself")
 def test_only_storage_touches_files() -> None:
     found = {
         f"{module.inside}:{line}: {what}"
@@ -278,7 +274,6 @@ def file_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f".{node.func.attr}()"
 
 
-@pytest.mark.xfail(strict=True, reason="the file limit and gc are still changed below the command")
 def test_only_the_command_changes_the_process() -> None:
     found = {
         f"{module.inside}:{node.lineno}: {ast.unparse(node)}"
@@ -401,7 +396,6 @@ def test_importing_the_package_imports_little() -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.xfail(strict=True, reason="there is no open_snapshots yet")
 def test_opening_snapshots_imports_no_torch(snapshots: Path) -> None:
     code = (
         "import posthoc_cli; run = posthoc_cli.open_snapshots('snapshots');"
@@ -432,7 +426,6 @@ def test_importing_changes_nothing_of_the_process(first: str) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.xfail(strict=True, reason="there is no open_snapshots yet")
 def test_using_changes_nothing_of_the_process(tmp_path: Path) -> None:
     """More snapshots than files may be open by default, or it would have no need to."""
     (tmp_path / "snapshots").mkdir()

@@ -19,6 +19,8 @@ from typing import NoReturn
 
 from posthoc_cli.errors import MachineError, PosthocError, printable
 
+_MOST_FILES = 1 << 16
+
 
 def main() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
@@ -28,6 +30,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         _clean_up_when_terminated()
+        _allow_many_files()
         # Imported here so that even Ctrl-C during the imports comes to the handler below.
         from posthoc_cli.cli.app import run
 
@@ -127,6 +130,20 @@ def _clean_up_when_terminated() -> None:
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, leave)
     sys.unraisablehook = _interrupt_again
+
+
+def _allow_many_files() -> None:
+    """Let this process open as many files as the system allows: 600 snapshots are as many files.
+
+    Where it allows too few, each read opens its file anew.
+    """
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
