@@ -12,7 +12,7 @@ from posthoc_cli.cli.drawing import percent
 from posthoc_cli.cli.solve import Solved, title
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import printable
-from posthoc_cli.snapshots.diagnosis import MethodEstimate, compare
+from posthoc_cli.solver.estimates import MethodEstimate, estimate_methods
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def compare_methods(solved: Solved) -> list[MethodEstimate]:
     assert solved.trajectory is not None
-    return compare(
+    return estimate_methods(
         [snapshot.profile for snapshot in solved.snapshots],
         options.at_step(solved.targets, solved.step),
         solved.trajectory,

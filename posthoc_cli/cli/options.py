@@ -303,7 +303,7 @@ def read_method(method: str | None, raw: bool) -> str:
 
     if method is None:
         return "share" if raw else "edm2"
-    check_choice("--method", method, METHODS)
+    check_choice("--method", method, list(METHODS))
     check_method(method, raw, raw)
     return method
 

@@ -65,7 +65,7 @@ def plot(
       posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
-    from posthoc_cli.snapshots.diagnosis import compare
+    from posthoc_cli.solver.estimates import estimate_methods
 
     path = Path(output)
     if path.suffix.lower() not in plotting.FORMATS:
@@ -89,7 +89,7 @@ def plot(
     assert solved.trajectory is not None
     snapshots = [snapshot.profile for snapshot in solved.snapshots]
     wanted = options.at_step(targets, solved.step)
-    verdicts = compare(snapshots, wanted, solved.trajectory)
+    verdicts = estimate_methods(snapshots, wanted, solved.trajectory)
     weights = {each.method: each.solution.weights for each in verdicts if each.solution is not None}
     order = [name for name in ("algorithm3", "edm2", "share", "blup") if name in weights]
     plotting.draw(

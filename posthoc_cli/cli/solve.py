@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from posthoc_cli.snapshots.folder import Snapshot
     from posthoc_cli.snapshots.sampling import SampleMoments
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
-    from posthoc_cli.solver.methods import Solution
+    from posthoc_cli.solver.methods import SolvedWeights
 
 TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
@@ -60,7 +60,7 @@ class Solved:
     targets: list[options.Target]
     step: int
     device: str
-    solution: Solution
+    solution: SolvedWeights
     measures: SampleMoments | None = None
     trajectory: Trajectory | None = None
     expected: ExpectedError | None = None
@@ -178,9 +178,9 @@ def solve_folder(
     wanted = options.at_step(targets, step)
     measures = trajectory = expected = None
     if sample or method == "blup":
-        from posthoc_cli.snapshots.diagnosis import observe
+        from posthoc_cli.snapshots.sampling import fit_snapshots
 
-        measures, trajectory = observe(snapshots, leave_out)
+        measures, trajectory = fit_snapshots(snapshots, leave_out)
         if measures.broken:
             share = f"{measures.broken:,} of {measures.sampled:,} sampled values"
             warn([f"{share} are NaN or infinite in some snapshot, and left out"], quiet)
@@ -191,9 +191,9 @@ def solve_folder(
                 folder, f"no weights give {target}", "use more snapshots, or another target"
             )
     if trajectory is not None:
-        from posthoc_cli.solver.blup import expect
+        from posthoc_cli.solver.blup import expected_error
 
-        expected = expect(trajectory, own, wanted, solution.weights)
+        expected = expected_error(trajectory, own, wanted, solution.weights)
     return Solved(
         folder, snapshots, targets, step, device, solution, measures, trajectory, expected
     )

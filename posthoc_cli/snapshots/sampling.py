@@ -13,6 +13,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, decode, rounding_variances
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
+
+if TYPE_CHECKING:
+    from posthoc_cli.solver.blup import Trajectory
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -265,3 +269,17 @@ def _read(
         for start, end in ranges:
             reader.read(start, into[: end - start])
             into = into[end - start :]
+
+
+def fit_snapshots(
+    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
+) -> tuple[SampleMoments, Trajectory]:
+    """Measure a sample of the snapshots' values, and fit how the network moved.
+
+    `leave_out` are globs of tensors that won't be averaged. Raises what `measure` does.
+    """
+    from posthoc_cli.solver.blup import fit_trajectory
+
+    sample = measure(snapshots, leave_out=leave_out)
+    profiles = [snapshot.profile for snapshot in snapshots]
+    return sample, fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)

@@ -456,7 +456,7 @@ class PostHocEMA:
         out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
         # Only here: training itself doesn't need what compiles kernels.
-        from posthoc_cli.snapshots.diagnosis import observe
+        from posthoc_cli.snapshots.sampling import fit_snapshots
         from posthoc_cli.synthesis.engine import execute
         from posthoc_cli.synthesis.plan import make_plan
 
@@ -470,7 +470,7 @@ class PostHocEMA:
         chosen, target_step = select(read_folder(self.folder, only=only).usable(), step)
         target = Profile(target_step, gamma)
         profiles = [each.profile for each in chosen]
-        trajectory = observe(chosen)[1] if method == "blup" else None
+        trajectory = fit_snapshots(chosen)[1] if method == "blup" else None
         weights = solve(profiles, [target], method, trajectory=trajectory).weights
         recipe = make_recipe(method, target, [each.file for each in chosen], profiles, weights[0])
         own = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
