@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, select
-from posthoc_cli.solver.methods import METHODS, FloatArray, check_method, solve
+from posthoc_cli.solver.methods import METHODS, check_method, default_method, solve
 from posthoc_cli.solver.profiles import Profile as Profile
 from posthoc_cli.solver.targets import Target, make_targets
 
@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.snapshots.sampling import SampleMoments
+    from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
-    from posthoc_cli.solver.methods import SolvedWeights
+    from posthoc_cli.solver.methods import (
+        METHODS,
+        SolvedWeights,
+        check_method,
+        default_method,
+        solve,
+    )
     from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.verification import Report
@@ -189,10 +196,10 @@ class Run:
         profiles = [snapshot.profile for snapshot in snapshots]
         wanted = [target.profile(step) for target in targets]
         moments = trajectory = expected = None
-        if sample or method == "blup":
-            from posthoc_cli.snapshots.diagnosis import observe
+        if sample or METHODS[method].needs_values:
+            from posthoc_cli.snapshots.sampling import fit_snapshots
 
-            moments, trajectory = observe(snapshots, leave_out)
+            moments, trajectory = fit_snapshots(snapshots, leave_out)
         solved = solve(profiles, wanted, method, device, trajectory)
         for target, total in zip(targets, solved.sum_of_weights.tolist(), strict=True):
             if not abs(total) < float("inf"):
@@ -447,10 +454,11 @@ def check_max_error(max_error: float) -> None:
 def _method(method: str | None, raw: bool) -> str:
     """The method, by default the one for these snapshots; raises UsageError where none fits."""
     if method is None:
-        return "share" if raw else "edm2"
+        return default_method(raw)
     if method not in METHODS:
-        listed = f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
-        raise UsageError("method=", f"'{method}' is not known", f"choose {listed}")
+        *names, last = METHODS
+        remedy = f"choose {', '.join(names)} or {last}"
+        raise UsageError("method=", f"'{method}' is not known", remedy)
     check_method(method, raw, raw)
     return method
 

@@ -6,6 +6,10 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+METHODS_HERE = "{methods}"
+"""Stands for the list of methods in a help text: reading the registry takes NumPy, which no other
+help needs."""
+
 _REST = "Other options"
 _HEADINGS = ("Arguments", "Targets", "Output", "Reading the folder")
 
@@ -21,12 +25,27 @@ def _format_options(command: Any, context: Any, formatter: Any, rest: str = _RES
         if param.param_type_name == "argument":
             heading, record = "Arguments", (param.metavar or param.name, param.help or "")
         what, words = record  # some typers escape [default: ...] for rich, which has no say here
+        if METHODS_HERE in words:
+            words = words.replace(METHODS_HERE, _methods())
         sections.setdefault(heading or rest, []).append((what, words.replace("\\[", "[")))
     sections[rest] = sections.pop(rest, [])  # last
     for heading, records in sections.items():
         if records:
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _methods() -> str:
+    """What the registry says of each method."""
+    from posthoc_cli.solver.methods import METHODS, default_method
+
+    said = []
+    for name, method in METHODS.items():
+        default = ", the default" if name == default_method(raw=False) else ""
+        if name == default_method(raw=True):
+            default = ", the default with --raw" + ("" if method.takes_emas else ", and only there")
+        said.append(f"{name}{default}: {method.help}.")
+    return " ".join(said)
 
 
 class Command(TyperCommand):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posthoc_cli.cli.helptext import METHODS_HERE
 from posthoc_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,10 +112,7 @@ MethodOption = Annotated[
         rich_help_panel=_TARGETS,
         autocompletion=_methods,
         show_default=False,
-        help="edm2, the default: the weights sum to one, as in the paper's code. algorithm3: not "
-        "rescaled, as in the paper's text. blup: the least error to be expected, by a sample of "
-        "the snapshots' values. share, the default with --raw, and only there: the share of the "
-        "EMA that each checkpoint stands for.",
+        help=METHODS_HERE,
     ),
 ]
 DeviceOption = Annotated[

@@ -11,6 +11,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.storage.dtypes import AVERAGED, FloatArray, bytes_of, decode, rounding_variances
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.readers import Reader
+
+if TYPE_CHECKING:
+    from posthoc_cli.solver.blup import Trajectory
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -76,7 +80,7 @@ class _Piece:
         return tensors[self.name].start + bytes_of(self.dtype, self.first)
 
 
-def measure(
+def sample_moments(
     snapshots: Sequence[Snapshot],
     *,
     leave_out: Sequence[str] = (),
@@ -260,3 +264,17 @@ def _read(
         for start, end in ranges:
             reader.read(start, into[: end - start])
             into = into[end - start :]
+
+
+def fit_snapshots(
+    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
+) -> tuple[SampleMoments, Trajectory]:
+    """Measure a sample of the snapshots' values, and fit how the network moved.
+
+    `leave_out` are globs of tensors that won't be averaged. Raises what `sample_moments` does.
+    """
+    from posthoc_cli.solver.blup import fit_trajectory
+
+    sample = sample_moments(snapshots, leave_out=leave_out)
+    profiles = [snapshot.profile for snapshot in snapshots]
+    return sample, fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)

@@ -16,17 +16,15 @@ nothing cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver.arrays import FloatArray, namespace, on_device, to_numpy
+from posthoc_cli.solver.profiles import Average
 
-FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
 
 INTERVALS = 64
@@ -66,7 +64,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedError:
-    """ExpectedError errors [targets], each a root mean square over the parameters.
+    """Expected errors [targets], each a root mean square over the parameters.
 
     `approximation` is what is left with snapshots of infinite precision, `rounding` what their
     rounding adds, `total` both. `distance` is how far the target is from the network itself at its
@@ -87,39 +85,99 @@ class ExpectedError:
         return relative
 
 
-# What a profile is. G(u) = (u / step)^(gamma + 1) before its step, 1 after it: on an interval in
-# which no profile ends it is G(high) (u / high)^power. All that follows uses powers only.
+# Integrals
 
 
-# That of a raw checkpoint, whose gamma is infinite, is 0 before its step.
+NODES = 12
+"""Of each panel. What the shares are between them is a polynomial, and products of two of those
+are integrated exactly."""
+
+TOLERANCE = 1e-17
+"""What a panel may add to the error of an integral of squares over its interval, in units of the
+interval's length times the square of the largest share in it."""
+
+DEPTH = 60
+"""How often an interval may be halved."""
+
+PAIRS = 2048
+"""How many pairs of snapshots are compared at a time, while what they need is in the cache."""
+
+BLOCK = 2**19
+"""About how many values of shares are held at a time."""
 
 
-def _powers(high: float, steps: FloatArray, gammas: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Each profile's power on an interval that stops at `high`, and its G there, from below."""
-    before = steps >= high
-    raw = np.isinf(gammas)
-    powers = np.where(before & ~raw, gammas + 1, 0.0)
-    values = np.exp(powers * np.log(high / np.where(before, steps, high)))
-    return powers, np.where(before & raw, 0.0, values)
+def _gauss_legendre() -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Nodes on [0, 2], with 2 itself as one more; weights; and what finds a misfit.
+
+    From the shares at the nodes the matrix [NODES + 1, 3] makes the last two Legendre coefficients
+    of the polynomial through them, and how far it misses the share at the end.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    degrees = np.arange(NODES)
+    basis = np.polynomial.legendre.legvander(nodes, NODES - 1)
+    coefficients = basis * weights[:, None] * (degrees + 0.5)
+    misfit = np.zeros((NODES + 1, 3))
+    misfit[:-1, :2] = coefficients[:, -2:]
+    misfit[:, 2] = [*-coefficients.sum(axis=1), 1.0]  # each Legendre polynomial is 1 at the end
+    return np.append(nodes, 1.0) + 1, weights, misfit
 
 
-def _integral(low: float, high: float, power: FloatArray) -> FloatArray:
-    """`integral of (u / high)^power` from `low` to `high`, for power > -1; never a difference."""
-    share = -np.expm1((power + 1) * np.log(low / high)) if low > 0 else 1.0
-    integral: FloatArray = high * share / (power + 1)
-    return integral
+_POINTS, _WEIGHTS, _MISFIT = _gauss_legendre()
 
 
-def _columns(profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-    steps = np.array([float(profile.step) for profile in profiles])
-    return steps, np.array([float(profile.gamma) for profile in profiles])
+def _quadrature(
+    profiles: Sequence[Average], edges: FloatArray
+) -> Iterator[tuple[IntArray, FloatArray, FloatArray]]:
+    """Nodes to integrate products of two shares with, over the intervals between `edges`.
+
+    Yields panels: the interval [n] each lies in, the weights of its nodes [n, NODES], and the
+    shares there [profiles, n, NODES]. No profile's step lies within an interval. A panel is halved
+    until the polynomials through its nodes have converged and meet the share at its end, so that no
+    kink, no steep end and no root at 0 is passed over: a share never falls.
+    """
+    size = max(1, BLOCK // (len(profiles) * len(_POINTS)))
+    for first in range(0, len(edges) - 1, size):
+        interval = np.arange(first, min(first + size, len(edges) - 1))
+        low, high = edges[interval], edges[interval + 1]
+        part, top = np.ones(len(interval)), None
+        for depth in range(DEPTH):
+            half = (high - low) / 2
+            # A share jumps at its step: the end is just before it, and nothing is rounded to it.
+            nodes = np.minimum(
+                low[:, None] + half[:, None] * _POINTS, np.nextafter(high, 0)[:, None]
+            )
+            shares = np.stack([each.share(nodes) for each in profiles])
+            if top is None:
+                top = np.maximum(shares[:, :, -1], 1e-30)
+            misfit = np.abs(shares.reshape(-1, len(_POINTS)) @ _MISFIT).max(axis=1)
+            off = (misfit.reshape(top.shape) / top).max(axis=0)
+            bad = part * off**2 > TOLERANCE if depth < DEPTH - 1 else np.zeros(len(part), bool)
+            good = ~bad
+            yield interval[good], half[good, None] * _WEIGHTS, shares[:, good, :-1]
+            if not bad.any():
+                break
+            middle = (low + half)[bad]
+            low = np.column_stack([low[bad], middle]).ravel()
+            high = np.column_stack([middle, high[bad]]).ravel()
+            interval, part = np.repeat(interval[bad], 2), np.repeat(part[bad] / 2, 2)
+            top = np.repeat(top[:, bad], 2, axis=1)
+
+
+def _intervals(
+    trajectory: Trajectory, profiles: Sequence[Average], end: float
+) -> tuple[FloatArray, FloatArray]:
+    """Edges from 0 to `end`, with the trajectory's and all steps among them; the rates between."""
+    edges = np.unique([*trajectory.edges, *(float(each.step) for each in profiles), end])
+    edges = edges[edges <= end]
+    at = np.searchsorted(trajectory.edges, edges[:-1], side="right") - 1
+    return edges, trajectory.rates[np.minimum(at, len(trajectory.rates) - 1)]
 
 
 # How the network moved
 
 
-def fit(
-    snapshots: Sequence[Profile],
+def fit_trajectory(
+    snapshots: Sequence[Average],
     differences: FloatArray,
     noise: FloatArray,
     squares: FloatArray,
@@ -130,31 +188,41 @@ def fit(
     relative deviations count, all of them alike. `noise` and `squares` [snapshots] are the
     variance of each snapshot's rounding and the mean square of its values.
     """
-    steps, gammas = _columns(snapshots)
+    steps = np.array([float(each.step) for each in snapshots])
     edges = np.unique([0.0, *steps])
     cut = max(1, INTERVALS // (len(edges) - 1))
     edges = np.interp(np.arange(cut * (len(edges) - 1) + 1) / cut, np.arange(len(edges)), edges)
-    first, second = _pairs(len(snapshots))
+    first, second = _pairs(steps)
     measured = differences[first, second]
     told = measured > 0
     first, second, measured = first[told], second[told], measured[told]
+    # How many of the pairs differ in an interval: those of which one was taken after it.
+    later = np.maximum(steps[first], steps[second])
+    differing = len(later) - np.searchsorted(later[::-1], edges[:-1], side="right")
+    design = np.zeros((len(measured), len(edges) - 1))
+    after = np.zeros((len(snapshots), len(edges) - 1))  # integrals of (1 - G)^2
+    for intervals, weights, shares in _quadrature(snapshots, edges):
+        after_them = np.einsum("pnm,nm->np", (1 - shares) ** 2, weights)
+        shares = np.ascontiguousarray(np.swapaxes(shares * np.sqrt(weights), 0, 1))
+        for interval, share, late in zip(intervals, shares, after_them, strict=True):
+            after[:, interval] += late
+            for at in range(0, differing[interval], PAIRS):
+                pairs = slice(at, min(at + PAIRS, differing[interval]))
+                apart = share.take(first[pairs], axis=0)
+                apart -= share.take(second[pairs], axis=0)
+                design[pairs, interval] += np.einsum("pm,pm->p", apart, apart)
     rates = np.full(len(edges) - 1, 0.0 if len(snapshots) > 1 else np.nan)
     if len(measured):
-        design = np.stack(
-            [
-                _squared_difference(low, high, steps, gammas, first, second)
-                for low, high in pairwise(edges.tolist())
-            ],
-            axis=1,
-        )
         rounding = (noise[first] + noise[second]) / measured
         rates = _smooth_rates(design / measured[:, None], rounding, cut)
-    trajectory = Trajectory(edges, rates, noise, 0.0)
-    return Trajectory(edges, rates, noise, _start(trajectory, snapshots, squares))
+    # The mean square of the weights before the walk: of the snapshots, less what they walked.
+    start = np.maximum(np.mean(squares - noise - after @ rates), 0.0)
+    return Trajectory(edges, rates, noise, float(start))
 
 
-def _pairs(count: int) -> tuple[IntArray, IntArray]:
-    """All pairs of few snapshots; of many, each with those at growing distances from it."""
+def _pairs(steps: FloatArray) -> tuple[IntArray, IntArray]:
+    """All pairs of few snapshots, of many each with those at growing distances; latest first."""
+    count = len(steps)
     first, second = np.triu_indices(count, 1)
     if count > ALL_PAIRS:
         kept = list(range(1, 9))
@@ -162,22 +230,8 @@ def _pairs(count: int) -> tuple[IntArray, IntArray]:
             kept.append(kept[-1] * 5 // 4)
         chosen = np.isin(second - first, kept)
         first, second = first[chosen], second[chosen]
-    return first, second
-
-
-def _squared_difference(
-    low: float,
-    high: float,
-    steps: FloatArray,
-    gammas: FloatArray,
-    first: IntArray,
-    second: IntArray,
-) -> FloatArray:
-    """`integral of (G_i - G_j)^2` from `low` to `high`, for pairs of profiles."""
-    powers, values = _powers(high, steps, gammas)
-    own = values**2 * _integral(low, high, 2 * powers)
-    both = values[first] * values[second] * _integral(low, high, powers[first] + powers[second])
-    return np.maximum(own[first] + own[second] - 2 * both, 0.0)
+    order = np.argsort(-np.maximum(steps[first], steps[second]), kind="stable")
+    return first[order], second[order]
 
 
 def _smooth_rates(design: FloatArray, rounding: FloatArray, cut: int) -> FloatArray:
@@ -193,31 +247,31 @@ def _smooth_rates(design: FloatArray, rounding: FloatArray, cut: int) -> FloatAr
     slopes = np.diff(np.eye(count), 1, axis=0) * cut
     cost_of = (SMOOTHNESS * bends.T @ bends + STEADINESS * slopes.T @ slopes) / count
 
-    def cost(logs: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        parts = design * np.exp(logs)
-        modelled = parts.sum(axis=1) + rounding
-        off = np.log(modelled)
-        return float(np.mean(off**2) + logs @ cost_of @ logs), off, parts / modelled[:, None]
+    def cost(logs: FloatArray) -> tuple[float, FloatArray]:
+        off = np.log(design @ np.exp(logs) + rounding)
+        return float(np.mean(off**2) + logs @ cost_of @ logs), off
 
     left = np.maximum(1 - rounding, 1e-3)
     logs = np.full(count, np.log(np.median(left / np.maximum(design.sum(axis=1), 1e-300))))
-    now, off, slope = cost(logs)
+    now, off = cost(logs)
     damping = 1e-2
     for _ in range(100):
+        slope = design * np.exp(logs)
+        slope *= np.exp(-off)[:, None]
         hessian = slope.T @ slope / len(off) + cost_of
         gradient = slope.T @ off / len(off) + cost_of @ logs
         ridge = np.diagonal(hessian) + 1e-12
         while damping < 1e9:
             change = np.linalg.solve(hessian + np.diag(damping * ridge), -gradient)
             trial = logs + np.clip(change, -3.0, 3.0)
-            then, then_off, then_slope = cost(trial)
+            then, then_off = cost(trial)
             if then < now:
                 break
             damping *= 4
         else:
             break
         gained = now - then
-        logs, now, off, slope = trial, then, then_off, then_slope
+        logs, now, off = trial, then, then_off
         damping = max(damping / 5, 1e-9)
         if gained < 1e-8 * now:
             break
@@ -226,101 +280,59 @@ def _smooth_rates(design: FloatArray, rounding: FloatArray, cut: int) -> FloatAr
     return floored
 
 
-def _start(trajectory: Trajectory, snapshots: Sequence[Profile], squares: FloatArray) -> float:
-    """The mean square of the weights before the walk: of the snapshots, less what they walked."""
-    steps, gammas = _columns(snapshots)
-    walked = np.zeros(len(snapshots))
-    for low, high, rate in _intervals(trajectory, steps.max()):
-        powers, values = _powers(high, steps, gammas)
-        walked += rate * (
-            (high - low)
-            - 2 * values * _integral(low, high, powers)
-            + values**2 * _integral(low, high, 2 * powers)
-        )
-    return float(np.maximum(np.mean(squares - trajectory.noise - walked), 0.0))
-
-
-def _intervals(
-    trajectory: Trajectory, end: float, cuts: Sequence[float] = ()
-) -> list[tuple[float, float, float]]:
-    """(low, high, rate), from 0 to `end`, with further `cuts`."""
-    edges = np.unique([*trajectory.edges, *cuts, end])
-    edges = edges[edges <= end]
-    at = np.searchsorted(trajectory.edges, edges[:-1], side="right") - 1
-    rates = trajectory.rates[np.minimum(at, len(trajectory.rates) - 1)]
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), rates.tolist(), strict=True))
-
-
 # Weights
 
 
-def predict(
+def blup_weights(
     trajectory: Trajectory,
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
-    xp: Any = np,
-    to_device: Any = np.asarray,
-) -> tuple[Any, float]:
+    snapshots: Sequence[Average],
+    targets: Sequence[Average],
+    device: str = "cpu",
+) -> tuple[FloatArray, float]:
     """The weights, [targets, snapshots], of least expected error; and the system's condition.
 
     `[K + diag(nu), 1; 1', 0] [w; m] = [k; 1]` with `K_ij = integral of q G_i G_j`, `k_i = integral
-    of q G_i G_r`. Solved where `to_device` puts arrays, in the namespace `xp`; float64. Where
-    nothing is known of the walk, or there was none, it is taken to be even.
+    of q G_i G_r`. Solved on `device`, "cpu" (NumPy) or torch's; float64. Where nothing is known of
+    the walk, or there was none, it is taken to be even.
     """
     if not np.any(trajectory.rates > 0):
-        even = np.ones_like(trajectory.rates)
-        trajectory = Trajectory(trajectory.edges, even, trajectory.noise, trajectory.start)
-    every = [*snapshots, *targets]
+        trajectory = replace(trajectory, rates=np.ones_like(trajectory.rates))
     count = len(snapshots)
-    moments = _moments(trajectory, every)
-    matrix = moments[:count, :count] + np.diag(trajectory.noise)
+    moments = _moments(trajectory, snapshots, targets)
+    matrix = moments[:, :count] + np.diag(trajectory.noise)
     # A raw checkpoint of the last step has nothing on its diagonal but its rounding.
     own = np.diagonal(matrix)
     matrix[np.diag_indices(count)] = np.maximum(own, TINY * (float(own.max()) or 1.0))
     scale = np.sqrt(np.diagonal(matrix))
-    matrix = to_device(matrix / np.outer(scale, scale))
-    right = to_device(np.column_stack([moments[:count, count:], np.ones(count)]) / scale[:, None])
+    matrix = on_device(matrix / np.outer(scale, scale), device)
+    right = np.column_stack([moments[:, count:], np.ones(count)]) / scale[:, None]
+    xp, right = namespace(matrix), on_device(right, device)
     values, vectors = xp.linalg.eigh(matrix)
     # Of snapshots too alike to be told apart, the shortest weights: they share alike.
     least = 4 * np.finfo(np.float64).eps * float(values[-1])
     inverse = 1 / xp.where(values > least, values, xp.full_like(values, float("inf")))
-    solved = vectors @ (inverse[:, None] * (vectors.T @ right)) / to_device(scale)[:, None]
+    solved = to_numpy(vectors @ (inverse[:, None] * (vectors.T @ right))) / scale[:, None]
     best, ones = solved[:, :-1], solved[:, -1:]
-    weights = best + ones * ((1 - xp.sum(best, axis=0)) / xp.sum(ones))
-    weights = weights / xp.sum(weights, axis=0)
+    weights = best + ones * ((1 - best.sum(axis=0)) / ones.sum())
+    weights = weights / weights.sum(axis=0)
     return weights.T, float(values[-1]) / max(float(values[0]), least)
 
 
-def _moments(trajectory: Trajectory, profiles: Sequence[Profile]) -> FloatArray:
-    """`integral of q G_i G_j` from 0 to the last step, for all pairs.
-
-    One pass along the steps keeps, for each pair of exponents, the integral of `q (u / e)^power` up
-    to the edge e: enough for every pair of profiles with those exponents.
-    """
-    steps, gammas = _columns(profiles)
-    end = float(steps.max())
-    distinct, kind = np.unique(np.append(gammas + 1, 0.0), return_inverse=True)
-    zero, kind = kind[-1], kind[:-1]
-    sums = distinct[:, None] + distinct[None, :]
-    running = np.zeros_like(sums)
-    # What is wanted of it at each profile's step: with its own exponent, and with none.
-    own, plain = np.empty((len(steps), len(distinct))), np.empty((len(steps), len(distinct)))
-    for low, high, rate in _intervals(trajectory, end, steps.tolist()):
-        if low > 0:
-            running = running * np.exp(sums * np.log(low / high))
-        running = running + rate * _integral(low, high, sums)
-        for at in np.flatnonzero(steps == high):
-            own[at], plain[at] = running[kind[at]], running[zero]
-    row, column = np.indices((len(steps), len(steps)))
-    swapped = steps[column] < steps[row]
-    earlier, other = np.where(swapped, column, row), np.where(swapped, row, column)
-    # Up to the earlier step both are powers, then one of them is 1, and in the end both.
-    powers = np.where(np.isinf(gammas), 0.0, gammas + 1)  # a raw one has nothing to shrink
-    shrink = np.exp(powers[other] * np.log(steps[earlier] / steps[other]))
-    both, one = own[earlier, kind[other]], plain[earlier, kind[other]]
-    rest, tail = plain[other, kind[other]], running[zero, zero] - plain[other, zero]
-    moments: FloatArray = (both - one) * shrink + rest + tail
-    return moments
+def _moments(
+    trajectory: Trajectory, snapshots: Sequence[Average], targets: Sequence[Average]
+) -> FloatArray:
+    """`integral of q G_i G_j` to the last step, [snapshots, snapshots and targets]."""
+    every = [*snapshots, *targets]
+    edges, rates = _intervals(trajectory, every, max(float(each.step) for each in every))
+    own = np.zeros((len(snapshots), len(snapshots)))
+    other = np.zeros((len(snapshots), len(targets)))
+    for interval, weights, shares in _quadrature(every, edges):
+        shares = shares * np.sqrt(weights * rates[interval, None])
+        flat = shares.reshape(len(every), -1)
+        snapshot, target = flat[: len(snapshots)], flat[len(snapshots) :]
+        own += snapshot @ snapshot.T
+        other += snapshot @ target.T
+    return np.hstack([own, other])
 
 
 # Errors
@@ -328,33 +340,28 @@ def _moments(trajectory: Trajectory, profiles: Sequence[Profile]) -> FloatArray:
 
 def expected_error(
     trajectory: Trajectory,
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
+    snapshots: Sequence[Average],
+    targets: Sequence[Average],
     weights: FloatArray,
 ) -> ExpectedError:
     """The errors to be expected of `weights` [targets, snapshots], by whatever method.
 
     Weights that don't sum to one also scale the start; that counts as approximation.
     """
-    approximation = np.zeros(len(targets))
-    distance = np.zeros(len(targets))
-    steps, gammas = _columns(snapshots)
-    ends, exponents = _columns(targets)
     excess = weights.sum(axis=1) - 1
     excess[np.abs(excess) < 1e-12] = 0.0
-    for at in range(len(targets)):
-        approximation[at] = excess[at] ** 2 * trajectory.start
-        step, gamma = np.append(steps, ends[at]), np.append(gammas, exponents[at])
-        factors = np.append(weights[at], -1.0)
-        for low, high, rate in _intervals(trajectory, float(ends[at])):
-            powers, values = _powers(high, step, gamma)
-            # Between edges the error of the profile is a sum of a few powers.
-            terms, which = np.unique(np.append(powers, 0.0), return_inverse=True)
-            amounts = np.bincount(which, np.append(factors * values, -excess[at]))
-            squared = amounts @ _integral(low, high, terms[:, None] + terms[None, :]) @ amounts
-            approximation[at] += rate * max(float(squared), 0.0)
-            own = values[-1] ** 2 * _integral(low, high, 2 * powers[-1:])
-            distance[at] += rate * float(own[0])
+    ends = np.array([float(each.step) for each in targets])
+    edges, rates = _intervals(trajectory, [*snapshots, *targets], ends.max())
+    approximation = excess**2 * trajectory.start
+    distance = np.zeros(len(targets))
+    for interval, node_weights, shares in _quadrature([*snapshots, *targets], edges):
+        known, wanted = np.split(shares.reshape(len(shares), -1), [len(snapshots)])
+        amounts = (node_weights * rates[interval, None]).ravel()
+        # A target's error ends where the target does.
+        within = np.repeat(edges[interval + 1], NODES) <= ends[:, None]
+        off = weights @ known - wanted - excess[:, None]
+        approximation += np.where(within, off**2, 0.0) @ amounts
+        distance += np.where(within, wanted**2, 0.0) @ amounts
     rounding = weights**2 @ trajectory.noise
     return ExpectedError(
         np.sqrt(approximation),

@@ -1,4 +1,4 @@
-"""How far off a synthesized EMA is to be expected, for each method."""
+"""How far off an EMA is to be expected by each method's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.solver.blup import ExpectedError, Trajectory, expected_error
-from posthoc_cli.solver.methods import EMA_METHODS, RAW_METHODS, SolvedWeights, solve
+from posthoc_cli.solver.methods import SolvedWeights, methods_for, solve
 from posthoc_cli.solver.profiles import Profile
 
 
@@ -32,13 +32,12 @@ def estimate_methods(
     Of raw checkpoints, those of the methods for them.
     """
     estimates = []
-    for method in RAW_METHODS if any(each.raw for each in snapshots) else EMA_METHODS:
+    for method in methods_for(any(each.raw for each in snapshots)):
         try:
             solved = solve(snapshots, targets, method, device, trajectory)
         except (SnapshotError, UsageError) as error:
-            estimates.append(
-                MethodEstimate(method, None, None, f"{error.subject}: {error.problem}")
-            )
+            problem = f"{error.subject}: {error.problem}"
+            estimates.append(MethodEstimate(method, None, None, problem))
             continue
         expected = expected_error(trajectory, snapshots, targets, solved.weights)
         estimates.append(MethodEstimate(method, solved, expected))

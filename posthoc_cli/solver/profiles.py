@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+from posthoc_cli.solver.arrays import Array, FloatArray, namespace
 
 MAX_SIGMA_REL = 12**-0.5
 """The width of the uniform average (gamma = 0); a positive gamma is always narrower."""
 
-Array = Any
-"""A NumPy array or a torch tensor, of float64."""
+
+class Average(Protocol):
+    """Any kind of average of the network: what blup.py has to know of it."""
+
+    @property
+    def step(self) -> float:
+        """The training step it was taken at."""
+
+    def share(self, u: FloatArray) -> FloatArray:
+        """The share G(u) of its weight before step `u`, elementwise for u >= 0.
+
+        It never falls with `u`, and is 1 from `step` on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +55,14 @@ class Profile:
     def raw(self) -> bool:
         """Whether it is that of a raw checkpoint: plain weights, which nothing was averaged to."""
         return math.isinf(self.gamma)
+
+    def share(self, u: FloatArray) -> FloatArray:
+        """The share of the average before step `u`: `(u / step)^(gamma + 1)`, and 1 from `step` on.
+
+        `u` is an array of any shape, u >= 0. A raw checkpoint's share is 0 before its step.
+        """
+        share: FloatArray = np.minimum(u / self.step, 1.0) ** (self.gamma + 1)
+        return share
 
 
 def gamma_to_sigma_rel(gamma: Array) -> Array:
@@ -108,19 +129,10 @@ def cosine(step_a: Array, gamma_a: Array, step_b: Array, gamma_b: Array) -> Arra
     return overlap * ratio ** (later_gamma + 0.5)
 
 
-def namespace(*arrays: Array) -> Any:
-    """The array API of `arrays`: NumPy itself, or torch as array-api-compat completes it."""
-    if all(isinstance(array, (np.ndarray, np.generic, int, float)) for array in arrays):
-        return np
-    import array_api_compat  # only here: it takes as long to import as NumPy does
-
-    return array_api_compat.array_namespace(*arrays)
-
-
 def _float64(value: Array) -> tuple[Any, Array, bool]:
     """The namespace of `value`, `value` as a float64 array, and whether it was a plain number."""
     if isinstance(value, (int, float, list, tuple)):
         value = np.asarray(value, dtype=np.float64)
         return np, value, value.ndim == 0
     xp = namespace(value)
-    return xp, xp.astype(value, xp.float64), False
+    return xp, xp.asarray(value, dtype=xp.float64), False

@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
+from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Profile, cosine, sigma_rel_to_gamma
-
-FloatArray = npt.NDArray[np.float64]
 
 NARROWEST = 0.001
 """No target narrower than this is looked at: it is the network itself."""

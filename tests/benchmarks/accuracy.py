@@ -31,8 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from posthoc_cli.snapshots.diagnosis import compare, observe
 from posthoc_cli.snapshots.folder import Snapshot, read_folder
+from posthoc_cli.snapshots.sampling import fit_snapshots
+from posthoc_cli.solver.estimates import estimate_methods
 from posthoc_cli.solver.profiles import Profile, decay, sigma_rel_to_gamma
 
 WIDTHS = (0.05, 0.10)
@@ -206,11 +207,11 @@ def compared(
     profiles = [snapshot.profile for snapshot in snapshots]
     targets = [Profile(profiles[-1].step, sigma_rel_to_gamma(width)) for width in TARGETS]
     distance = (run.truth - run.end).square().mean(1).sqrt().numpy()
-    _, trajectory = observe(snapshots)
-    for verdict in compare(profiles, targets, trajectory):
-        assert verdict.solution is not None
+    _, trajectory = fit_snapshots(snapshots)
+    for verdict in estimate_methods(profiles, targets, trajectory):
+        assert verdict.solved is not None
         assert verdict.expected is not None
-        made = torch.as_tensor(verdict.solution.weights) @ stored
+        made = torch.as_tensor(verdict.solved.weights) @ stored
         errors = (made - run.truth).square().mean(1).sqrt().numpy() / distance
         expected = verdict.expected.total / distance
         for target, error, told in zip(TARGETS, errors.tolist(), expected.tolist(), strict=True):

@@ -12,7 +12,7 @@ import pytest
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots import sampling
 from posthoc_cli.snapshots.folder import Snapshot, read_folder
-from posthoc_cli.snapshots.sampling import measure
+from posthoc_cli.snapshots.sampling import sample_moments
 from tests.support import STORED, Tensors, snapshot_of, write_tensors
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
@@ -46,7 +46,7 @@ def exactly(arrays: Sequence[npt.NDArray]) -> npt.NDArray[np.float64]:
 def test_all_of_a_small_network_is_measured_exactly(tmp_path: Path, dtype: str) -> None:
     parts = walk(5, (7, 300), dtype), walk(5, (11,), dtype, seed=1)
     snapshots = folder_of(tmp_path, [{"a": a, "b": b} for a, b in zip(*parts, strict=True)])
-    found = measure(snapshots)
+    found = sample_moments(snapshots)
     whole = [np.concatenate([a.ravel(), b]) for a, b in zip(*parts, strict=True)]
     assert found.differences == pytest.approx(exactly(whole), rel=1e-9, abs=1e-20)
     squares = [np.mean(np.asarray(x, np.float64) ** 2) for x in whole]
@@ -61,7 +61,7 @@ def test_rounding_is_that_of_the_distance_to_the_next_value(tmp_path: Path, dtyp
     values[0] = tiny
     other = values.copy()
     other[1] = 0
-    found = measure(folder_of(tmp_path, [{"a": values}, {"a": other}]))
+    found = sample_moments(folder_of(tmp_path, [{"a": values}, {"a": other}]))
     above = np.abs(np.asarray(values, np.float64))
     if dtype in ("F64", "F32", "F16"):
         gaps = np.spacing(np.abs(values)).astype(np.float64)
@@ -74,7 +74,7 @@ def test_rounding_is_that_of_the_distance_to_the_next_value(tmp_path: Path, dtyp
 def test_differences_of_a_millionth_of_the_values_are_measured(tmp_path: Path) -> None:
     base = np.random.default_rng(0).standard_normal(4000) * 1000
     arrays = [base + 1e-6 * k * np.ones(4000) for k in range(3)]
-    found = measure(folder_of(tmp_path, [{"a": a} for a in arrays]))
+    found = sample_moments(folder_of(tmp_path, [{"a": a} for a in arrays]))
     assert found.differences[0, 1] == pytest.approx(1e-12, rel=1e-6)
     assert found.differences[0, 2] == pytest.approx(4e-12, rel=1e-6)
 
@@ -91,13 +91,13 @@ def test_the_same_elements_whatever_the_layout(tmp_path: Path) -> None:
                 for n, s in zip(names, sizes, strict=True)
             }
         )
-    plain = measure(folder_of(tmp_path / "plain", contents), blocks=50, block=64)
+    plain = sample_moments(folder_of(tmp_path / "plain", contents), blocks=50, block=64)
     orders = [names, names[::-1], [*names[4:], *names[:4]]]
-    mixed = measure(folder_of(tmp_path / "mixed", contents, orders), blocks=50, block=64)
+    mixed = sample_moments(folder_of(tmp_path / "mixed", contents, orders), blocks=50, block=64)
     assert plain.sampled == mixed.sampled == 50 * 64
     assert mixed.differences == pytest.approx(plain.differences, rel=1e-12)
     assert mixed.rounding == pytest.approx(plain.rounding, rel=1e-12)
-    again = measure(folder_of(tmp_path / "plain", contents), blocks=50, block=64)
+    again = sample_moments(folder_of(tmp_path / "plain", contents), blocks=50, block=64)
     assert np.array_equal(again.differences, plain.differences)
 
 
@@ -106,7 +106,7 @@ def test_a_sample_tells_what_the_whole_would(tmp_path: Path) -> None:
     still = walk(3, (200_000,), "F32")
     moved = [10 * each for each in walk(3, (100_000,), "F32", seed=1)]
     contents = [{"a": a, "b": b} for a, b in zip(still, moved, strict=True)]
-    found = measure(folder_of(tmp_path, contents), blocks=256, block=64)
+    found = sample_moments(folder_of(tmp_path, contents), blocks=256, block=64)
     whole = [np.concatenate([a, b]) for a, b in zip(still, moved, strict=True)]
     assert found.sampled == 256 * 64
     assert found.differences == pytest.approx(exactly(whole), rel=0.05)
@@ -117,9 +117,9 @@ def test_what_is_held_at_a_time_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     snapshots = folder_of(tmp_path, [{"a": a} for a in walk(4, (5000,), "F16")])
-    once = measure(snapshots, blocks=40, block=16)
+    once = sample_moments(snapshots, blocks=40, block=16)
     monkeypatch.setattr(sampling, "_HELD_BYTES", held)
-    parts = measure(snapshots, blocks=40, block=16)
+    parts = sample_moments(snapshots, blocks=40, block=16)
     assert parts.differences == pytest.approx(once.differences, rel=1e-12)
     assert parts.rounding == pytest.approx(once.rounding, rel=1e-12)
     assert parts.values == once.values
@@ -128,12 +128,12 @@ def test_what_is_held_at_a_time_changes_nothing(
 def test_constant_and_whole_number_tensors_do_not_count(tmp_path: Path) -> None:
     moving = walk(3, (1000,), "F16")
     frozen = np.full(5000, 1000, np.float16)
-    alone = measure(folder_of(tmp_path / "alone", [{"m": m} for m in moving]))
+    alone = sample_moments(folder_of(tmp_path / "alone", [{"m": m} for m in moving]))
     extra = [
         {"m": m, "frozen": frozen, "count": np.full(800, at), "mask": np.ones(9, np.bool_)}
         for at, m in enumerate(moving)
     ]
-    found = measure(folder_of(tmp_path / "extra", extra))
+    found = sample_moments(folder_of(tmp_path / "extra", extra))
     assert found.values == alone.values == 1000
     assert found.sampled == 6000
     assert found.differences == pytest.approx(alone.differences)
@@ -147,7 +147,7 @@ def test_elements_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     kept[[5, 77]] = False
     wanted = exactly([a[kept] for a in arrays])
     arrays[1][5], arrays[2][77] = np.nan, np.inf
-    found = measure(folder_of(tmp_path, [{"a": a} for a in arrays]))
+    found = sample_moments(folder_of(tmp_path, [{"a": a} for a in arrays]))
     assert found.broken == 2
     assert found.values == 998
     assert found.differences == pytest.approx(wanted, rel=1e-9)
@@ -157,11 +157,11 @@ def test_elements_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 def test_a_network_of_nan_is_an_error(tmp_path: Path) -> None:
     arrays = [np.ones(50, np.float32), np.full(50, np.nan, np.float32)]
     with pytest.raises(SnapshotError, match="every value that was sampled is NaN"):
-        measure(folder_of(tmp_path, [{"a": a} for a in arrays]))
+        sample_moments(folder_of(tmp_path, [{"a": a} for a in arrays]))
 
 
 def test_snapshots_that_do_not_differ(tmp_path: Path) -> None:
-    found = measure(folder_of(tmp_path, [{"a": np.ones(64, np.float32)}] * 3))
+    found = sample_moments(folder_of(tmp_path, [{"a": np.ones(64, np.float32)}] * 3))
     assert not found.differences.any()
     assert found.values == 0
 
@@ -170,13 +170,13 @@ def test_complex_numbers_count_as_two(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = [(rng.standard_normal(60) + 1j * rng.standard_normal(60)) for _ in range(2)]
     arrays = [a.astype(np.complex64) for a in arrays]
-    found = measure(folder_of(tmp_path, [{"a": a} for a in arrays]))
+    found = sample_moments(folder_of(tmp_path, [{"a": a} for a in arrays]))
     assert found.values == 120
     assert found.differences[0, 1] == pytest.approx(np.mean(abs(arrays[0] - arrays[1]) ** 2) / 2)
 
 
 def test_no_floating_tensor_at_all(tmp_path: Path) -> None:
-    found = measure(folder_of(tmp_path, [{"a": np.arange(4)}, {"a": np.arange(4)}]))
+    found = sample_moments(folder_of(tmp_path, [{"a": np.arange(4)}, {"a": np.arange(4)}]))
     assert (found.values, found.sampled) == (0, 0)
     assert not found.differences.any()
 
@@ -186,15 +186,15 @@ def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
     path = snapshots[0].index.path
     path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(SnapshotError, match=r"x_1000_6.94.safetensors: changed while"):
-        measure(snapshots)
+        sample_moments(snapshots)
 
 
 def test_very_many_snapshots_are_sampled_less(tmp_path: Path) -> None:
     path = tmp_path / "x_1000_6.94.safetensors"
     write_tensors(path, {"a": np.arange(300_000, dtype=np.float32)})
     (snapshot,) = read_folder(tmp_path).usable()
-    assert measure([snapshot] * 2).sampled == sampling.BLOCKS * sampling.BLOCK
-    assert 10**5 < measure([snapshot] * 129).sampled == sampling.BLOCKS // 2 * sampling.BLOCK
+    assert sample_moments([snapshot] * 2).sampled == sampling.BLOCKS * sampling.BLOCK
+    assert 10**5 < sample_moments([snapshot] * 129).sampled == sampling.BLOCKS // 2 * sampling.BLOCK
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -215,7 +215,7 @@ def test_tensors_that_will_not_be_averaged_do_not_count(tmp_path: Path) -> None:
         }
         write_tensors(tmp_path / f"{step}.safetensors", tensors)
         snapshots.append(snapshot_of(tmp_path / f"{step}.safetensors", step))
-    every, some = measure(snapshots), measure(snapshots, leave_out=["running*"])
+    every, some = sample_moments(snapshots), sample_moments(snapshots, leave_out=["running*"])
     assert every.differences.max() > 1e7
     assert some.differences.max() < 10
     assert (every.sampled, some.sampled) == (1000, 500)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.solver.blup import Trajectory, expect
-from posthoc_cli.solver.methods import METHODS, PROFILE_METHODS, RAW_METHODS, solve
+from posthoc_cli.solver.blup import Trajectory, expected_error
+from posthoc_cli.solver.estimates import estimate_methods
+from posthoc_cli.solver.methods import METHODS, check_method, default_method, methods_for, solve
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
 
 CASES = json.loads((Path(__file__).parent / "reference_weights.json").read_text())["cases"]
 TARGETS = [(case, target) for case in CASES for target in case["targets"]]
 NAMES = [f"{case['name']}: {target['sigma_rel']}" for case, target in TARGETS]
+
+PROFILE_METHODS = [name for name in methods_for(raw=False) if not METHODS[name].needs_values]
 
 DEVICES = ["cpu", "torch-cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -153,8 +158,8 @@ def test_blup_is_one_more_method(device: str) -> None:
     # The profile it gives is not the nearest there is: that is algorithm 3's.
     nearest = solve(snapshots, target, "algorithm3")
     assert (blup.profile_error > nearest.profile_error).all()
-    expected = expect(trajectory, snapshots, target, blup.weights).total
-    assert (expected < expect(trajectory, snapshots, target, nearest.weights).total).all()
+    expected = expected_error(trajectory, snapshots, target, blup.weights).total
+    assert (expected < expected_error(trajectory, snapshots, target, nearest.weights).total).all()
 
 
 def test_blup_takes_profiles_without_a_norm() -> None:
@@ -163,6 +168,64 @@ def test_blup_takes_profiles_without_a_norm() -> None:
     blup = solve(snapshots, [Profile(3000, -0.8), Profile(3000, 3.0)], "blup", "cpu", trajectory)
     assert np.allclose(blup.sum_of_weights, 1)
     assert np.isnan(blup.profile_error).all()
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_solves_what_it_says_it_takes(name: str) -> None:
+    method = METHODS[name]
+    assert method.name == name
+    assert method.help
+    taken = [pairs(2)] * method.takes_emas + [raws(500, 1000, 1500, 2000)] * method.takes_raw
+    assert taken
+    walk = Trajectory(np.array([0.0, 2000.0]), np.ones(1), np.full(4, 1e-6), 0.0)
+    for snapshots in taken:
+        trajectory = walk if method.needs_values else None
+        solution = solve(snapshots, [profile(2000, 0.1)], name, trajectory=trajectory)
+        assert solution.method == name
+        assert solution.weights.shape == (1, 4)
+        assert solution.sum_of_weights[0] == pytest.approx(1, abs=0.01)
+    for raw, snapshots in ((False, pairs(2)), (True, raws(500, 1000, 1500, 2000))):
+        if name not in methods_for(raw):
+            with pytest.raises(UsageError, match=f"method='{name}'"):
+                check_method(name, raw, raw)
+            with pytest.raises(UsageError, match=f"method='{name}'"):
+                solve(snapshots, [profile(2000, 0.1)], name, trajectory=walk)
+
+
+def test_methods_and_their_defaults() -> None:
+    assert list(METHODS) == ["edm2", "algorithm3", "blup", "share"]
+    assert methods_for(raw=False) == ("edm2", "algorithm3", "blup")
+    assert methods_for(raw=True) == ("share", "blup")
+    assert default_method(raw=False) == "edm2"
+    assert default_method(raw=True) == "share"
+
+
+def test_the_registry_loads_nothing_that_only_some_methods_need() -> None:
+    code = (
+        "import sys, posthoc_cli.solver; found = set(sys.modules);"
+        "print(sorted(found & {'torch', 'llvmlite', 'posthoc_cli.solver.blup'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_estimates_are_those_of_every_method() -> None:
+    walk = Trajectory(np.array([0.0, 2000.0]), np.ones(1), np.full(4, 1e-6), 0.0)
+    target = [profile(2000, 0.07)]
+    estimates = estimate_methods(pairs(2), target, walk)
+    assert [each.method for each in estimates] == ["edm2", "algorithm3", "blup"]
+    totals = [each.expected.total[0] for each in estimates if each.expected]
+    assert min(totals) == totals[2]
+    alike = [*pairs(1), *pairs(1)]
+    edm2, _, blup = estimate_methods(alike, target, walk)
+    assert (edm2.solved, edm2.expected) == (None, None)
+    assert "too alike to be told apart" in edm2.problem
+    assert blup.problem == ""
+    estimates = estimate_methods(raws(500, 1000, 1500, 2000), target, walk)
+    assert [each.method for each in estimates] == ["share", "blup"]
 
 
 # Raw checkpoints
@@ -216,7 +279,7 @@ def test_methods_are_for_emas_or_for_raw_checkpoints(method: str) -> None:
     emas = pairs(2)
     target = [profile(9000, 0.1)]
     walk = Trajectory(np.array([0.0, 9000.0]), np.ones(1), np.zeros(4), 0.0)
-    if method not in RAW_METHODS:
+    if not METHODS[method].takes_raw:
         with pytest.raises(UsageError, match="raw checkpoints have no profile; use share or blup"):
             solve([*emas[:3], *raws(3000)], target, method, trajectory=walk)
     if method == "share":

@@ -14,8 +14,8 @@ from torch import nn
 
 from posthoc_cli import KarrasEMA, PostHocEMA
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.snapshots.diagnosis import observe
 from posthoc_cli.snapshots.folder import read_folder
+from posthoc_cli.snapshots.sampling import fit_snapshots
 from posthoc_cli.solver.blup import expected_error as expect
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
@@ -131,7 +131,7 @@ def test_synthesis_agrees_with_an_ema_tracked_at_the_target(tmp_path: Path) -> N
     # And blup is off by as much as it expects to be.
     by_blup = ema.synthesize(sigma_rel=0.07, method="blup")["weight"]
     profiles = [each.profile for each in snapshots]
-    _, trajectory = observe(snapshots)
+    _, trajectory = fit_snapshots(snapshots)
     weights = solve(profiles, [target], "blup", trajectory=trajectory).weights
     expected = expect(trajectory, profiles, [target], weights).total[0]
     off = (by_blup - walk.ema_model.weight).square().mean().sqrt()
