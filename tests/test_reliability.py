@@ -150,7 +150,7 @@ def test_missing_space_is_told_before_the_work_begins(
     make_snapshots(tmp_path / "snapshots", 2, megabytes=1)
     few = shutil.disk_usage(tmp_path)._replace(free=300_000)
     monkeypatch.setattr(atomicfile.shutil, "disk_usage", lambda path: few)
-    monkeypatch.setattr(synthesis, "share", lambda *_: pytest.fail("has begun"))
+    monkeypatch.setattr(synthesis, "run_workers", lambda *_: pytest.fail("has begun"))
     run = posthoc_here(*SYNTHESIZE, "-q", "--dtype", "float32")
     assert run.code == 1
     assert "are missing on its disk; free some space or choose another disk" in run.err
