@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from posthoc_cli.errors import MachineError, in_bytes
 from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
@@ -48,14 +47,20 @@ class AtomicFile:
         self._fd = -1
         self._temporary: Path | None = None
         self._own: os.stat_result | None = None
-        self._commit = commit_together([self])
 
     def __enter__(self) -> AtomicFile:
-        self._commit.__enter__()
+        self.check_absent()
+        check_space([self])
+        self.open()
         return self
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._commit.__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+                self.commit()
+        finally:
+            self.discard()
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
