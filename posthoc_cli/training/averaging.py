@@ -177,6 +177,27 @@ def _address(tensor: Tensor) -> int:
     return local(tensor).data_ptr() if is_sharded(tensor) else tensor.data_ptr()
 
 
+class TensorRoles:
+    """What happens to the tensor of a name: it is averaged, copied, or ignored."""
+
+    def __init__(
+        self,
+        copied: Collection[str] = (),
+        ignored: Collection[str] = (),
+        starts: Collection[str] = (),
+    ) -> None:
+        for names in (copied, ignored, starts):
+            if isinstance(names, str):
+                raise TypeError(f"give a collection of names, such as {{{names!r}}}")
+        self.copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
+
+    def ignored(self, name: str) -> bool:
+        return name in self._ignored or name.startswith(self._starts)
+
+    def averaged(self, name: str) -> bool:
+        return name not in self.copied and not self.ignored(name)
+
+
 @dataclass(slots=True)
 class _Block:
     """Pieces that are updated together: `averages` is [profiles][pieces]."""
@@ -184,25 +205,36 @@ class _Block:
     sources: list[Tensor]
     staging: list[Tensor]
     averages: list[list[Tensor]]
+    copied: bool
 
 
 class EmaUpdate:
-    """An update of averages [profiles][tensors] from their sources, read once for all profiles.
+    """An update of averages, a mapping for each profile, from the tensors of the same names.
 
-    A source that differs from its averages in dtype or device is converted once, block by block.
+    Tensors are read once for all profiles. One that differs from its averages in dtype or device
+    is converted once, block by block.
     """
 
-    def __init__(self, sources: Sequence[Tensor], averages: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self,
+        live: Mapping[str, Tensor],
+        averages: Sequence[Mapping[str, Tensor]],
+        roles: TensorRoles,
+    ) -> None:
         groups: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
-        for source, *mine in zip(sources, *averages, strict=True):
-            first = mine[0]
+        for name, first in averages[0].items():
+            if roles.ignored(name):
+                continue
+            source = live[name]
             alike = source.device == first.device and source.dtype == first.dtype
             small = alike and source.device.type == "cpu" and source.numel() <= _SERIAL
-            key = (small, source.device, source.dtype, first.device, first.dtype)
-            groups.setdefault(key, []).append((source, mine))
-        blocks = [(key[0], block) for key, group in groups.items() for block in _blocks(group)]
-        self._small = [block for small, block in blocks if small]
-        self._others = [block for small, block in blocks if not small]
+            kinds = (source.device, source.dtype, first.device, first.dtype)
+            group = groups.setdefault((small, name in roles.copied, *kinds), [])
+            group.append((source, [each[name] for each in averages]))
+        self._small: list[_Block] = []
+        self._others: list[_Block] = []
+        for (small, copied, *_), group in groups.items():
+            (self._small if small else self._others).extend(_blocks(group, copied))
 
     def __call__(self, weights: Sequence[float]) -> None:
         """`average += weight * (source - average)`, one weight (1 - decay) for each profile."""
@@ -225,7 +257,9 @@ def _update(blocks: Sequence[_Block], weights: Sequence[float]) -> None:
             torch._foreach_copy_(block.staging, block.sources)
             ends = block.staging
         for averages, weight in zip(block.averages, weights, strict=True):
-            if weight == 1:  # lerp would read the average, and it may not be finite yet
+            if (
+                block.copied or weight == 1
+            ):  # lerp would read the average, and it may not be finite yet
                 torch._foreach_copy_(averages, ends)
             else:
                 torch._foreach_lerp_(averages, ends, weight)
@@ -240,7 +274,7 @@ if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:
+def _blocks(group: list[tuple[Tensor, list[Tensor]]], copied: bool) -> list[_Block]:
     """The blocks of tensors that agree in dtype and device."""
     source, (average, *_) = group[0]
     staged = source.dtype != average.dtype or source.device != average.device
@@ -253,7 +287,7 @@ def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:
     for source, averages in group:
         for piece, *mine in _pieces([source, *averages], size):
             if elements >= size:
-                blocks.append(_Block([], [], [[] for _ in averages]))
+                blocks.append(_Block([], [], [[] for _ in averages], copied))
                 elements = 0
             blocks[-1].sources.append(piece)
             for column, average in zip(blocks[-1].averages, mine, strict=True):
@@ -264,11 +298,9 @@ def _blocks(group: list[tuple[Tensor, list[Tensor]]]) -> list[_Block]:
         pinned = source.is_cuda and average.device.type == "cpu"
         buffer = torch.empty(total, dtype=average.dtype, device=average.device, pin_memory=pinned)
         for block in blocks:
-            place = 0
-            for piece in block.sources:
-                part = buffer[place : place + piece.numel()].view(piece.shape)
-                block.staging.append(part)
-                place += piece.numel()
+            sizes = [piece.numel() for piece in block.sources]
+            parts = torch.split(buffer[: sum(sizes)], sizes)
+            block.staging += [p.view(s.shape) for p, s in zip(parts, block.sources, strict=True)]
     return blocks
 
 
@@ -282,52 +314,6 @@ def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[tuple[Tensor, ...]
     if not all(each.is_contiguous() for each in dense):
         return [tuple(tensors)]
     return zip(*(torch.split(each.view(-1), size) for each in dense), strict=True)
-
-
-class TensorRoles:
-    """What happens to the tensor of a name: it is averaged, copied, or ignored."""
-
-    def __init__(
-        self, copied: Collection[str], ignored: Collection[str], starts: Collection[str]
-    ) -> None:
-        for names in (copied, ignored, starts):
-            if isinstance(names, str):
-                raise TypeError(f"give a collection of names, such as {{{names!r}}}")
-        self._copied, self._ignored, self._starts = set(copied), set(ignored), tuple(starts)
-
-    def ignored(self, name: str) -> bool:
-        return name in self._ignored or name.startswith(self._starts)
-
-    def copied(self, name: str) -> bool:
-        return name in self._copied and not self.ignored(name)
-
-    def averaged(self, name: str) -> bool:
-        return name not in self._copied and not self.ignored(name)
-
-
-class NetworkUpdate:
-    """An update of averages from a network's tensors of the same names, each by its role.
-
-    `averages` has a mapping for each profile.
-    """
-
-    def __init__(
-        self,
-        live: Mapping[str, Tensor],
-        averages: Sequence[Mapping[str, Tensor]],
-        roles: TensorRoles,
-    ) -> None:
-        def update(chosen: Callable[[str], bool]) -> EmaUpdate:
-            names = [name for name in averages[0] if chosen(name)]
-            columns = [[each[name] for name in names] for each in averages]
-            return EmaUpdate([live[name] for name in names], columns)
-
-        self._averaged, self._copied = update(roles.averaged), update(roles.copied)
-
-    def __call__(self, weights: Sequence[float]) -> None:
-        """Update with one weight (1 - decay) for each profile."""
-        self._averaged(weights)
-        self._copied([1.0] * len(weights))
 
 
 def check_same_tensors(live: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:

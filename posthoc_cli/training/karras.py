@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel
 from posthoc_cli.training.averaging import (
+    EmaUpdate,
     LiveTensors,
-    NetworkUpdate,
     TensorRoles,
     accumulation_dtype,
     check_same_tensors,
@@ -91,7 +91,7 @@ class KarrasEMA(nn.Module):
         self._online = LiveTensors(model, transient=True)
         self._ema = LiveTensors(self.ema_model, transient=True)
         self._wide: dict[str, Tensor] = {}
-        self._update: NetworkUpdate | None = None
+        self._update: EmaUpdate | None = None
         self.register_buffer("_home", torch.empty(0), persistent=False)
 
     @property
@@ -183,7 +183,7 @@ class KarrasEMA(nn.Module):
             torch._foreach_copy_(narrow, list(self._wide.values()))
 
     @torch.no_grad()
-    def _bound_update(self) -> NetworkUpdate:
+    def _bound_update(self) -> EmaUpdate:
         """The update, fitted to the network: the same tensors, on devices that are allowed."""
         if any([self._online.refresh(), self._ema.refresh()]):
             self._update = None
@@ -200,7 +200,7 @@ class KarrasEMA(nn.Module):
                 self._wide[name] = kept.get(name, tensor).to(tensor.device, dtype)
             elif name in kept:  # it was narrow, and has been widened
                 tensor.copy_(kept[name])
-        self._update = NetworkUpdate(online, [self._averages()], self._roles)
+        self._update = EmaUpdate(online, [self._averages()], self._roles)
         return self._update
 
     def _check_devices(self, online: Mapping[str, Tensor]) -> None:

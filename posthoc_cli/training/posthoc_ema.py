@@ -26,8 +26,8 @@ from posthoc_cli.errors import SnapshotError, UsageError, printable
 from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
+    EmaUpdate,
     LiveTensors,
-    NetworkUpdate,
     TensorRoles,
     accumulation_dtype,
     check_same_tensors,
@@ -148,7 +148,7 @@ class PostHocEMA:
         self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
-        self._update: NetworkUpdate | None = None
+        self._update: EmaUpdate | None = None
         self._checked = False
         self._lent = False
         self._writer = SnapshotWriter()
@@ -186,7 +186,7 @@ class PostHocEMA:
         self._bound_update()([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
         self._updated = now
 
-    def _bound_update(self) -> NetworkUpdate:
+    def _bound_update(self) -> EmaUpdate:
         """The update, fitted to the network; makes averages, or checks that they still match."""
         if self._live.refresh():
             self._update = None
@@ -204,7 +204,7 @@ class PostHocEMA:
             {name: self._placed(value, live[name]) for name, value in averages.items()}
             for averages in self._averages or [live for _ in self.gammas]
         ]
-        self._update = NetworkUpdate(live, self._averages, self._roles)
+        self._update = EmaUpdate(live, self._averages, self._roles)
         return self._update
 
     def _placed(self, value: Tensor, live: Tensor) -> Tensor:
@@ -268,15 +268,8 @@ class PostHocEMA:
                 average = averages.get(self._live.alias.get(name, ""))
                 value = local(tensor) if average is None else average
                 tensors[name] = TensorToSave(value, saved_dtype(name, tensor, self.dtype), tensor)
-        return SnapshotToSave(
-            self.folder,
-            self.prefix,
-            self.run,
-            self.step,
-            self.gammas[index],
-            self.sigma_rels[index],
-            tensors,
-        )
+        profile = self.gammas[index], self.sigma_rels[index]
+        return SnapshotToSave(self.folder, self.prefix, self.run, self.step, *profile, tensors)
 
     def _check_can_save(self) -> None:
         """Refuse, before training begins, what would fail or do harm at a checkpoint hours later.

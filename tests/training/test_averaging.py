@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from posthoc_cli.training import averaging
-from posthoc_cli.training.averaging import EmaUpdate, LiveTensors
+from posthoc_cli.training.averaging import EmaUpdate, LiveTensors, TensorRoles
 from tests.training.networks import Tied
+
+
+def update_of(
+    sources: Sequence[torch.Tensor], averages: Sequence[Sequence[torch.Tensor]]
+) -> EmaUpdate:
+    """An update of averages [profiles][tensors], all of them averaged."""
+    live = {str(k): source for k, source in enumerate(sources)}
+    columns = [{str(k): average for k, average in enumerate(each)} for each in averages]
+    return EmaUpdate(live, columns, TensorRoles())
 
 
 @pytest.mark.parametrize("serial", [1 << 15, 200, 0], ids=["threads", "both", "one"])
@@ -42,14 +52,14 @@ def test_an_update_is_the_plain_formula_for_every_layout(
     ]
     before = [[each.clone() for each in column] for column in averages]
     weights = (0.25, 1e-3, 1.0)
-    EmaUpdate(sources, averages)(weights)
+    update_of(sources, averages)(weights)
     for weight, old, new in zip(weights, before, averages, strict=True):
         for source, was, now in zip(sources, old, new, strict=True):
             torch.testing.assert_close(now, was + weight * (source.to(now.dtype) - was))
 
 
 def move_once(averages: list[list[torch.Tensor]]) -> None:
-    EmaUpdate([torch.ones(10) for _ in averages[0]], averages)([0.5])
+    update_of([torch.ones(10) for _ in averages[0]], averages)([0.5])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
@@ -68,7 +78,7 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch
 
 def test_a_first_update_does_not_read_the_averages() -> None:
     averages = [[torch.full((3,), float("nan"))]]
-    EmaUpdate([torch.ones(3)], averages)([1.0])
+    update_of([torch.ones(3)], averages)([1.0])
     assert torch.equal(averages[0][0], torch.ones(3))
 
 
