@@ -375,6 +375,14 @@ CORPUS: dict[str, Callable[[], bytes]] = {
     "a module within itself": module_within_itself,
     "many marks and pops": lambda: whole(b"(1" * 50_000 + b"N"),
     "deep lists of 100,000": lambda: whole(b"](" * 100_000 + b"e" * 100_000),
+    "deep classes": lambda: whole(
+        name("torch._tensor", "_rebuild_from_type_v2")
+        + b"q\x01"
+        + name("torch", "Tensor")
+        + b"q\x020)q\x03"
+        + b"0h\x01h\x02h\x03\x87q\x03" * 20_000
+        + b"0h\x01h\x03R"
+    ),
     "deep states": lambda: whole(
         name("torch", "device") + b"q\x01N" + b"q\x020h\x01)Rh\x02b" * 50_000
     ),

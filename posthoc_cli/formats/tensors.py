@@ -177,6 +177,8 @@ def _parameter(args: tuple[Any, ...]) -> Any:
 
 def _tensor_of_class(args: tuple[Any, ...]) -> Any:
     function, kind, parts = _expected(args, Global, Global, tuple)
+    if function.make is _tensor_of_class:  # no writer nests them, and a hostile one without end
+        raise corrupt("a tensor's parts are not what they should be")
     if (kind.module, kind.name) not in _PLAIN_CLASSES:
         raise refused(f"holds a tensor of class {kind}", "save it as a plain tensor")
     return _parameter((function.call(parts),))

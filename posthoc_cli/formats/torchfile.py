@@ -166,7 +166,7 @@ def _entries(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(cast(BinaryIO, _Directory(file))) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error):
         raise corrupt("its directory is missing or broken") from None
     named = {entry.filename: entry for entry in entries}
     if len(named) != len(entries):
