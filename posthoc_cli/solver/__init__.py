@@ -3,36 +3,14 @@
 What is imported here is cheap; `blup`, `estimates` and `reach` are imported where they are needed.
 """
 
-from posthoc_cli.solver.methods import (
-    METHODS,
-    Method,
-    SolvedWeights,
-    check_method,
-    default_method,
-    methods_for,
-    solve,
-)
-from posthoc_cli.solver.profiles import (
-    MAX_SIGMA_REL,
-    Average,
-    Profile,
-    decay,
-    gamma_to_sigma_rel,
-    sigma_rel_to_gamma,
-)
-
-__all__ = [
-    "MAX_SIGMA_REL",
-    "METHODS",
-    "Average",
-    "Method",
-    "Profile",
-    "SolvedWeights",
-    "check_method",
-    "decay",
-    "default_method",
-    "gamma_to_sigma_rel",
-    "methods_for",
-    "sigma_rel_to_gamma",
-    "solve",
-]
+from posthoc_cli.solver.methods import METHODS as METHODS
+from posthoc_cli.solver.methods import SolvedWeights as SolvedWeights
+from posthoc_cli.solver.methods import check_method as check_method
+from posthoc_cli.solver.methods import default_method as default_method
+from posthoc_cli.solver.methods import methods_for as methods_for
+from posthoc_cli.solver.methods import solve as solve
+from posthoc_cli.solver.profiles import MAX_SIGMA_REL as MAX_SIGMA_REL
+from posthoc_cli.solver.profiles import Profile as Profile
+from posthoc_cli.solver.profiles import decay as decay
+from posthoc_cli.solver.profiles import gamma_to_sigma_rel as gamma_to_sigma_rel
+from posthoc_cli.solver.profiles import sigma_rel_to_gamma as sigma_rel_to_gamma

@@ -99,9 +99,6 @@ interval's length times the square of the largest share in it."""
 DEPTH = 60
 """How often an interval may be halved."""
 
-PAIRS = 2048
-"""How many pairs of snapshots are compared at a time, while what they need is in the cache."""
-
 BLOCK = 2**19
 """About how many values of shares are held at a time."""
 
@@ -206,11 +203,9 @@ def fit_trajectory(
         shares = np.ascontiguousarray(np.swapaxes(shares * np.sqrt(weights), 0, 1))
         for interval, share, late in zip(intervals, shares, after_them, strict=True):
             after[:, interval] += late
-            for at in range(0, differing[interval], PAIRS):
-                pairs = slice(at, min(at + PAIRS, differing[interval]))
-                apart = share.take(first[pairs], axis=0)
-                apart -= share.take(second[pairs], axis=0)
-                design[pairs, interval] += np.einsum("pm,pm->p", apart, apart)
+            pairs = slice(differing[interval])
+            apart = share.take(first[pairs], axis=0) - share.take(second[pairs], axis=0)
+            design[pairs, interval] += np.einsum("pm,pm->p", apart, apart)
     rates = np.full(len(edges) - 1, 0.0 if len(snapshots) > 1 else np.nan)
     if len(measured):
         rounding = (noise[first] + noise[second]) / measured
@@ -324,15 +319,12 @@ def _moments(
     """`integral of q G_i G_j` to the last step, [snapshots, snapshots and targets]."""
     every = [*snapshots, *targets]
     edges, rates = _intervals(trajectory, every, max(float(each.step) for each in every))
-    own = np.zeros((len(snapshots), len(snapshots)))
-    other = np.zeros((len(snapshots), len(targets)))
+    moments = np.zeros((len(snapshots), len(every)))
     for interval, weights, shares in _quadrature(every, edges):
         shares = shares * np.sqrt(weights * rates[interval, None])
         flat = shares.reshape(len(every), -1)
-        snapshot, target = flat[: len(snapshots)], flat[len(snapshots) :]
-        own += snapshot @ snapshot.T
-        other += snapshot @ target.T
-    return np.hstack([own, other])
+        moments += flat[: len(snapshots)] @ flat.T
+    return moments
 
 
 # Errors

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.blup import Trajectory
 
 
+Profiles = Sequence[Profile]
+
+
 @dataclass(frozen=True)
 class SolvedWeights:
     """The weights that make the targets out of the snapshots, and how good they are.
@@ -60,7 +63,7 @@ class Method:
 
     name: str
     help: str
-    weights: Callable[[Sequence[Profile], Sequence[Profile], str, Trajectory | None], Weights]
+    weights: Callable[[Profiles, Profiles, str, Trajectory | None], Weights]
     needs_values: bool = False
     takes_emas: bool = True
     takes_raw: bool = False
@@ -78,8 +81,8 @@ def default_method(raw: bool) -> str:
 
 
 def solve(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
+    snapshots: Profiles,
+    targets: Profiles,
     method: str = "edm2",
     device: str = "cpu",
     trajectory: Trajectory | None = None,
@@ -127,12 +130,7 @@ def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
 
 
 def _algorithm3(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
-    device: str,
-    trajectory: Trajectory | None,
-    *,
-    method: str,
+    method: str, snapshots: Profiles, targets: Profiles, device: str, *_: object
 ) -> Weights:
     lowest = min(profile.gamma for profile in (*snapshots, *targets))
     if lowest <= -0.5:
@@ -154,12 +152,7 @@ def _algorithm3(
     return to_numpy(weights.T), _profile_error(gram, wanted, scaled), condition_number
 
 
-def _share(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
-    device: str,
-    trajectory: Trajectory | None,
-) -> Weights:
+def _share(snapshots: Profiles, targets: Profiles, *_: object) -> Weights:
     """Checkpoint k holds `(t_k^(gamma + 1) - t_(k-1)^(gamma + 1)) / t^(gamma + 1)` of the target.
 
     The last one also holds what lies after it, so that the weights sum to one.
@@ -179,10 +172,7 @@ def _share(
 
 
 def _blup(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
-    device: str,
-    trajectory: Trajectory | None,
+    snapshots: Profiles, targets: Profiles, device: str, trajectory: Trajectory | None
 ) -> Weights:
     from posthoc_cli.solver.blup import blup_weights  # only here: the others start without it
 
@@ -196,40 +186,22 @@ def _blup(
     return weights, error, condition_number
 
 
-METHODS = {
-    each.name: each
-    for each in (
-        Method(
-            "edm2",
-            "the weights sum to one, as in the paper's code",
-            partial(_algorithm3, method="edm2"),
-        ),
-        Method(
-            "algorithm3",
-            "not rescaled, as in the paper's text",
-            partial(_algorithm3, method="algorithm3"),
-        ),
-        Method(
-            "blup",
-            "the least error to be expected, by a sample of the snapshots' values",
-            _blup,
-            needs_values=True,
-            takes_raw=True,
-        ),
-        Method(
-            "share",
-            "the share of the EMA that each checkpoint stands for",
-            _share,
-            takes_emas=False,
-            takes_raw=True,
-        ),
-    )
-}
+_BLUP = "the least error to be expected, by a sample of the snapshots' values"
+_SHARE = "the share of the EMA that each checkpoint stands for"
+_ALL = (
+    Method("edm2", "the weights sum to one, as in the paper's code", partial(_algorithm3, "edm2")),
+    Method(
+        "algorithm3", "not rescaled, as in the paper's text", partial(_algorithm3, "algorithm3")
+    ),
+    Method("blup", _BLUP, _blup, needs_values=True, takes_raw=True),
+    Method("share", _SHARE, _share, takes_emas=False, takes_raw=True),
+)
+METHODS = {each.name: each for each in _ALL}
 """All methods, by name."""
 
 
 def _inner_products(
-    snapshots: Sequence[Profile], targets: Sequence[Profile], device: str
+    snapshots: Profiles, targets: Profiles, device: str
 ) -> tuple[Array, Array, Array, Array]:
     """Cosines of the snapshots' profiles with each other and with the targets', and their norms.
 
@@ -272,7 +244,7 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
     return x, highest / lowest
 
 
-def _too_alike(snapshots: Sequence[Profile], gram: FloatArray) -> SnapshotError:
+def _too_alike(snapshots: Profiles, gram: FloatArray) -> SnapshotError:
     """The error that names the two snapshots whose profiles are nearest to each other."""
     first, second = np.unravel_index(np.argmax(gram - np.eye(len(gram))), gram.shape)
     a, b = (
