@@ -18,26 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
-from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, select
-from posthoc_cli.solver.methods import METHODS, check_method, default_method, solve
-from posthoc_cli.solver.profiles import Profile as Profile
+from posthoc_cli.snapshots import FolderContents, read_folder, select
+from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.solver import METHODS, choose_method, solve
+from posthoc_cli.solver import Profile as Profile
 from posthoc_cli.solver.targets import Target, make_targets
 
 if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.snapshots.sampling import SampleMoments
+    from posthoc_cli.solver import METHODS, SolvedWeights, choose_method, solve
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
-    from posthoc_cli.solver.methods import (
-        METHODS,
-        SolvedWeights,
-        check_method,
-        default_method,
-        solve,
-    )
     from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
+    from posthoc_cli.synthesis.outputs import Output
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.verification import Report
 
@@ -189,7 +185,7 @@ class Run:
         """
         from posthoc_cli.synthesis.accumulators import resolve_device
 
-        method = _method(method, self.raw)
+        method = choose_method(method, self.raw)
         targets = make_targets(sigma_rel, gamma)
         device = resolve_device(device)
         snapshots, step = self.until(step)
@@ -212,19 +208,6 @@ class Run:
         return Solution(
             self, snapshots, targets, step, device, solved, moments, trajectory, expected
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One target's output: a file, or an index and its `shards`; their `bytes` together.
-
-    `seconds` is how long all outputs took to be written, None where this one was there and is kept.
-    """
-
-    path: Path
-    shards: Sequence[Path]
-    bytes: int
-    seconds: float | None
 
 
 class Saved(list[Path]):
@@ -342,10 +325,9 @@ class Solution:
         when an argument doesn't fit or an output exists, SnapshotError when a snapshot changed
         meanwhile, MachineError when the disk or the device fails.
         """
-        from posthoc_cli.storage.readers import fingerprint
-        from posthoc_cli.storage.shards import existing_output
+        from posthoc_cli.storage import existing_output, fingerprint
         from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import write_outputs
+        from posthoc_cli.synthesis.outputs import Output, kept_output, write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 
@@ -358,7 +340,7 @@ class Solution:
         paths = output_paths(os.fspath(output), name, self.targets, self.step)
         kept = {path for path in paths if skip_existing and existing_output(path)}
         wanted = [at for at, path in enumerate(paths) if path not in kept]
-        outputs = {at: _kept_output(path) for at, path in enumerate(paths) if path in kept}
+        outputs = {at: kept_output(path) for at, path in enumerate(paths) if path in kept}
         if not wanted:
             return Saved([outputs[at] for at in range(len(paths))], [], "")
         make_folder(os.fspath(output))
@@ -449,24 +431,3 @@ def check_max_error(max_error: float) -> None:
     """Raise UsageError unless `max_error` is above 0 and finite."""
     if not 0 < max_error < float("inf"):
         raise UsageError("max_error=", f"{max_error:g} is out of bounds", "give, say, 0.05 for 5%")
-
-
-def _method(method: str | None, raw: bool) -> str:
-    """The method, by default the one for these snapshots; raises UsageError where none fits."""
-    if method is None:
-        return default_method(raw)
-    if method not in METHODS:
-        *names, last = METHODS
-        remedy = f"choose {', '.join(names)} or {last}"
-        raise UsageError("method=", f"'{method}' is not known", remedy)
-    check_method(method, raw, raw)
-    return method
-
-
-def _kept_output(path: Path) -> Output:
-    """An output that is there already: its file or index, its shards, their bytes."""
-    from posthoc_cli.storage.shards import existing_output, shard_names
-
-    main = existing_output(path)[0]
-    shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
-    return Output(main, shards, sum(each.stat().st_size for each in (main, *shards)), None)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver import Profile
 from posthoc_cli.storage.disk import write_errors
 
 FloatArray = npt.NDArray[np.float64]

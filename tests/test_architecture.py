@@ -174,13 +174,11 @@ def test_few_modules_lie_flat() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_FLAT
 
 
-@pytest.mark.xfail(strict=True, reason="four modules are still longer")
 def test_no_module_is_long() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
     assert {str(path): many for path, many in lines.items() if many > MOST_LINES} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="most packages have an empty __init__")
 def test_each_package_says_what_it_is() -> None:
     for folder in {path.parent for path in SOURCES}:
         face = folder / "__init__.py"
@@ -201,7 +199,6 @@ def test_tests_mirror_the_packages() -> None:
 # Imports
 
 
-@pytest.mark.xfail(strict=True, reason="storage and snapshots still import a recipe's reading")
 def test_imports_run_one_way() -> None:
     wrong = set()
     for module in modules().values():

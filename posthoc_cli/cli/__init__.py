@@ -10,6 +10,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ def main() -> int:
     try:
         _clean_up_when_terminated()
         _allow_many_files()
+        _collect_seldom()
         # Imported here so that even Ctrl-C during the imports comes to the handler below.
         from posthoc_cli.cli.app import run
 
@@ -130,6 +132,12 @@ def _clean_up_when_terminated() -> None:
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, leave)
     sys.unraisablehook = _interrupt_again
+
+
+def _collect_seldom() -> None:
+    """Collect garbage seldom: among the tensors of a large header it takes as long as all else."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 def _allow_many_files() -> None:

@@ -146,7 +146,7 @@ def convert(
     options.check_choice("--from", kind, _kinds())
     options.check_choice("--dtype", dtype, _dtypes())
 
-    from posthoc_cli.snapshots.names import compile_pattern
+    from posthoc_cli.snapshots import compile_pattern
     from posthoc_cli.synthesis.conversion import explanations
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 

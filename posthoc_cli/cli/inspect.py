@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from posthoc_cli.api import Run
     from posthoc_cli.snapshots.folder import Snapshot
-    from posthoc_cli.storage.header import TensorIndex
+    from posthoc_cli.storage import TensorIndex
 
 
 def inspect(
@@ -68,7 +68,7 @@ def inspect(
       posthoc inspect ema-0.07.safetensors
     """
     if os.path.isfile(folder):
-        from posthoc_cli.storage.shards import index_of_shard
+        from posthoc_cli.storage import index_of_shard
 
         path = Path(folder)
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
@@ -281,8 +281,8 @@ class Recipe:
 
 def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
+    from posthoc_cli.storage import open_tensors
     from posthoc_cli.storage.metadata import read_recipe
-    from posthoc_cli.storage.shards import open_tensors
 
     layout = open_tensors(path)
     document = read_recipe(layout.metadata)

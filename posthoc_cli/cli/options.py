@@ -27,7 +27,7 @@ _TARGETS = "Targets"
 
 
 def _methods() -> list[str]:
-    from posthoc_cli.solver.methods import METHODS
+    from posthoc_cli.solver import METHODS
 
     return list(METHODS)
 

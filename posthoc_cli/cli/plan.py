@@ -95,8 +95,7 @@ def plan(
 
 
 def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
-    from posthoc_cli.snapshots.identity import MIN_SIGMA_REL
-    from posthoc_cli.solver.profiles import MAX_SIGMA_REL
+    from posthoc_cli.solver import MAX_SIGMA_REL, MIN_SIGMA_REL
 
     values = options.read_list("--profiles", profiles or ["0.05,0.10"])
     widths = tuple(sorted({float(value) for value in values}))

@@ -21,7 +21,8 @@ from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.api import Output, Saved, Solution
+    from posthoc_cli.api import Saved, Solution
+    from posthoc_cli.synthesis.outputs import Output
 
 _OUTPUT = "Output"
 

@@ -7,8 +7,6 @@ values) and `diagnosis` (the error to expect), which take longer to import.
 from posthoc_cli.snapshots.folder import FolderContents as FolderContents
 from posthoc_cli.snapshots.folder import read_folder as read_folder
 from posthoc_cli.snapshots.folder import select as select
-from posthoc_cli.snapshots.identity import MAX_GAMMA as MAX_GAMMA
-from posthoc_cli.snapshots.identity import MIN_SIGMA_REL as MIN_SIGMA_REL
 from posthoc_cli.snapshots.identity import Identity as Identity
 from posthoc_cli.snapshots.identity import check_profiles as check_profiles
 from posthoc_cli.snapshots.identity import identify as identify

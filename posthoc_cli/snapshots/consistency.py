@@ -13,7 +13,7 @@ from itertools import pairwise
 from posthoc_cli.snapshots.lora import different_alphas
 from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.storage.header import TensorInfo
+from posthoc_cli.storage import TensorInfo
 
 
 def inconsistencies(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:

@@ -24,9 +24,8 @@ from posthoc_cli.snapshots.listing import choose, list_candidates, title
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
-from posthoc_cli.storage.header import Cache, TensorIndex
+from posthoc_cli.storage import Cache, TensorIndex, open_tensors
 from posthoc_cli.storage.metadata import read_recipe
-from posthoc_cli.storage.shards import open_tensors
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
 from posthoc_cli.snapshots.names import Pattern, Reading, read_counts, read_name, read_number
-from posthoc_cli.solver.profiles import MAX_SIGMA_REL, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.solver import (
+    MAX_GAMMA,
+    MAX_SIGMA_REL,
+    MIN_SIGMA_REL,
+    gamma_to_sigma_rel,
+    sigma_rel_to_gamma,
+)
 from posthoc_cli.storage.metadata import CONVERTED, COUNTS, GAMMA, SIGMA_REL, STEP
 
 MAX_STEP = 2**53
@@ -21,10 +27,6 @@ MAX_STEP = 2**53
 
 UNITS = ("step", "epoch", "number")
 """What steps are counted in, the most reliable first; a name's bare number may be of either."""
-
-MAX_GAMMA = 1e12
-MIN_SIGMA_REL = 1 / MAX_GAMMA
-"""Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
 
 
 class Identity(NamedTuple):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.snapshots.names import Pattern
+from posthoc_cli.storage import ENDING, shard_names
 from posthoc_cli.storage.disk import list_folder
-from posthoc_cli.storage.shards import ENDING, find_network, is_index, shard_names
+from posthoc_cli.storage.shards import find_network, is_index
 
 _OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
-from posthoc_cli.storage.header import TensorInfo
-from posthoc_cli.storage.readers import Reader
 
 _FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
 """What follows a module's name in those of its factors, by all trainers that store an alpha."""

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.solver.profiles import gamma_to_sigma_rel
+from posthoc_cli.solver import gamma_to_sigma_rel
 
 # [0-9] throughout: \d, int() and float() also take the digits of other scripts.
 _WHOLE = "[0-9]+"

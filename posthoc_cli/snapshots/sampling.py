@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, FloatArray, bytes_of, decode, rounding_variances
-from posthoc_cli.storage.header import TensorInfo
-from posthoc_cli.storage.readers import Reader
 
 if TYPE_CHECKING:
     from posthoc_cli.solver.blup import Trajectory

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from posthoc_cli.solver.profiles import Profile
-from posthoc_cli.storage.header import TensorIndex, TensorInfo
+from posthoc_cli.solver import Profile
+from posthoc_cli.storage import TensorIndex, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,13 @@ What is imported here is cheap; `blup`, `estimates` and `reach` are imported whe
 
 from posthoc_cli.solver.methods import METHODS as METHODS
 from posthoc_cli.solver.methods import SolvedWeights as SolvedWeights
-from posthoc_cli.solver.methods import check_method as check_method
+from posthoc_cli.solver.methods import choose_method as choose_method
 from posthoc_cli.solver.methods import default_method as default_method
 from posthoc_cli.solver.methods import methods_for as methods_for
 from posthoc_cli.solver.methods import solve as solve
+from posthoc_cli.solver.profiles import MAX_GAMMA as MAX_GAMMA
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL as MAX_SIGMA_REL
+from posthoc_cli.solver.profiles import MIN_SIGMA_REL as MIN_SIGMA_REL
 from posthoc_cli.solver.profiles import Profile as Profile
 from posthoc_cli.solver.profiles import decay as decay
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel as gamma_to_sigma_rel

@@ -56,7 +56,7 @@ Weights = tuple[FloatArray, FloatArray, float]
 class Method:
     """A way to find weights.
 
-    `help` is what `--help` says of it. `weights(snapshots, targets, device, trajectory)` finds
+    `help` says in a line what they are. `weights(snapshots, targets, device, trajectory)` finds
     them, from the profiles alone or, with `needs_values`, also from the trajectory that was fitted
     to the snapshots' values. `takes_emas` and `takes_raw` say which snapshots it can weigh.
     """
@@ -116,6 +116,18 @@ def solve(
         profile_error=profile_error,
         condition_number=condition,
     )
+
+
+def choose_method(method: str | None, raw: bool) -> str:
+    """The method, by default the one for these snapshots; raises UsageError where none fits."""
+    if method is None:
+        return default_method(raw)
+    if method not in METHODS:
+        *names, last = METHODS
+        remedy = f"choose {', '.join(names)} or {last}"
+        raise UsageError("method=", f"'{method}' is not known", remedy)
+    check_method(method, raw, raw)
+    return method
 
 
 def check_method(method: str, some_raw: bool, all_raw: bool) -> None:

@@ -19,6 +19,10 @@ from posthoc_cli.solver.arrays import Array, FloatArray, namespace
 MAX_SIGMA_REL = 12**-0.5
 """The width of the uniform average (gamma = 0); a positive gamma is always narrower."""
 
+MAX_GAMMA = 1e12
+MIN_SIGMA_REL = 1 / MAX_GAMMA
+"""Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
+
 
 class Average(Protocol):
     """Any kind of average of the network: what blup.py has to know of it."""

@@ -9,15 +9,13 @@ import numpy as np
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.profiles import (
+    MAX_GAMMA,
     MAX_SIGMA_REL,
+    MIN_SIGMA_REL,
     Profile,
     gamma_to_sigma_rel,
     sigma_rel_to_gamma,
 )
-
-MAX_GAMMA = 1e12
-MIN_SIGMA_REL = 1 / MAX_GAMMA
-"""Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
 
 
 @dataclass(frozen=True, slots=True)

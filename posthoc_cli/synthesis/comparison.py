@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.snapshots.sampling import GOLDEN
+from posthoc_cli.storage import Reader, TensorIndex
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
-from posthoc_cli.storage.header import TensorIndex
-from posthoc_cli.storage.readers import Reader
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Results
 from posthoc_cli.synthesis.kernels import STRIDE

@@ -23,15 +23,13 @@ from posthoc_cli.formats import (
     read_checkpoint,
     stated_profile,
 )
-from posthoc_cli.snapshots.identity import Identity, identify
-from posthoc_cli.snapshots.names import read_name
-from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.snapshots import Identity, identify, read_name
+from posthoc_cli.solver import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.storage import ENDING, make_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES
-from posthoc_cli.storage.header import make_header
 from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
-from posthoc_cli.storage.shards import ENDING
 from posthoc_cli.synthesis.conversion_jobs import Converted, Job, Options, options_used
 from posthoc_cli.synthesis.gathering import Progress, write_tensors
 

@@ -12,13 +12,10 @@ from typing import Any
 
 from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS
-from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
-from posthoc_cli.snapshots.listing import choose_by_globs
-from posthoc_cli.snapshots.names import Pattern
+from posthoc_cli.snapshots import Identity, Pattern, check_profiles, choose_by_globs, identify
+from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.disk import file_status, list_folder
-from posthoc_cli.storage.header import TensorIndex, read_header
 from posthoc_cli.storage.metadata import CONVERTED, STEP
-from posthoc_cli.storage.shards import ENDING
 
 ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 """Of the files in a folder that count, in capitals too."""

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 
+from posthoc_cli.storage import Reader
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
-from posthoc_cli.storage.readers import Reader, can_open
+from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
     Accumulator,

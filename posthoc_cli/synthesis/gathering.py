@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.formats import Checkpoint, StoredTensor
+from posthoc_cli.storage import InputFile, TensorInfo
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.dtypes import DTYPES
-from posthoc_cli.storage.header import TensorInfo
-from posthoc_cli.storage.readers import InputFile
 from posthoc_cli.storage.workers import background_flush, run_workers
 
 COPY_BYTES = 16 << 20

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from posthoc_cli.errors import SnapshotError, printable
+from posthoc_cli.storage import make_header
 from posthoc_cli.storage.dtypes import DTYPES
-from posthoc_cli.storage.header import make_header
 from posthoc_cli.synthesis.engine import Part, Results
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 

@@ -11,23 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.storage.atomic import AtomicFile, commit_together
-from posthoc_cli.storage.header import Part as FilePart
-from posthoc_cli.storage.header import TensorIndex, make_header, spans
-from posthoc_cli.storage.metadata import FORMAT, RECIPE, carried_over
-from posthoc_cli.storage.shards import (
+from posthoc_cli.storage import Part as FilePart
+from posthoc_cli.storage import (
+    TensorIndex,
+    existing_output,
     index_path,
     made_by_posthoc,
+    make_header,
     make_index,
     replaced_files,
+    shard_names,
     shard_paths,
+    spans,
     split,
 )
+from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage.metadata import FORMAT, RECIPE, carried_over
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Progress, Results
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One target's output: a file, or an index and its `shards`; their `bytes` together.
+
+    `seconds` is how long all outputs took to be written, None where this one was there and is kept.
+    """
+
+    path: Path
+    shards: Sequence[Path]
+    bytes: int
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +206,10 @@ def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Sequence[Path]) -> N
                 "lies among the snapshots, and posthoc didn't make it",
                 "choose another output",
             )
+
+
+def kept_output(path: Path) -> Output:
+    """An output that is there already: its file or index, its shards, their bytes."""
+    main = existing_output(path)[0]
+    shards = [] if main == path else [path.with_name(name) for name in sorted(shard_names(main))]
+    return Output(main, shards, sum(each.stat().st_size for each in (main, *shards)), None)

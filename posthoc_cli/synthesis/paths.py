@@ -10,8 +10,7 @@ from string import Formatter
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.targets import Target
-from posthoc_cli.storage import disk
-from posthoc_cli.storage.shards import ENDING
+from posthoc_cli.storage import ENDING, disk
 
 _FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
 

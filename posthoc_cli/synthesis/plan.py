@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError, printable
+from posthoc_cli.storage import TensorIndex, TensorInfo, make_header
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, OUTPUT_DTYPES, UNAVERAGEABLE
-from posthoc_cli.storage.header import TensorIndex, TensorInfo, make_header
 
 
 @dataclass(frozen=True, slots=True)

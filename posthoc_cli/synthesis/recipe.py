@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from posthoc_cli._version import __version__
-from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.solver.targets import Target
 
 

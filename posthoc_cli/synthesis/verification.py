@@ -11,11 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.storage import (
+    Cache,
+    TensorIndex,
+    TensorInfo,
+    fingerprint,
+    index_path,
+    open_tensors,
+)
 from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, UNAVERAGEABLE
-from posthoc_cli.storage.header import Cache, TensorIndex, TensorInfo
 from posthoc_cli.storage.metadata import read_recipe
-from posthoc_cli.storage.readers import fingerprint
-from posthoc_cli.storage.shards import index_path, open_tensors
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
 from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients

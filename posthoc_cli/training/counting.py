@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from operator import index
 
-from posthoc_cli.snapshots.identity import MAX_GAMMA
-from posthoc_cli.snapshots.names import SAME_WIDTH
-from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.snapshots import SAME_WIDTH
+from posthoc_cli.solver import MAX_GAMMA, gamma_to_sigma_rel, sigma_rel_to_gamma
 
 
 def check_counts(**counts: int | None) -> None:

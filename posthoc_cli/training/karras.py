@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel
+from posthoc_cli.solver import decay, gamma_to_sigma_rel
 from posthoc_cli.training.averaging import (
     EmaUpdate,
     LiveTensors,

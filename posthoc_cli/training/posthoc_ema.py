@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli.errors import SnapshotError, UsageError, printable
-from posthoc_cli.solver.profiles import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.solver import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
     EmaUpdate,

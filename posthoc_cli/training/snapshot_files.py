@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.errors import MachineError, PosthocError
-from posthoc_cli.snapshots.names import SAME_WIDTH
+from posthoc_cli.snapshots import SAME_WIDTH
+from posthoc_cli.storage import ENDING, make_header, read_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import remove_file
 from posthoc_cli.storage.dtypes import BY_NAME
-from posthoc_cli.storage.header import make_header, read_header
 from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
-from posthoc_cli.storage.shards import ENDING
 from posthoc_cli.training.averaging import gather, is_sharded
 
 

@@ -279,7 +279,7 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_signals_unwind(tmp_path: Path, number: str) -> None:
     code = (
-        "import sys, time, posthoc_cli.snapshots.folder as s; from posthoc_cli.cli import main\n"
+        "import sys, time, posthoc_cli.api as s; from posthoc_cli.cli import main\n"
         "def read_folder(*a, **k):\n"
         "    try: print('ready', flush=True); time.sleep(60)\n"
         "    finally: print('unwound', flush=True)\n"
