@@ -22,6 +22,7 @@ from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver import METHODS, choose_method, solve
 from posthoc_cli.solver import Profile as Profile
+from posthoc_cli.solver.arrays import resolve_device
 from posthoc_cli.solver.targets import Target, make_targets
 
 if TYPE_CHECKING:
@@ -183,8 +184,6 @@ class Run:
         Raises UsageError for arguments out of bounds, SnapshotError for the first of the
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
         """
-        from posthoc_cli.synthesis.accumulators import resolve_device
-
         method = choose_method(method, self.raw)
         targets = make_targets(sigma_rel, gamma)
         device = resolve_device(device)

@@ -9,14 +9,13 @@ snapshots' order: it depends neither on the chunk nor on the group that it falls
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import MachineError, UsageError
+from posthoc_cli.errors import MachineError
 from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode, float8_values
 from posthoc_cli.synthesis import kernels
 
@@ -177,30 +176,6 @@ class TorchAccumulator:
 
     def _on_stream(self) -> Any:
         return self._torch.cuda.stream(self._stream)  # does nothing when the stream is None
-
-
-def resolve_device(device: str) -> str:
-    """The device to compute on: "cpu", or what torch calls a CUDA device; "auto" takes either.
-
-    torch is only imported to look for another than the CPU. Raises UsageError for a word that is
-    no device, MachineError for one that isn't there.
-    """
-    if device == "cpu":
-        return device
-    if not re.fullmatch(r"auto|cuda(:[0-9]{1,3})?", device):
-        raise UsageError("device=", f"'{device}' is not known", "choose cpu, cuda, cuda:1 or auto")
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    subject = f"device='{device}'"
-    if not torch.cuda.is_available():
-        remedy = "use device='cpu', or install a torch that supports your GPU"
-        raise MachineError(subject, "torch finds no CUDA device here", remedy)
-    found = torch.cuda.device_count()
-    if int(device.partition(":")[2] or 0) >= found:
-        raise MachineError(subject, f"not there: {found} found", f"give cuda:0 to cuda:{found - 1}")
-    return device
 
 
 @contextlib.contextmanager
