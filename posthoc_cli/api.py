@@ -51,6 +51,8 @@ def open_snapshots(
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
     only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
 ) -> Run:
@@ -61,6 +63,8 @@ def open_snapshots(
         pattern: a file-name pattern, such as "run7_{step}_{sigma_rel}.safetensors".
         profiles: the sigma_rel values that `{index}` counts, from index 0 on.
         only: globs for the names of the files to use; no other is opened.
+        exclude: globs for those to leave out.
+        run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
 
@@ -73,6 +77,8 @@ def open_snapshots(
         pattern=pattern,
         profiles=profiles,
         only=only,
+        exclude=exclude,
+        run=run,
         raw=raw,
         skip_incomplete=skip_incomplete,
     )
@@ -107,8 +113,8 @@ class Run:
         return self.contents.skipped
 
     @property
-    def warnings(self) -> list[str]:
-        """What is odd, but stops nothing."""
+    def warnings(self) -> list[tuple[str, str]]:
+        """What is odd, but stops nothing: file (or ""), and what it is."""
         return self.contents.warnings
 
     def until(self, step: int | None = None) -> tuple[list[Snapshot], int]:

@@ -84,6 +84,19 @@ def warn(messages: Sequence[str], quiet: bool) -> None:
         note(f"warning: {counted(more, 'more warning')} such as these", quiet)
 
 
+def warning_lines(warnings: Sequence[tuple[str, str]]) -> list[str]:
+    """Warnings as lines: `file: what is odd`."""
+    return [f"{file}: {text}" if file else text for file, text in warnings]
+
+
+def describe_warnings(warnings: Sequence[tuple[str, str]]) -> list[dict[str, str | None]]:
+    """Warnings as JSON has them; one that is about no single file has null in its place."""
+    return [
+        {"file": printable(file) or None, "message": printable(spelled(text))}
+        for file, text in warnings
+    ]
+
+
 def in_short(count: float) -> str:
     """A large number for people: `268.4M`."""
     power, units = 0, ("", "k", "M", "G", "T", "P")

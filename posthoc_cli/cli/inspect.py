@@ -15,12 +15,14 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
+    describe_warnings,
     in_short,
     plain_table,
     print_json,
     print_table,
     stdout_console,
     warn,
+    warning_lines,
 )
 from posthoc_cli.cli.drawing import Row, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
@@ -46,6 +48,8 @@ def inspect(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    exclude: options.ExcludeOption = None,
+    run: options.RunOption = None,
     raw: options.RawOption = False,
     skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
@@ -73,11 +77,12 @@ def inspect(
         path = Path(folder)
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         itself = [*(only or ()), glob.escape(path.name)]
-        run = options.open_folder(
-            str(path.parent), options.Reading(pattern, profiles, itself, raw, skip_incomplete)
+        opened = options.open_folder(
+            str(path.parent),
+            options.Reading(pattern, profiles, itself, exclude, run, raw, skip_incomplete),
         )
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
-        layout, recipe = (None, None) if run.snapshots else _read_recipe(path)
+        layout, recipe = (None, None) if opened.snapshots else _read_recipe(path)
         if layout is not None and recipe is not None:
             if as_json:
                 print_json(_describe_output(path, recipe))
@@ -85,20 +90,20 @@ def inspect(
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
     else:
-        reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
-        run = options.open_folder(folder, reading)
-    warn(run.warnings, quiet)
+        reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+        opened = options.open_folder(folder, reading)
+    warn(warning_lines(opened.warnings), quiet)
     if as_json:
-        document = describe(run)
+        document = describe(opened)
         if os.path.isfile(folder):
             document["recipe"] = None
         print_json(document)
     else:
-        _draw(stdout_console(), run)
-    if run.problems:
+        _draw(stdout_console(), opened)
+    if opened.problems:
         raise SnapshotError(
             folder,
-            counted(len(run.problems), "problem") + " found",
+            counted(len(opened.problems), "problem") + " found",
             "the list of problems says what to do about each",
         )
 
@@ -123,6 +128,7 @@ def describe(run: Run) -> dict[str, Any]:
         ],
         "skipped": [{"file": file, "reason": reason} for file, reason in run.skipped],
         "problems": [{"file": file, "message": spelled(text)} for file, text in run.problems],
+        "warnings": describe_warnings(run.warnings),
     }
 
 
@@ -318,6 +324,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
         "snapshots": [],
         "skipped": [{"file": path.name, "reason": "made by posthoc: it carries a recipe"}],
         "problems": [],
+        "warnings": [],
         "recipe": recipe.document,
     }
 

@@ -61,6 +61,23 @@ OnlyOption = Annotated[
         help="Use only the files whose names fit; repeat it to add more.",
     ),
 ]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        rich_help_panel=_READING,
+        help="Leave out the files whose names fit; repeat it to add more.",
+    ),
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        rich_help_panel=_READING,
+        show_default=False,
+        help="Of several training runs in the folder, the one to use.",
+    ),
+]
 RawOption = Annotated[
     bool,
     typer.Option(
@@ -241,6 +258,8 @@ class Reading:
     pattern: str | None = None
     profiles: Sequence[str] | None = None
     only: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    run: str | None = None
     raw: bool = False
     skip_incomplete: bool = False
 
@@ -256,6 +275,8 @@ def open_folder(folder: str, reading: Reading) -> Run:
         pattern=reading.pattern,
         profiles=read_numbers("--profiles", reading.profiles) if reading.profiles else None,
         only=reading.only or (),
+        exclude=reading.exclude or (),
+        run=reading.run,
         raw=reading.raw,
         skip_incomplete=reading.skip_incomplete,
     )

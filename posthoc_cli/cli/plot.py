@@ -50,6 +50,8 @@ def plot(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    exclude: options.ExcludeOption = None,
+    run: options.RunOption = None,
     raw: options.RawOption = False,
     skip_incomplete: options.SkipIncompleteOption = False,
     quiet: options.QuietOption = False,
@@ -81,10 +83,10 @@ def plot(
     }
     if (count := sum(map(len, targets.values()))) > MOST:
         raise UsageError("--sigma-rel", f"{count} targets", f"give up to {MOST} a figure")
-    run = open_and_warn(
-        folder, options.Reading(pattern, profiles, only, raw, skip_incomplete), quiet
+    opened = open_and_warn(
+        folder, options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete), quiet
     )
-    solution = run.solve(step=step, method=method, sample=True, **targets)
+    solution = opened.solve(step=step, method=method, sample=True, **targets)
     warn_of_sample(solution, quiet)
     estimates = solution.estimate_methods()
     weights = {each.method: each.solved.weights for each in estimates if each.solved is not None}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import counted, note, warn
+from posthoc_cli.cli.console import counted, describe_warnings, note, warn, warning_lines
 from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
@@ -31,16 +31,21 @@ def open_and_warn(folder: str, reading: options.Reading, quiet: bool) -> Run:
     for file, reason in run.skipped:
         if reason.startswith("incomplete"):
             note(f"{file}: left out: {reason}", quiet)
-    warn(run.warnings, quiet)
+    warn(warning_lines(run.warnings), quiet)
     return run
 
 
 def warn_of_sample(solution: Solution, quiet: bool) -> None:
     """Warn of sampled values that are not finite."""
+    warn(warning_lines(_of_sample(solution)), quiet)
+
+
+def _of_sample(solution: Solution) -> list[tuple[str, str]]:
     moments = solution.moments
-    if moments is not None and moments.broken:
-        share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
-        warn([f"{share} are NaN or infinite in some snapshot, and left out"], quiet)
+    if moments is None or not moments.broken:
+        return []
+    share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
+    return [("", f"{share} are NaN or infinite in some snapshot, and left out")]
 
 
 def note_large_errors(solution: Solution, quiet: bool) -> None:
@@ -130,6 +135,7 @@ def describe(folder: str, solution: Solution) -> dict[str, Any]:
         "method": solved.method,
         "device": solution.device,
         "condition_number": solved.condition_number,
+        "warnings": describe_warnings([*solution.run.warnings, *_of_sample(solution)]),
         "targets": [
             {
                 "sigma_rel": target.sigma_rel,

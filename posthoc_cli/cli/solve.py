@@ -46,6 +46,8 @@ def solve(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    exclude: options.ExcludeOption = None,
+    run: options.RunOption = None,
     raw: options.RawOption = False,
     skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
@@ -89,7 +91,7 @@ def solve(
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
     if diagnose and as_csv:
         raise UsageError("--csv", "doesn't go with --diagnose", "use --json, which has all")
-    reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
+    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
     solution = open_and_warn(folder, reading, quiet).solve(
         sigma_rel=options.read_numbers("--sigma-rel", sigma_rel),
         gamma=options.read_numbers("--gamma", gamma),

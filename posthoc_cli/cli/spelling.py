@@ -11,8 +11,19 @@ import re
 from posthoc_cli.errors import PosthocError
 
 _SAME = (
-    *("copy", "device", "drop", "dtype", "force", "gamma", "key", "max_error", "max_shard_size"),
-    *("method", "only", "pattern", "profiles", "raw", "sigma_rel", "skip_existing"),
+    *(
+        "copy",
+        "device",
+        "drop",
+        "dtype",
+        "exclude",
+        "force",
+        "gamma",
+        "key",
+        "max_error",
+        "max_shard_size",
+    ),
+    *("method", "only", "pattern", "profiles", "raw", "run", "sigma_rel", "skip_existing"),
     *("skip_incomplete", "step", "strict", "update_every"),
 )
 OPTIONS = {"output": "-o", "tool": "--from"} | {

@@ -118,6 +118,8 @@ def synthesize(
     pattern: options.PatternOption = None,
     profiles: options.ProfilesOption = None,
     only: options.OnlyOption = None,
+    exclude: options.ExcludeOption = None,
+    run: options.RunOption = None,
     raw: options.RawOption = False,
     skip_incomplete: options.SkipIncompleteOption = False,
     as_json: options.JsonOption = False,
@@ -150,12 +152,12 @@ def synthesize(
         "gamma": options.read_numbers("--gamma", gamma),
     }
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = options.Reading(pattern, profiles, only, raw, skip_incomplete)
-    run = open_and_warn(folder, reading, quiet)
+    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+    opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
-    run.paths(output, step=step, **targets)
-    plan = run.plan(step, **made)
-    solution = run.solve(
+    opened.paths(output, step=step, **targets)
+    plan = opened.plan(step, **made)
+    solution = opened.solve(
         step=step,
         method=method,
         device=device,

@@ -35,14 +35,15 @@ class FolderContents:
     """What a folder holds. File names are as they are; all messages can go to a terminal.
 
     `snapshots` are those with a step and a profile, by step, sigma_rel and file name; with
-    `problems`, that is not yet a set that can be summed: `usable` says so.
+    `problems`, that is not yet a set that can be summed: `usable` says so. A warning that is about
+    no single file has "" in its place.
     """
 
     folder: Path
     snapshots: list[Snapshot] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
 
     def usable(self) -> list[Snapshot]:
         """The snapshots; raises SnapshotError if anything is wrong with any of them."""
@@ -69,6 +70,8 @@ def read_folder(
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
     only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
 ) -> FolderContents:
@@ -78,6 +81,8 @@ def read_folder(
         pattern: a file-name pattern, as `compile_pattern` takes it.
         profiles: the sigma_rel values by index, for names that have an index.
         only: globs for the names of the files to use: no other is opened.
+        exclude: globs for those to leave out.
+        run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
 
@@ -94,7 +99,7 @@ def read_folder(
     contents = FolderContents(folder, skipped=left_out)
     # With a pattern that has no {index}, profiles= has been refused.
     if widths and compiled is None and not any(_has_index(name) for name in names):
-        contents.warnings.append("profiles= isn't used: no file name has an index")
+        contents.warnings.append(("", "profiles= isn't used: no file name has an index"))
     headers: Cache = {}
     opened: dict[str, TensorIndex] = {}
     counts: dict[str, StepCounts] = {}
@@ -123,7 +128,7 @@ def read_folder(
         if id(index.tensors) not in shared:
             shared[id(index.tensors)] = Contents.of(index.tensors)
         contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
-        contents.warnings += [printable(f"{name}: {warning}") for warning in warnings]
+        contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     for name, message in inconsistencies(contents.snapshots):
         contents.problems.append((name, brief(printable(message))))

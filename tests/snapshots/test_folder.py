@@ -111,8 +111,9 @@ def test_pattern_and_profiles(tmp_path: Path) -> None:
         (500, 0.05, "pattern"),
         (500, 0.1, "pattern"),
     ]
-    (warning,) = inventory.warnings
-    assert warning.startswith(f"r1 at 500{END}: its name says step 500, sigma_rel 0.1, ")
+    ((file, warning),) = inventory.warnings
+    assert file == f"r1 at 500{END}"
+    assert warning.startswith("its name says step 500, sigma_rel 0.1, ")
 
 
 def test_ema_pytorch_files_with_profiles(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_ema_pytorch_files_with_profiles(tmp_path: Path) -> None:
 def test_profiles_that_no_name_calls_for_are_noticed(tmp_path: Path) -> None:
     save_run(tmp_path, steps=1)
     assert read_folder(tmp_path, profiles=[0.05]).warnings == [
-        "profiles= isn't used: no file name has an index"
+        ("", "profiles= isn't used: no file name has an index")
     ]
 
 
@@ -301,8 +302,8 @@ def test_warnings_are_made_printable(tmp_path: Path) -> None:
     save(tmp_path / f"plain{END}").rename(tmp_path / f"\x1b[31m\n_100_6.94{END}")
     assert read_folder(tmp_path).warnings == []
     save(tmp_path / f"plain{END}", {"step": "200"}).rename(tmp_path / f"\x1b[31m\n_100_6.94{END}")
-    (warning,) = read_folder(tmp_path).warnings
-    assert warning.startswith(f"\\x1b[31m\\n_100_6.94{END}: its name says step 100, gamma 6.94, ")
+    ((_, warning),) = read_folder(tmp_path).warnings
+    assert warning.startswith("its name says step 100, gamma 6.94, ")
     assert warning.isprintable()
 
 
