@@ -1,8 +1,7 @@
 """What the JSON of a safetensors header says: parsed, and checked as the safetensors library does.
 
 The library itself maps a file into memory to check it, which some network file systems refuse; so
-all it asks of a header is asked here, of bytes that were read. Beyond it, a name may stand once
-only: of a tensor or a key that is there twice, nobody could say which one is meant.
+all that it asks of a header is asked here, of bytes that were read. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ _DEPTH = 127
 """The most objects and lists inside each other."""
 
 _METADATA = "__metadata__"
+_FIELDS = ("dtype", "shape", "data_offsets")
 _SPACE = " \t\r\n"
 _BITS = {code: dtype.bits for code, dtype in DTYPES.items()}
 
@@ -52,38 +52,29 @@ def split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
     Snapshots of one run differ in their metadata only; every writer puts it first, so what follows
     it can be compared between files without being parsed. Raises Malformed.
     """
-    try:
-        text = header.decode()
-        if opening := re.match(rf'[{_SPACE}]*\{{[{_SPACE}]*"{_METADATA}"[{_SPACE}]*:[{_SPACE}]*', text):
-            found, end = _decoder(text).raw_decode(text, opening.end())
-            rest = text[end:].strip(_SPACE)
-            following = rest[1:].lstrip(_SPACE)
-            if rest[:1] == "," and following[:1] == '"':
-                rest = "{" + following
-            elif rest == "}":
-                rest = "{}"
-            else:
-                raise Malformed("no JSON: the metadata is followed by neither a comma nor a brace")
-        elif _METADATA not in text and "\\u" not in text:
-            return {}, header.strip(_SPACE.encode())
+    text = _decoded(header)
+    opening = re.match(rf'[{_SPACE}]*\{{[{_SPACE}]*"{_METADATA}"[{_SPACE}]*:[{_SPACE}]*', text)
+    if opening:
+        found, end = _parsed(text, opening.end())
+        rest = text[end:].strip(_SPACE)
+        following = rest[1:].lstrip(_SPACE)
+        if rest[:1] == "," and following[:1] == '"':
+            rest = "{" + following
+        elif rest == "}":
+            rest = "{}"
         else:
-            document = _decoder(text).decode(text)
-            if not isinstance(document, dict):
-                raise Malformed("its header is no JSON object")
-            found = document.pop(_METADATA, None)
-            rest = json.dumps(document, separators=(",", ":"))
-        _check_metadata(found)
-        if "\\u" in text:
-            json.dumps(found, ensure_ascii=False).encode()  # halves of pairs can't be encoded
-    except UnicodeError:
-        raise Malformed("its header is not UTF-8") from None
-    except RecursionError:
-        raise Malformed("its header is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise _no_json(error) from None
-    except ValueError as error:
-        raise error if isinstance(error, Malformed) else Malformed(_number_problem()) from None
-    return found or {}, rest.encode()
+            raise Malformed("no JSON: the metadata is followed by neither a comma nor a brace")
+    elif _METADATA not in text and "\\u" not in text:
+        return {}, header.strip(_SPACE.encode())
+    else:
+        document, _ = _parsed(text)
+        if not isinstance(document, dict):
+            raise Malformed("its header is no JSON object")
+        _check_doubled(document)
+        found = document.pop(_METADATA, None)
+        entries = {name: dict(entry) for name, entry in _check_entries(document).items()}
+        rest = json.dumps(entries, ensure_ascii=False, separators=(",", ":"))
+    return _metadata(found), rest.encode()
 
 
 def parse_tensors(rest: bytes) -> dict[str, TensorInfo]:
@@ -91,38 +82,68 @@ def parse_tensors(rest: bytes) -> dict[str, TensorInfo]:
 
     Raises Malformed, for the same tensor in every run.
     """
-    try:
-        text = rest.decode()
-        document = _decoder(text).decode(text)
+    text = _decoded(rest)
+    document = _plain(text)
+    if document is None:
+        document, _ = _parsed(text)
         if not isinstance(document, dict):
             raise Malformed("its header is no JSON object")
+        _check_doubled(document)
         if _METADATA in document:
             raise Malformed(f"{_METADATA} is there twice")
-        if "\\u" in text:
-            json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeError:
-        raise Malformed("its header is not UTF-8") from None
-    except RecursionError:
-        raise Malformed("its header is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise _no_json(error) from None
-    except ValueError as error:
-        raise error if isinstance(error, Malformed) else Malformed(_number_problem()) from None
-    return _check_tensors(document)
+        document = _check_entries(document)
+    tensors: dict[str, TensorInfo] = {}
+    position, in_order = 0, True
+    for name, entry in document.items():
+        info, size = _info(name, entry)
+        if info.start != position or info.end - position != size:
+            in_order = False
+        position = info.end
+        tensors[name] = info
+    if not in_order:
+        _check_places(tensors)
+    return tensors
 
 
-def _check_metadata(found: Any) -> None:
+def _metadata(found: Any) -> dict[str, str]:
     if found is None:
-        return
+        return {}
     if not isinstance(found, dict):
         raise Malformed(f"{_METADATA} is no JSON object")
-    for key, value in found.items():
+    for key, value in _pairs(found):
         if not isinstance(value, str):
             raise Malformed(f"the metadata's '{brief(key)}' is no text")
+    return dict(found)
 
 
-def _check_tensors(document: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    tensors = {name: _info(name, entry) for name, entry in document.items()}
+def _info(name: str, entry: Any) -> tuple[TensorInfo, int]:
+    """What an entry says, and how many bytes such a tensor takes."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise Malformed(f"tensor '{brief(name)}' lacks its dtype, shape or data_offsets") from None
+    if type(shape) is not list or type(dtype) is not str or type(entry["data_offsets"]) is not list:
+        raise Malformed(f"tensor '{brief(name)}' has no dtype, shape or data_offsets")
+    if dtype not in _BITS:
+        raise Malformed(f"tensor '{brief(name)}' has an unknown dtype, '{brief(dtype)}'")
+    elements = 1
+    for length in shape:
+        if type(length) is not int or not 0 <= length < _LIMIT:
+            raise _no_length(name, length)
+        elements *= length
+        if elements >= _LIMIT:
+            raise _too_large(name, dtype, shape)
+    for place in (start, end):
+        if type(place) is not int or not 0 <= place < _LIMIT:
+            raise _no_length(name, place)
+    bits = elements * _BITS[dtype]
+    if bits >= _LIMIT:
+        raise _too_large(name, dtype, shape)
+    return TensorInfo(dtype, tuple(shape), start, end), bits // 8 if bits % 8 == 0 else -1
+
+
+def _check_places(tensors: Mapping[str, TensorInfo]) -> None:
+    """The tensors lie end to end, in whatever order they are named."""
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position or info.end < info.start:
@@ -130,59 +151,75 @@ def _check_tensors(document: Mapping[str, Any]) -> dict[str, TensorInfo]:
                 f"tensor '{brief(name)}' is at bytes {info.start} to {info.end}, where one that "
                 f"begins at {position} is due"
             )
-        bits = _size(name, info)
-        if bits != 8 * (info.end - info.start):
+        if 8 * (info.end - info.start) != info.elements * _BITS[info.dtype]:
             raise Malformed(
                 f"tensor '{brief(name)}' has {info.end - info.start} bytes, not those of "
                 f"{info.dtype} {_shown(info.shape)}"
             )
         position = info.end
-    return tensors
 
 
-def _info(name: str, entry: Any) -> TensorInfo:
-    try:
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, IndexError):
-        raise Malformed(f"tensor '{brief(name)}' lacks its dtype, shape or data_offsets") from None
-    if type(dtype) is not str or dtype not in _BITS:
-        raise Malformed(f"tensor '{brief(name)}' has an unknown dtype, {brief(repr(dtype))}")
-    if type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
-        raise Malformed(f"tensor '{brief(name)}' has no shape or no data_offsets")
-    for number in (*shape, *offsets):
-        if type(number) is not int or not 0 <= number < _LIMIT:
-            raise Malformed(f"tensor '{brief(name)}' has {brief(repr(number))} for a length")
-    if len(entry) > 3:
-        _check_others(name, entry)
-    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+def _no_length(name: str, length: object) -> Malformed:
+    return Malformed(f"tensor '{brief(name)}' has {_shown(length)} for a length")
 
 
-def _size(name: str, info: TensorInfo) -> int:
-    """Bits of a tensor; every product on the way to it is below the limit."""
-    elements = 1
-    for length in info.shape:
-        elements *= length
-        if elements >= _LIMIT:
-            break
-    bits = elements * _BITS[info.dtype]
-    if bits >= _LIMIT:
-        raise Malformed(f"tensor '{brief(name)}' is too large: {info.dtype} {_shown(info.shape)}")
-    return bits
+def _too_large(name: str, dtype: str, shape: object) -> Malformed:
+    return Malformed(f"tensor '{brief(name)}' is too large: {dtype} {_shown(shape)}")
 
 
-def _shown(shape: tuple[int, ...]) -> str:
-    return brief(str(list(shape[:100])))
+def _shown(value: object) -> str:
+    """A number or a shape, as short as a message can have it."""
+    if isinstance(value, (list, tuple)):
+        shown = [str(each) if isinstance(each, int) else "?" for each in value[:20]]
+        return f"[{', '.join(shown)}{', ...' if len(value) > 20 else ''}]"
+    return brief(str(value)) if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+# JSON, as strictly as the library reads it
+
+
+class _Doubled(dict[str, Any]):
+    """An object in which a key stands twice: the last counts, but all have to make sense."""
+
+    pairs: list[tuple[str, Any]]
+
+
+def _pairs(found: Mapping[str, Any]) -> Collection[tuple[str, Any]]:
+    return found.pairs if isinstance(found, _Doubled) else found.items()
+
+
+def _check_doubled(document: Mapping[str, Any]) -> None:
+    if [name for name, _ in _pairs(document)].count(_METADATA) > 1:
+        raise Malformed(f"{_METADATA} is there twice")
+
+
+def _check_entries(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that count; those that they stand in place of are checked here as well."""
+    for name, entry in _pairs(document):
+        if name == _METADATA:
+            continue
+        if not isinstance(entry, dict):
+            raise Malformed(f"tensor '{brief(name)}' lacks its dtype, shape or data_offsets")
+        if isinstance(entry, _Doubled):
+            keys = [key for key, _ in entry.pairs]
+            if twice := [key for key in _FIELDS if keys.count(key) > 1]:
+                raise Malformed(f"tensor '{brief(name)}' has its {twice[0]} twice")
+        if len(entry) > len(_FIELDS):
+            _check_others(name, entry)
+        if isinstance(document, _Doubled):
+            _info(name, entry)
+    return dict(document)
 
 
 def _check_others(name: str, entry: Mapping[str, Any]) -> None:
-    """Fields that mean nothing may still hold nothing that JSON's strict readers refuse."""
+    """Fields that mean nothing may still hold nothing that strict readers of JSON refuse."""
     below: list[tuple[Any, int]] = [(entry, 2)]
     while below:
         value, depth = below.pop()
         if isinstance(value, (dict, list)):
             if depth > _DEPTH:
                 raise Malformed("its header is nested too deeply")
-            inside = value.values() if isinstance(value, dict) else value
+            inside = [each for _, each in _pairs(value)] if isinstance(value, dict) else value
             below += [(each, depth + 1) for each in inside]
         elif isinstance(value, (int, float)):
             try:
@@ -193,18 +230,13 @@ def _check_others(name: str, entry: Mapping[str, Any]) -> None:
                 raise Malformed(f"tensor '{brief(name)}' has a number out of range")
 
 
-# JSON, strictly
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise Malformed(f"'{brief(key)}' is there twice")
-            seen.add(key)
-    return made
+    if len(made) == len(pairs):
+        return made
+    doubled = _Doubled(made)
+    doubled.pairs = pairs
+    return doubled
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -215,17 +247,55 @@ def _whole(text: str) -> int:
     return int(text) if text != "-0" else -1  # a fraction to the library, which has no minus zero
 
 
-_PLAIN = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
-_CAREFUL = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole)
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_pairs_hook, parse_constant=_refuse, parse_int=_whole
+)
+_QUICK = json.JSONDecoder(parse_constant=_refuse)
 
 
-def _decoder(text: str) -> json.JSONDecoder:
-    return _CAREFUL if "-0" in text else _PLAIN
+def _plain(text: str) -> dict[str, Any] | None:
+    """A header in which every entry has its three fields and nothing stands twice, else None.
+
+    That is every header that is no attack. Without escapes, keys are what stands before `":`.
+    """
+    if "\\" in text or any(f"{before}-0" in text for before in f"[,:{_SPACE}"):
+        return None
+    try:
+        document = _QUICK.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or _METADATA in document:
+        return None
+    count = len(document)
+    every = all(text.count(f'"{field}":') == count for field in _FIELDS)
+    return document if every and text.count('":') == 4 * count else None
 
 
-def _no_json(error: json.JSONDecodeError) -> Malformed:
-    return Malformed(f"no JSON: {error.msg[:1].lower()}{error.msg[1:]} at character {error.pos}")
+def _decoded(header: bytes) -> str:
+    try:
+        return header.decode()
+    except UnicodeError:
+        raise Malformed("its header is not UTF-8") from None
 
 
-def _number_problem() -> str:
-    return "a number in its header has too many digits"
+def _parsed(text: str, start: int | None = None) -> tuple[Any, int]:
+    """The JSON value at `start` and where it ends; without it, all of `text`."""
+    try:
+        if start is None:
+            document, end = _STRICT.decode(text), len(text)
+        else:
+            document, end = _STRICT.raw_decode(text, start)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # maybe half a pair, which can't be encoded
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise Malformed("its header has half a surrogate pair") from None
+    except RecursionError:
+        raise Malformed("its header is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        problem = error.msg[:1].lower() + error.msg[1:]
+        raise Malformed(f"no JSON: {problem} at character {error.pos}") from None
+    except ValueError as error:
+        if isinstance(error, Malformed):
+            raise
+        raise Malformed("a number in its header has too many digits") from None
+    return document, end
