@@ -196,6 +196,12 @@ class Run:
         snapshots, step = self.until(step)
         profiles = [snapshot.profile for snapshot in snapshots]
         wanted = [target.profile(step) for target in targets]
+        if not METHODS[method].needs_values and not self.raw:
+            for snapshot in snapshots:
+                if snapshot.gamma <= -0.5:  # it has no norm to go by
+                    problem = f"its gamma is {snapshot.gamma:g}, for which '{method}' has no weights"
+                    remedy = "use method='blup', or leave it out with only="
+                    raise SnapshotError(str(snapshot.index.path), problem, remedy)
         moments = trajectory = expected = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots

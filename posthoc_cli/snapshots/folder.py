@@ -12,10 +12,11 @@ from pathlib import Path
 
 from posthoc_cli.errors import (
     IncompleteError,
+    MachineError,
     SnapshotError,
     UnknownError,
     UsageError,
-    brief,
+    in_line,
     printable,
 )
 from posthoc_cli.snapshots.consistency import inconsistencies
@@ -25,6 +26,7 @@ from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
+from posthoc_cli.storage.disk import is_gone
 from posthoc_cli.storage.metadata import read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
@@ -131,7 +133,7 @@ def read_folder(
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     for name, message in inconsistencies(contents.snapshots):
-        contents.problems.append((name, brief(printable(message))))
+        contents.problems.append((name, in_line(message)))
     return contents
 
 
@@ -152,9 +154,14 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
 
 
 def _open(path: Path, headers: Cache) -> TensorIndex:
-    if os.path.islink(path) and not os.path.exists(path):
-        raise SnapshotError(path.name, "a link that leads nowhere", "restore the file or remove it")
-    index = open_tensors(path, headers)
+    try:
+        index = open_tensors(path, headers)
+    except (MachineError, UsageError) as error:
+        if os.path.lexists(path) and not is_gone(error):
+            raise
+        problem = "vanished while the folder was read"
+        remedy = "read the folder again, or use skip_incomplete=True"
+        raise IncompleteError(path.name, problem, remedy) from None
     if not index.tensors:
         raise SnapshotError(path.name, "holds no tensors", "leave it out with only=")
     return index
@@ -169,8 +176,8 @@ def _leave_out(
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
         contents.skipped.append((name, f"a folder, and {error.problem}"))
     else:
-        message = f"{error.problem}; {error.remedy}"
-        contents.problems.append((name, brief(printable(message))))
+        message = f"{in_line(error.problem)}; {error.remedy}"
+        contents.problems.append((name, in_line(message)))
 
 
 def _has_index(name: str) -> bool:

@@ -8,6 +8,7 @@ otherwise, a warning names both. Raw checkpoints, of which only the step is aske
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -188,8 +189,16 @@ def bad_number(key: str, text: str, wanted: str) -> SnapshotError:
 
 
 def whole_number(text: str) -> int | None:
-    """A whole number; of no more digits than int() takes on any Python."""
-    return int(text) if re.fullmatch("[0-9]{1,100}", text) else None
+    """A whole number; of no more digits than int() takes on any Python.
+
+    Some write it as their language prints a float: 1200.0, 1.2e3. It has to be whole.
+    """
+    if re.fullmatch("[0-9]{1,100}", text):
+        return int(text)
+    if not re.fullmatch(r"[0-9]{1,100}(\.[0-9]{0,100})?([eE]\+?[0-9]{1,2})?", text):
+        return None
+    number = Decimal(text)
+    return int(number) if number == number.to_integral_value() else None
 
 
 def not_fitting(name: str, pattern: Pattern) -> UnknownError:

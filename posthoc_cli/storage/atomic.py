@@ -14,7 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, in_bytes
-from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
+from posthoc_cli.storage.disk import (
+    already_exists,
+    remove_file,
+    unsupported_is_fine,
+    write_errors,
+)
 
 try:
     import fcntl
@@ -103,12 +108,12 @@ class AtomicFile:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> None:
         """Wait until all of it is on the disk, length and times included."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             os.fsync(self._fd)
 
     def commit(self) -> None:
