@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ from posthoc_cli.cli.console import (
 )
 from posthoc_cli.cli.drawing import Row, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
+from posthoc_cli.cli.suggestions import suggest, with_conversion
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
@@ -77,10 +79,8 @@ def inspect(
         path = Path(folder)
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         itself = [*(only or ()), glob.escape(path.name)]
-        opened = options.open_folder(
-            str(path.parent),
-            options.Reading(pattern, profiles, itself, exclude, run, raw, skip_incomplete),
-        )
+        reading = options.Reading(pattern, profiles, itself, exclude, run, raw, skip_incomplete)
+        opened = options.open_folder(str(path.parent), reading)
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
         layout, recipe = (None, None) if opened.snapshots else _read_recipe(path)
         if layout is not None and recipe is not None:
@@ -91,15 +91,22 @@ def inspect(
             return
     else:
         reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
-        opened = options.open_folder(folder, reading)
+        try:
+            opened = options.open_folder(folder, reading)
+        except SnapshotError as error:
+            raise with_conversion(error, folder) from None
+    where = str(opened.folder)
+    suggestion = suggest(where, reading, opened, partial(options.open_folder, where))
     warn(warning_lines(opened.warnings), quiet)
     if as_json:
-        document = describe(opened)
+        document = describe(opened) | {"suggestion": suggestion}
         if os.path.isfile(folder):
             document["recipe"] = None
         print_json(document)
     else:
         _draw(stdout_console(), opened)
+        if suggestion:
+            print(f"\nThis would work\n  {suggestion}")
     if opened.problems:
         raise SnapshotError(
             folder,
@@ -325,6 +332,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
         "skipped": [{"file": path.name, "reason": "made by posthoc: it carries a recipe"}],
         "problems": [],
         "warnings": [],
+        "suggestion": None,
         "recipe": recipe.document,
     }
 

@@ -21,6 +21,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots.consistency import inconsistencies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
+from posthoc_cli.snapshots.images import out_of_range
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
@@ -147,9 +148,8 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
         return list(snapshots), max(steps)
     if not min(steps) <= step <= max(steps):
         where = "after the last" if step > max(steps) else "before the first"
-        raise UsageError(
-            "step=", f"{step} is {where} snapshot's", f"give one from {min(steps)} to {max(steps)}"
-        )
+        problem = f"{step} is {where} snapshot's"
+        raise UsageError("step=", problem, out_of_range(snapshots, step))
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 

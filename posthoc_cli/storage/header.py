@@ -151,6 +151,8 @@ def _what_it_is(path: Path, start: bytes, status: os.stat_result) -> SnapshotErr
             path,
             "nothing but zeros, not a safetensors file: space for a download that never came",
         )
+    if len(start) < _LENGTH.size:
+        return None
     found = sniff(start, status.st_size)
     if found is None:
         return None

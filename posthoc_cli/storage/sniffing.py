@@ -114,7 +114,7 @@ def read_start(file: BinaryIO) -> bytes:
 
 def _could_be_safetensors(start: bytes) -> bool:
     """Whether it begins as a header does: a length below 2^32, and a brace."""
-    return start[4:8] == bytes(4) and start[8:].lstrip()[:1] == b"{"
+    return start[4:8] == bytes(4) and start[8:].lstrip()[:1] in (b"", b"{")
 
 
 def _wrong_length(start: bytes) -> tuple[str, str] | None:
