@@ -199,7 +199,7 @@ class Run:
         if not METHODS[method].needs_values and not self.raw:
             for snapshot in snapshots:
                 if snapshot.gamma <= -0.5:  # it has no norm to go by
-                    problem = f"its gamma is {snapshot.gamma:g}, for which '{method}' has no weights"
+                    problem = f"'{method}' has no weights for its gamma, {snapshot.gamma:g}"
                     remedy = "use method='blup', or leave it out with only="
                     raise SnapshotError(str(snapshot.index.path), problem, remedy)
         moments = trajectory = expected = None
@@ -258,6 +258,16 @@ class Solution:
     @property
     def method(self) -> str:
         return self.solved.method
+
+    @property
+    def newest(self) -> Snapshot:
+        """The snapshot that copied tensors and the outputs' metadata are of.
+
+        It is the first, by sigma_rel and name, of those of the last step.
+        """
+        from posthoc_cli.synthesis.plan import newest_of
+
+        return self.snapshots[newest_of([snapshot.step for snapshot in self.snapshots])]
 
     @property
     def weights(self) -> FloatArray:

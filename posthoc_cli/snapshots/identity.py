@@ -8,8 +8,8 @@ otherwise, a warning names both. Raw checkpoints, of which only the step is aske
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError

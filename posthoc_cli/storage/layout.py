@@ -247,9 +247,7 @@ def _whole(text: str) -> int:
     return int(text) if text != "-0" else -1  # a fraction to the library, which has no minus zero
 
 
-_STRICT = json.JSONDecoder(
-    object_pairs_hook=_pairs_hook, parse_constant=_refuse, parse_int=_whole
-)
+_STRICT = json.JSONDecoder(object_pairs_hook=_pairs_hook, parse_constant=_refuse, parse_int=_whole)
 _QUICK = json.JSONDecoder(parse_constant=_refuse)
 
 
