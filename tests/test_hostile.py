@@ -99,7 +99,13 @@ def test_what_no_network_has_is_refused(kind: str, posthoc_here: Posthoc, tmp_pa
         for key in ("step", "gamma", "sigma_rel")
         for value in ("nan", "-1", "1e400", "-1e400", "inf", "", " 12", "１２", "1_0", "9" * 10_000)
     ]
-    + [("step", "0"), ("step", "1e-3"), ("step", "12.5"), ("step", "1,200"), ("step", str(2**53 + 1))]
+    + [
+        ("step", "0"),
+        ("step", "1e-3"),
+        ("step", "12.5"),
+        ("step", "1,200"),
+        ("step", str(2**53 + 1)),
+    ]
     + [("sigma_rel", "0"), ("sigma_rel", "0.2887"), ("gamma", "-1.0"), ("gamma", "1e13")],
 )
 def test_no_snapshot_has_such_a_step_or_profile(

@@ -167,12 +167,6 @@ def synthesize(
     )
     warn_of_sample(solution, quiet)
     note_large_errors(solution, quiet)
-    if copy and len([each for each in solution.snapshots if each.step == solution.newest.step]) > 1:
-        note(
-            f"--copy: the newest snapshot is '{solution.newest.file}', the first of those of step "
-            f"{solution.newest.step}",
-            quiet,
-        )
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(
             output,
