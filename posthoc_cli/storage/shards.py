@@ -258,8 +258,16 @@ def _existing(path: Path) -> list[Path]:
 def made_by_posthoc(path: Path) -> bool:
     """Whether `path` is an output of ours, a shard or an index of one."""
     try:
-        return read_recipe(open_tensors(path).metadata) is not None
+        return _has_recipe(path)
     except PosthocError:
+        return False
+
+
+def _has_recipe(path: Path) -> bool:
+    """The same, but raises MachineError where it can't be read."""
+    try:
+        return read_recipe(open_tensors(path).metadata) is not None
+    except SnapshotError:
         return False
 
 
@@ -268,7 +276,8 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
 
     These are the output before it, a file or an index; its shards; and shards of ours that no
     index lists. Others of such names stay. Raises UsageError when there is an output and
-    `overwrite` is false, or when a shard would take the place of a file that isn't one of these.
+    `overwrite` is false, or when a shard would take the place of a file that isn't one of these;
+    MachineError when an index or a shard can't be read.
     """
     found = _existing(path)
     if not overwrite:
@@ -289,7 +298,7 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
     ours = [
         folder / name
         for name in shards
-        if name not in of_others and (name in of_this or made_by_posthoc(folder / name))
+        if name not in of_others and (name in of_this or _has_recipe(folder / name))
     ]
     for place in files:
         if place.name in shards and place not in ours and not os.path.isdir(place):
@@ -302,7 +311,8 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
 
 
 def _listed(index: Path) -> set[str]:
+    """The shards that an index lists, if it is one."""
     try:
         return shard_names(index)
-    except PosthocError:
+    except SnapshotError:
         return set()

@@ -132,7 +132,7 @@ def locked_output(path: Path, wait: float) -> contextlib.AbstractContextManager[
 
 @contextlib.contextmanager
 def _locked(lock: Path, output: Path, wait: float) -> Iterator[bool]:
-    fd, held = -1, False
+    fd, held, locked = -1, False, None
     until = time.monotonic() + wait
     try:
         while fcntl is not None:
@@ -155,10 +155,10 @@ def _locked(lock: Path, output: Path, wait: float) -> Iterator[bool]:
                 time.sleep(0.01)
         yield held
     finally:
-        with contextlib.suppress(OSError):
-            if held:
-                os.unlink(lock)
         if fd >= 0:
+            with contextlib.suppress(OSError):
+                if held or (locked and _has_name(fd, lock)):
+                    os.unlink(lock)
             with contextlib.suppress(OSError):
                 os.close(fd)
 
