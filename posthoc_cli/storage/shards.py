@@ -16,7 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import IncompleteError, PosthocError, SnapshotError, printable
+from posthoc_cli.errors import (
+    IncompleteError,
+    PosthocError,
+    SnapshotError,
+    UsageError,
+    printable,
+)
 from posthoc_cli.storage.disk import already_exists, list_folder, open_file
 from posthoc_cli.storage.header import (
     MAX_HEADER,
@@ -28,6 +34,7 @@ from posthoc_cli.storage.header import (
     read_header,
 )
 from posthoc_cli.storage.metadata import read_recipe
+from posthoc_cli.storage.temporary import clean_up
 
 ENDING = ".safetensors"
 """Of safetensors files, in capitals too."""
@@ -236,32 +243,76 @@ def make_index(shards: Sequence[tuple[Path, Sequence[str]]], size: int) -> bytes
 
 
 def existing_output(path: Path) -> list[Path]:
-    """What exists of an output `path`: the file itself, or the index of its shards."""
+    """What exists of an output `path`: the file itself, or the index of its shards.
+
+    What a killed run was replacing there is finished or undone before.
+    """
+    clean_up(path.parent)
+    return _existing(path)
+
+
+def _existing(path: Path) -> list[Path]:
     return [name for name in (path, index_path(path)) if os.path.lexists(name)]
 
 
 def made_by_posthoc(path: Path) -> bool:
     """Whether `path` is an output of ours, a shard or an index of one."""
     try:
-        return read_recipe(open_tensors(path).metadata) is not None
+        return _has_recipe(path)
     except PosthocError:
         return False
 
 
-def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
-    """The files that go when output `path` is written as `files`.
+def _has_recipe(path: Path) -> bool:
+    """The same, but raises MachineError where it can't be read."""
+    try:
+        return read_recipe(open_tensors(path).metadata) is not None
+    except SnapshotError:
+        return False
 
-    These are the output before it, a file or an index with its shards, unless it is among `files`;
-    and shards of ours without an index, which a killed run has left. Raises UsageError when there
-    is an output and `overwrite` is false.
+
+def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
+    """The files that go when output `path` is written as `files`; that which makes it one first.
+
+    These are the output before it, a file or an index; its shards; and shards of ours that no
+    index lists. Others of such names stay. Raises UsageError when there is an output and
+    `overwrite` is false, or when a shard would take the place of a file that isn't one of these;
+    MachineError when an index or a shard can't be read.
     """
-    found = existing_output(path)
-    if found and not overwrite:
-        raise already_exists(found[0])
-    old = [name for name in found if name not in files]
-    shard = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + ENDING)
-    with contextlib.suppress(OSError):
-        for name in os.listdir(path.parent):
-            if shard.fullmatch(name) and made_by_posthoc(path.with_name(name)):
-                old.append(path.with_name(name))
-    return old
+    found = _existing(path)
+    if not overwrite:
+        if found:
+            raise already_exists(found[0])
+        return []
+    main, folder = index_path(path), path.parent
+    pattern = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + re.escape(path.suffix))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # told when it is written
+        return found
+    shards = [name for name in names if pattern.fullmatch(name)]
+    indexes = [name for name in names if is_index(name) or name == main.name] if shards else []
+    listed = {name: _listed(folder / name) for name in indexes}
+    of_this = listed.pop(main.name, set())
+    of_others = set().union(*listed.values())
+    ours = [
+        folder / name
+        for name in shards
+        if name not in of_others and (name in of_this or _has_recipe(folder / name))
+    ]
+    for place in files:
+        if place.name in shards and place not in ours and not os.path.isdir(place):
+            raise UsageError(
+                str(place),
+                "exists already, and is no shard of the output to be replaced",
+                "move it or choose another output",
+            )
+    return found + ours
+
+
+def _listed(index: Path) -> set[str]:
+    """The shards that an index lists, if it is one."""
+    try:
+        return shard_names(index)
+    except SnapshotError:
+        return set()

@@ -16,6 +16,7 @@ from posthoc_cli.snapshots import Identity, Pattern, check_profiles, choose_by_g
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.disk import file_status, list_folder
 from posthoc_cli.storage.metadata import CONVERTED, STEP
+from posthoc_cli.storage.temporary import clean_up
 
 ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 """Of the files in a folder that count, in capitals too."""
@@ -99,6 +100,7 @@ def find_jobs(
             "write it for the whole name of the checkpoint, its ending included",
         )
     outputs = _outputs(paths, folder)
+    clean_up(folder)
     inputs = {(status.st_dev, status.st_ino) for status in filter(None, map(file_status, paths))}
     jobs = []
     for path, output in zip(paths, outputs, strict=True):
