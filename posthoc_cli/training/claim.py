@@ -64,41 +64,42 @@ class FolderClaim:
         must not be mixed with; MachineError when those can't be set aside.
         """
         path = folder / LOCK
-        note = {"run": run, "process": os.getpid(), "host": socket.gethostname()}
         self._lock = self._locked(path, run)
         self.sure = self._lock is not None and self._lock.sure
+        try:
+            found = headers(folder)
+            messages = _check_others(folder, found, run, overwrite)
+            messages += _check_later(folder, found, run, step, later)
+        except BaseException:
+            self.release()  # one that is refused keeps nobody away
+            raise
         if self._lock is not None:
+            note = {"run": run, "process": os.getpid(), "host": socket.gethostname()}
             self._lock.write_note(json.dumps(note).encode())
-        found = headers(folder)
-        return [
-            *_check_others(folder, found, run, overwrite),
-            *_check_later(folder, found, run, step, later),
-        ]
+        return messages
 
     def _locked(self, path: Path, run: str) -> FileLock | None:
         """The lock; None where its file can't be made. Raises UsageError when another has it."""
-        lost, lock = False, self._lock
-        if lock is not None and lock.held and lock.path == path:
-            if not lock.sure and (not lock.retry() or read_note(path) not in (b"", lock.note)):
-                raise _taken(path)
-            return lock
-        if lock is not None:
-            lost = not lock.held
+        lock = self._lock
+        if lock is not None and lock.held:
+            if lock.path == path:
+                if not lock.sure and (not lock.retry() or read_note(path) not in (b"", lock.note)):
+                    raise _taken(path)
+                return lock
             self.release()
-            del lock
-        if (here := own_lock(path)) is not None and _field(here.note, "run") != run:
-            del here
+        here = _run_here(path)
+        if here not in (None, run):
             gc.collect()  # a tracker that nobody has any more may wait for that
-            here = own_lock(path)
-        if here is not None:
-            # Of two trackers of one run, as where it was resumed, the newer one goes on.
-            if lost or _field(here.note, "run") != run:
-                raise UsageError(
-                    str(path.parent),
-                    "another tracker in this process writes its snapshots here",
-                    "go on with that one, close() it, or choose another folder",
-                )
-            return here.pass_on()
+            here = _run_here(path)
+        # Of two trackers of one run, as where it was resumed, the newer one goes on.
+        if here is not None and (here != run or self._lock is not None):
+            raise UsageError(
+                str(path.parent),
+                "another tracker in this process writes its snapshots here",
+                "go on with that one, close() it, or choose another folder",
+            )
+        if (lock := own_lock(path)) is not None:
+            return lock.pass_on()
         try:
             taken = take_lock(path)
         except OSError:  # nor can snapshots be written: a checkpoint warns of that
@@ -106,6 +107,12 @@ class FolderClaim:
         if taken is None:
             raise _taken(path)
         return taken
+
+
+def _run_here(path: Path) -> str | None:
+    """The run that has the lock in this process."""
+    lock = own_lock(path)
+    return None if lock is None else str(_field(lock.note, "run"))
 
 
 def _taken(path: Path) -> UsageError:
