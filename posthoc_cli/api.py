@@ -287,7 +287,9 @@ class Solution:
             raise ValueError("no sample was read: solve(sample=True)")
         for target, error in zip(self.targets, self.expected.relative.tolist(), strict=True):
             if not error <= max_error:
-                known = f"{percent(error)}, more than" if error == error else "unknown, not within"
+                known = (
+                    f"{percent(error)}, more than" if error == error else "unknown, so not within"
+                )
                 better = "" if self.method == "blup" else "use method='blup', or "
                 raise SnapshotError(
                     str(target),

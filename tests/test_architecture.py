@@ -30,7 +30,6 @@ LAYERS = (
     "api",
     "training",
     "adapters",
-    "demo",
     "plotting",
     "cli",
     "__main__",
@@ -405,7 +404,7 @@ def test_opening_snapshots_imports_no_torch(snapshots: Path) -> None:
 @pytest.mark.parametrize("first", ["", "torch"])
 def test_importing_changes_nothing_of_the_process(first: str) -> None:
     """Every module but the command's own; those that train need torch, so it is imported first."""
-    trains = ("training", "demo", "adapters")
+    trains = ("training", "adapters")
     wanted = [
         module.name
         for module in modules().values()
