@@ -14,7 +14,7 @@ import torch
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.training.averaging import is_first_process
 
-_PATIENCE = timedelta(seconds=120)
+_PATIENCE = timedelta(seconds=60)
 """For the first process' verdict: a script may give it a tracker of another folder, or none."""
 
 _TO_BE_HEARD = timedelta(seconds=10)
