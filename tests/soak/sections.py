@@ -16,6 +16,7 @@ from tests.soak.pickles import pickles
 from tests.soak.races import races
 from tests.soak.special import special
 from tests.soak.tally import Tally
+from tests.soak.trackers import trackers
 from tests.soak.values import values
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
@@ -31,6 +32,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "special": special,
     "pickles": pickles,
     "values": values,
+    "trackers": trackers,
 }
 """In the order in which they begin: the longest first."""
 
