@@ -25,8 +25,7 @@ from posthoc_cli.solver.arrays import FloatArray, namespace, on_device, to_numpy
 from posthoc_cli.solver.chain_blup import chain_errors, chain_weights
 from posthoc_cli.solver.chains import find_chains
 from posthoc_cli.solver.profiles import Average
-from posthoc_cli.solver.quadrature import NODES, IntArray
-from posthoc_cli.solver.quadrature import quadrature as _quadrature
+from posthoc_cli.solver.quadrature import NODES, IntArray, quadrature
 
 INTERVALS = 64
 """Between few snapshots, intervals are cut so that there are about this many."""
@@ -127,7 +126,7 @@ def fit_trajectory(
     differing = len(later) - np.searchsorted(later[::-1], edges[:-1], side="right")
     design = np.zeros((len(measured), len(edges) - 1))
     after = np.zeros((len(snapshots), len(edges) - 1))  # integrals of (1 - G)^2
-    for intervals, weights, shares in _quadrature(snapshots, edges):
+    for intervals, weights, shares in quadrature(snapshots, edges):
         after_them = np.einsum("pnm,nm->np", (1 - shares) ** 2, weights)
         shares = np.ascontiguousarray(np.swapaxes(shares * np.sqrt(weights), 0, 1))
         for interval, share, late in zip(intervals, shares, after_them, strict=True):
@@ -253,7 +252,7 @@ def _moments(
     every = [*snapshots, *targets]
     edges, rates = _intervals(trajectory, every, max(float(each.step) for each in every))
     moments = np.zeros((len(snapshots), len(every)))
-    for interval, weights, shares in _quadrature(every, edges):
+    for interval, weights, shares in quadrature(every, edges):
         shares = shares * np.sqrt(weights * rates[interval, None])
         flat = shares.reshape(len(every), -1)
         moments += flat[: len(snapshots)] @ flat.T
@@ -283,7 +282,7 @@ def expected_error(
         found = chain_errors(chains, snapshots, targets, edges, rates, weights)
         approximation, distance = approximation + found[0], found[1]
     else:
-        for interval, node_weights, shares in _quadrature([*snapshots, *targets], edges):
+        for interval, node_weights, shares in quadrature([*snapshots, *targets], edges):
             known, wanted = np.split(shares.reshape(len(shares), -1), [len(snapshots)])
             amounts = (node_weights * rates[interval, None]).ravel()
             # A target's error ends where the target does.

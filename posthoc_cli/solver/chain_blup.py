@@ -15,7 +15,7 @@ from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import quadrature
 
-INTERVALS = 32
+INTERVALS = 16
 """Looked at together: those whose pieces are at work."""
 
 
@@ -55,8 +55,8 @@ def _stretches(
             yield (
                 first,
                 amounts.ravel(),
-                pieces.reshape(len(places), -1),
-                wanted.reshape(len(targets), -1),
+                pieces.reshape(len(places), amounts.size),
+                wanted.reshape(len(targets), amounts.size),
                 ends,
             )
 
@@ -77,8 +77,7 @@ def chain_weights(
     count = len(chains.step)
     band, against = _noise_band(chains, noise[chains.order])
     right = np.repeat(-against[:, None], len(targets), axis=1)
-    for first, amounts, pieces, wanted in (part[:4] for part in
-                                            _stretches(chains, snapshots, targets, edges, rates)):
+    for first, amounts, pieces, wanted, _ in _stretches(chains, snapshots, targets, edges, rates):
         start = pieces[0] if first == 0 else np.ones(len(amounts))
         if first == 0:
             steps, rows = np.diff(pieces, axis=0, append=0.0), 1
@@ -101,7 +100,7 @@ def _noise_band(chains: Chains, noise: FloatArray) -> tuple[FloatArray, FloatArr
     """The covariances of the differences' rounding, a band; and those with the first piece's."""
     count = len(chains.step)
     places = np.arange(count)
-    part, passed = 1 / chains.mass, np.where(chains.after >= 0, 0.0, 0.0)
+    part, passed = 1 / chains.mass, np.zeros(count)
     linked = chains.after >= 0
     passed[linked] = -(chains.kept / chains.mass)[chains.after[linked]]
     # Each snapshot is part of its own piece and the next in its chain, each of two differences.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver.profiles import Average, Profile
 from posthoc_cli.solver.quadrature import IntArray
 
 MANY = 400
@@ -46,14 +46,15 @@ class Chains:
     width: int
 
 
-def find_chains(snapshots: Sequence[Profile]) -> Chains | None:
+def find_chains(snapshots: Sequence[Average]) -> Chains | None:
     """The chains of more than MANY snapshots; None for fewer, or where the band is too wide."""
     count = len(snapshots)
-    if count <= MANY or not all(isinstance(each, Profile) for each in snapshots):
+    profiles = [each for each in snapshots if isinstance(each, Profile)] if count > MANY else []
+    if count <= MANY or len(profiles) < count:
         return None
-    steps = np.array([float(each.step) for each in snapshots])
+    steps = np.array([float(each.step) for each in profiles])
     order = np.argsort(steps, kind="stable")
-    step, gamma = steps[order], np.array([float(snapshots[at].gamma) for at in order])
+    step, gamma = steps[order], np.array([float(profiles[at].gamma) for at in order])
     before, after = np.full(count, -1), np.full(count, -1)
     last: dict[float, int] = {}
     for at, kind in enumerate(gamma.tolist()):
@@ -80,9 +81,7 @@ def to_weights(chains: Chains, amounts: FloatArray) -> FloatArray:
     """Weights of the snapshots [targets, snapshots] from those of the pieces [n, targets]."""
     taken = amounts.copy()
     linked = np.flatnonzero(chains.before >= 0)
-    np.subtract.at(
-        taken, chains.before[linked], chains.kept[linked, None] * amounts[linked]
-    )
+    np.subtract.at(taken, chains.before[linked], chains.kept[linked, None] * amounts[linked])
     weights = np.empty_like(taken)
     weights[chains.order] = taken
     return np.ascontiguousarray(weights.T)
@@ -165,13 +164,11 @@ def closest(chains: Chains, targets: Sequence[Profile]) -> tuple[int, int]:
     for apart in range(1, min(band.shape[1], len(band))):
         own, other = band[apart:, 0], band[: len(band) - apart, 0]
         cosines[apart:, apart] = band[apart:, apart] / np.sqrt(own * other)
-    row, apart = np.unravel_index(np.argmax(cosines), cosines.shape)
+    row, apart = divmod(int(np.argmax(cosines)), cosines.shape[1])
     return int(chains.order[row]), int(chains.order[row - apart])
 
 
-def profile_error(
-    chains: Chains, targets: Sequence[Profile], weights: FloatArray
-) -> FloatArray:
+def profile_error(chains: Chains, targets: Sequence[Profile], weights: FloatArray) -> FloatArray:
     """Of any weights, [targets]."""
     return _profile_error(*inner_products(chains, targets), to_amounts(chains, weights))
 
@@ -245,7 +242,8 @@ def _factor(band: FloatArray) -> Factors:
 
 
 def _substitute(factors: Factors, right: FloatArray) -> FloatArray:
-    blocks, first = [], 0
+    blocks: list[FloatArray] = []
+    first = 0
     for own, left in factors:
         side = right[first : first + len(own)]
         if blocks:
