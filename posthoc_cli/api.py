@@ -118,11 +118,16 @@ class Run:
         return self.contents.warnings
 
     def until(self, step: int | None = None) -> tuple[list[Snapshot], int]:
-        """The snapshots not after a target step, and that step: by default the last snapshot's.
+        """The snapshots to use for a target step, and that step: by default the last snapshot's.
 
-        Raises SnapshotError for the first of the `problems`, UsageError for a step out of range.
+        They are those not after it; of thousands that can't be solved together, those that add
+        most. Raises SnapshotError for the first of the `problems`, UsageError for a step out of
+        range.
         """
-        return select(self.contents.usable(), step)
+        from posthoc_cli.solver.choice import usable
+
+        snapshots, step = select(self.contents.usable(), step)
+        return [snapshots[at] for at in usable([each.profile for each in snapshots])], step
 
     def plan(
         self,
@@ -252,6 +257,11 @@ class Solution:
     @property
     def method(self) -> str:
         return self.solved.method
+
+    @property
+    def found(self) -> int:
+        """How many snapshots there are up to the target step; `snapshots` may be fewer."""
+        return sum(snapshot.step <= self.step for snapshot in self.run.snapshots)
 
     @property
     def weights(self) -> FloatArray:

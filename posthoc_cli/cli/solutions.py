@@ -116,8 +116,9 @@ def _reach(solution: Solution) -> str:
 
 
 def sources(solution: Solution) -> str:
-    """Such as `16 snapshots`."""
-    return counted(len(solution.snapshots), "raw checkpoint" if solution.run.raw else "snapshot")
+    """Such as `16 snapshots`, or `400 of 5,000 snapshots`."""
+    used = f"{len(solution.snapshots):,} of " if len(solution.snapshots) < solution.found else ""
+    return used + counted(solution.found, "raw checkpoint" if solution.run.raw else "snapshot")
 
 
 def title(target: Target) -> str:
@@ -135,6 +136,8 @@ def describe(folder: str, solution: Solution) -> dict[str, Any]:
         "method": solved.method,
         "device": solution.device,
         "condition_number": solved.condition_number,
+        "snapshots_used": len(solution.snapshots),
+        "snapshots_found": solution.found,
         "warnings": describe_warnings([*solution.run.warnings, *_of_sample(solution)]),
         "targets": [
             {

@@ -2,14 +2,15 @@
 
 The elements of all averaged tensors, in the order of the tensors' names, are cut into strata of
 equal length, and one short block is read of each: the same elements of every snapshot, in every
-run. They are held for some blocks at a time, so memory grows with neither size nor number.
+run. They are held for some blocks at a time, and of thousands of snapshots some are read, so memory
+grows with neither size nor number.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
 
 VERY_MANY = 128
+
+MEASURED = 128
+"""About how many of the snapshots are sampled when thousands are used: enough to see how training
+went."""
 
 BLOCK = 256
 """Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
@@ -270,10 +275,21 @@ def fit_snapshots(
 ) -> tuple[SampleMoments, Trajectory]:
     """Measure a sample of the snapshots' values, and fit how the network moved.
 
-    `leave_out` are globs of tensors that won't be averaged. Raises what `sample_moments` does.
+    Of very many, some are measured, and the sample is of those. `leave_out` are globs of tensors
+    that won't be averaged. Raises what `sample_moments` does.
     """
     from posthoc_cli.solver.blup import fit_trajectory
+    from posthoc_cli.solver.chains import MANY
+    from posthoc_cli.solver.choice import choose
 
-    sample = sample_moments(snapshots, leave_out=leave_out)
-    profiles = [snapshot.profile for snapshot in snapshots]
-    return sample, fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)
+    steps = [float(snapshot.step) for snapshot in snapshots]
+    chosen = choose(steps, MEASURED) if len(snapshots) > MANY else range(len(snapshots))
+    measured = [snapshots[at] for at in chosen]
+    sample = sample_moments(measured, leave_out=leave_out)
+    profiles = [snapshot.profile for snapshot in measured]
+    fitted = fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)
+    if len(measured) < len(snapshots):  # the others' rounding is like their neighbours'
+        known, place = np.unique([steps[at] for at in chosen], return_inverse=True)
+        noise = np.bincount(place, sample.rounding) / np.bincount(place)
+        fitted = replace(fitted, noise=np.interp(steps, known, noise))
+    return sample, fitted
