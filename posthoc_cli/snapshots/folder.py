@@ -23,6 +23,7 @@ from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
+from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
 from posthoc_cli.storage.metadata import read_recipe
@@ -117,6 +118,11 @@ def read_folder(
                 found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
         except SnapshotError as error:
             _leave_out(contents, name, error, skip_incomplete)
+    if others := dict(other_runs(opened, run)):
+        contents.skipped += others.items()
+        contents.problems = [each for each in contents.problems if each[0] not in others]
+        counts = {name: each for name, each in counts.items() if name not in others}
+        found = {name: each for name, each in found.items() if name not in others}
     for name, outcome in agree_on_unit(counts).items():
         if isinstance(outcome, SnapshotError):
             _leave_out(contents, name, outcome, skip_incomplete)
@@ -130,8 +136,11 @@ def read_folder(
         contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
-    for name, message in inconsistencies(contents.snapshots):
+    mixed = list(mixed_runs(contents.snapshots))
+    for name, message in mixed or inconsistencies(contents.snapshots):
         contents.problems.append((name, brief(printable(message))))
+    for name, message in doubts_of_runs(contents.snapshots):
+        contents.warnings.append((name, brief(printable(message))))
     return contents
 
 
