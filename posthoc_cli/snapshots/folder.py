@@ -21,6 +21,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.snapshots.consistency import inconsistencies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
+from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
@@ -75,6 +76,8 @@ def read_folder(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> FolderContents:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
@@ -86,6 +89,7 @@ def read_folder(
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
+        copy, drop: globs of tensors that won't be averaged, and may be as they like.
 
     Names that start with a dot, as our unfinished outputs have, never count.
 
@@ -136,11 +140,15 @@ def read_folder(
         contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
-    mixed = list(mixed_runs(contents.snapshots))
-    for name, message in mixed or inconsistencies(contents.snapshots):
+    settled = (*copy, *drop)
+    wrong = list(mixed_runs(contents.snapshots))
+    if not wrong:  # of two runs, anything may be different
+        wrong += meaningless(contents.snapshots, settled)
+        wrong += inconsistencies(contents.snapshots)
+    for name, message in wrong:
         contents.problems.append((name, brief(printable(message))))
-    for name, message in doubts_of_runs(contents.snapshots):
-        contents.warnings.append((name, brief(printable(message))))
+    doubts = (*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled))
+    contents.warnings += [(name, brief(printable(message))) for name, message in doubts]
     return contents
 
 
