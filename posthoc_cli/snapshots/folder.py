@@ -26,6 +26,7 @@ from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
+from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
 from posthoc_cli.storage.metadata import read_recipe
 
@@ -132,6 +133,7 @@ def read_folder(
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
             found[name] = outcome, counts[name].warnings
+    contents.warnings += _unwrap(opened, list(found))
     shared: dict[int, Contents] = {}
     for name, (identity, warnings) in found.items():
         index = opened[name]
@@ -188,6 +190,23 @@ def _leave_out(
     else:
         message = f"{error.problem}; {error.remedy}"
         contents.problems.append((name, brief(printable(message))))
+
+
+def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Give the tensors of wrapped networks their own names where others have those; a warning."""
+    indexes, places = agree_on_names([opened[name] for name in names])
+    if not places:
+        return []
+    wrappers = describe_wrappers([name for at in places for name in opened[names[at]].tensors])
+    opened.update(zip(names, indexes, strict=True))
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return [
+        (
+            "",
+            f"'{printable(names[places[0]])}'{more}: the names of tensors have {wrappers} in them, "
+            "as those of other files don't; it is left out",
+        )
+    ]
 
 
 def _has_index(name: str) -> bool:

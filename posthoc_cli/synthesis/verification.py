@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.snapshots.wrappers import agree_on_names
 from posthoc_cli.storage import (
     Cache,
     TensorIndex,
@@ -82,6 +83,7 @@ def verify(
     report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems, out.path)
     if problems:
         return report
+    (out, *sources), _ = agree_on_names([out, *sources])
     newest = newest_of([int(source.step) for source in recipe.sources])
     problems = _other_tensors(sources, sources[newest])
     problems = problems or _wrong_tensors(out, sources[newest], recipe)
