@@ -18,7 +18,7 @@ from posthoc_cli.errors import (
     brief,
     printable,
 )
-from posthoc_cli.snapshots.consistency import inconsistencies
+from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
@@ -146,10 +146,12 @@ def read_folder(
     wrong = list(mixed_runs(contents.snapshots))
     if not wrong:  # of two runs, anything may be different
         wrong += meaningless(contents.snapshots, settled)
-        wrong += inconsistencies(contents.snapshots)
+        wrong += inconsistencies(contents.snapshots, settled)
     for name, message in wrong:
         contents.problems.append((name, brief(printable(message))))
-    doubts = (*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled))
+    doubts = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
+    if not wrong:
+        doubts += different_dtypes(contents.snapshots, settled)
     contents.warnings += [(name, brief(printable(message))) for name, message in doubts]
     return contents
 
