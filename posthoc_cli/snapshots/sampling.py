@@ -7,10 +7,9 @@ run. They are held for some blocks at a time, so memory grows with neither size 
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -78,7 +77,7 @@ class _Piece:
     def stored(self, tensors: Mapping[str, TensorInfo]) -> _Piece:
         """The same piece of a file with these tensors, which may have it in another dtype."""
         dtype = tensors[self.name].dtype
-        return self if dtype in (self.dtype, "C64") else dataclasses.replace(self, dtype=dtype)
+        return self if dtype in (self.dtype, "C64") else replace(self, dtype=dtype)
 
     def start(self, tensors: Mapping[str, TensorInfo]) -> int:
         """Where the piece begins in the data section of a file with these tensors."""

@@ -63,7 +63,7 @@ def folder_of(folder: Path, dtypes: list[type], size: int = 1000, group: int = 1
 )
 @pytest.mark.parametrize("raw", [False, True])
 def test_each_is_summed_as_what_it_is(tmp_path: Path, dtypes: list[type], raw: bool) -> None:
-    tensors = folder_of(tmp_path, dtypes, size=20_003)
+    tensors = folder_of(tmp_path, dtypes, size=20_005)
     run = posthoc_cli.open_snapshots(tmp_path, raw=raw)
     assert len(run.warnings) == 1 + (len(dtypes) if raw else 0)
     solution = run.solve(sigma_rel=0.15, method="blup", sample=True)
