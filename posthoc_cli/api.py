@@ -55,6 +55,8 @@ def open_snapshots(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> Run:
     """Read which snapshots a folder holds; their headers only.
 
@@ -67,6 +69,7 @@ def open_snapshots(
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
+        copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
 
     What is wrong with single files is collected in `problems`. Raises UsageError when an argument
     or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
@@ -81,6 +84,8 @@ def open_snapshots(
         run=run,
         raw=raw,
         skip_incomplete=skip_incomplete,
+        copy=copy,
+        drop=drop,
     )
     return Run(contents, raw)
 

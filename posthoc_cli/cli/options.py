@@ -262,6 +262,8 @@ class Reading:
     run: str | None = None
     raw: bool = False
     skip_incomplete: bool = False
+    copy: Sequence[str] | None = None
+    drop: Sequence[str] | None = None
 
 
 def open_folder(folder: str, reading: Reading) -> Run:
@@ -279,6 +281,8 @@ def open_folder(folder: str, reading: Reading) -> Run:
         run=reading.run,
         raw=reading.raw,
         skip_incomplete=reading.skip_incomplete,
+        copy=reading.copy or (),
+        drop=reading.drop or (),
     )
 
 

@@ -42,10 +42,15 @@ def warn_of_sample(solution: Solution, quiet: bool) -> None:
 
 def _of_sample(solution: Solution) -> list[tuple[str, str]]:
     moments = solution.moments
-    if moments is None or not moments.broken:
+    if moments is None:
         return []
+    from posthoc_cli.snapshots.runs import jumps
+
+    jumped = jumps(solution.snapshots, moments.differences)
+    if not moments.broken:
+        return jumped
     share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
-    return [("", f"{share} are NaN or infinite in some snapshot, and left out")]
+    return [("", f"{share} are NaN or infinite in some snapshot, and left out"), *jumped]
 
 
 def note_large_errors(solution: Solution, quiet: bool) -> None:

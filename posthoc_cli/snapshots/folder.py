@@ -18,12 +18,15 @@ from posthoc_cli.errors import (
     brief,
     printable,
 )
-from posthoc_cli.snapshots.consistency import inconsistencies
+from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
+from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
+from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
+from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
 from posthoc_cli.storage.metadata import read_recipe
 
@@ -74,6 +77,8 @@ def read_folder(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> FolderContents:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
@@ -85,6 +90,7 @@ def read_folder(
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
+        copy, drop: globs of tensors that won't be averaged, and may be as they like.
 
     Names that start with a dot, as our unfinished outputs have, never count.
 
@@ -117,11 +123,17 @@ def read_folder(
                 found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
         except SnapshotError as error:
             _leave_out(contents, name, error, skip_incomplete)
+    if others := dict(other_runs(opened, run)):
+        contents.skipped += others.items()
+        contents.problems = [each for each in contents.problems if each[0] not in others]
+        counts = {name: each for name, each in counts.items() if name not in others}
+        found = {name: each for name, each in found.items() if name not in others}
     for name, outcome in agree_on_unit(counts).items():
         if isinstance(outcome, SnapshotError):
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
             found[name] = outcome, counts[name].warnings
+    contents.warnings += _unwrap(opened, list(found))
     shared: dict[int, Contents] = {}
     for name, (identity, warnings) in found.items():
         index = opened[name]
@@ -130,8 +142,17 @@ def read_folder(
         contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
-    for name, message in inconsistencies(contents.snapshots):
+    settled = (*copy, *drop)
+    wrong = list(mixed_runs(contents.snapshots))
+    if not wrong:  # of two runs, anything may be different
+        wrong += meaningless(contents.snapshots, settled)
+        wrong += inconsistencies(contents.snapshots, settled)
+    for name, message in wrong:
         contents.problems.append((name, brief(printable(message))))
+    doubts = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
+    if not wrong:
+        doubts += different_dtypes(contents.snapshots, settled)
+    contents.warnings += [(name, brief(printable(message))) for name, message in doubts]
     return contents
 
 
@@ -171,6 +192,23 @@ def _leave_out(
     else:
         message = f"{error.problem}; {error.remedy}"
         contents.problems.append((name, brief(printable(message))))
+
+
+def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Give the tensors of wrapped networks their own names where others have those; a warning."""
+    indexes, places = agree_on_names([opened[name] for name in names])
+    if not places:
+        return []
+    wrappers = describe_wrappers([name for at in places for name in opened[names[at]].tensors])
+    opened.update(zip(names, indexes, strict=True))
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return [
+        (
+            "",
+            f"'{printable(names[places[0]])}'{more}: the names of tensors have {wrappers} in them, "
+            "as those of other files don't; it is left out",
+        )
+    ]
 
 
 def _has_index(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from posthoc_cli.storage import Reader
-from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of, decode
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
@@ -162,8 +162,16 @@ class Engine:
         self._varies[id(segment)][tensor] = True
 
     def read(self, chunk: Chunk, source: int, into: memoryview) -> None:
-        """Fill `into` with a chunk's bytes in one of the snapshots."""
-        self._readers[source].read(self.plan.start_of(chunk, source), into)
+        """Fill `into` with a chunk's bytes in one of the snapshots, in the segment's dtype."""
+        start, stored = self.plan.start_of(chunk, source), self.plan.stored(chunk.segment, source)
+        if stored == chunk.segment.dtype:
+            self._readers[source].read(start, into)
+            return
+        narrow = np.empty(bytes_of(stored, chunk.elements), np.uint8)
+        self._readers[source].read(start, narrow.data)
+        wide = np.frombuffer(into, DTYPES[chunk.segment.dtype].numpy(), chunk.elements)
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            wide[:] = decode(stored, narrow)
 
     def _elements(self, segment: Segment) -> int:
         """Elements of a chunk: as many as fit in a row, and in all that a worker may take."""
