@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from posthoc_cli.errors import brief, printable
 from posthoc_cli.snapshots.listing import counts
 from posthoc_cli.snapshots.names import SAME_WIDTH, read_counts, read_name
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -42,14 +43,11 @@ def settle_copies(contents: Contents, unsaid: Mapping[str, TensorIndex]) -> None
             contents.snapshots.remove(each)
             contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
     known = {each.file for each in contents.snapshots} | {file for file, _ in contents.skipped}
-    told = {file for file, _ in contents.problems}
+    told = dict(contents.problems)
     for name, index in unsaid.items():
-        if name in told - known and not counts(_step_part(name)) and numbered:
+        if name in told.keys() - known and not counts(_step_part(name)) and numbered:
             contents.problems[:] = [each for each in contents.problems if each[0] != name]
-            if twin := _twin(index, numbered):
-                contents.skipped.append((name, f"holds the same values as '{twin.file}'"))
-            else:
-                contents.problems.append((name, _asked(numbered)))
+            _settle(contents, name, index, numbered, told[name].rpartition("; ")[0])
     _ask_for_folders(contents, unsaid, numbered)
 
 
@@ -62,13 +60,21 @@ def _ask_for_folders(
         index = unsaid.get(name)
         if index is None or not folders or not reason.startswith("a folder, and "):
             continue
-        if not _same_tensors(index, folders[-1].index):
-            continue
-        contents.skipped.remove((name, reason))
-        if twin := _twin(index, folders):
-            contents.skipped.append((name, f"holds the same values as '{twin.file}'"))
-        else:
-            contents.problems.append((name, _asked(folders)))
+        if _same_tensors(index, folders[-1].index):
+            contents.skipped.remove((name, reason))
+            _settle(contents, name, index, folders, reason.removeprefix("a folder, and "))
+
+
+def _settle(
+    contents: Contents, name: str, index: TensorIndex, numbered: Sequence[Snapshot], problem: str
+) -> None:
+    """Leave `name` out as a copy of a numbered snapshot, or note that it is to be decided."""
+    if twin := _twin(index, numbered):
+        contents.skipped.append((name, f"holds the same values as '{twin.file}'"))
+        return
+    problem += f", and its values are none of the {len(numbered)} numbered snapshots'"
+    remedy = f"leave it out with exclude='{name}', or put its step into its name"
+    contents.problems.append((name, brief(printable(f"{problem}; {remedy}"))))
 
 
 def other_formats(
@@ -102,14 +108,6 @@ def _glob_of(paths: Sequence[str]) -> str:
     if any("/" in path for path in paths):
         return f"*/{paths[0].rpartition('/')[2]}"
     return f"*{os.path.splitext(paths[0])[1]}"
-
-
-def _asked(numbered: Sequence[Snapshot]) -> str:
-    return (
-        "nothing says its step, and its values are none of those of "
-        f"{len(numbered)} numbered snapshots; leave it out with exclude=, or put its step into its "
-        "name"
-    )
 
 
 def _step_part(name: str) -> str:
