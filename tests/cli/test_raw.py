@@ -216,7 +216,7 @@ def test_two_of_one_step_are_a_problem(posthoc_here: Posthoc, lora: Path) -> Non
     posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.1").failed(
         3,
         r"lora/style\.safetensors: has the step \(600\) of 'style-step00000600\.safetensors'; "
-        r"leave out one of the two, such as with --exclude style\.safetensors, or .*",
+        r"leave out one of the two, as with --exclude style\.safetensors, or .*",
     )
     run = posthoc_here(
         "solve", "lora", "--raw", "--sigma-rel", "0.2", "--only", "style-*", "--json"
