@@ -112,8 +112,10 @@ _REMEDY = "give names, or paths below the folder such as 'checkpoint-*/unet'"
 def _glob(argument: str, glob: str, paths: Sequence[str], described: str) -> Fits:
     """Whether a path fits `glob`. Raises UsageError where none of `paths` does.
 
-    A glob that is a name fits that alone; one whose brackets fit nothing else fits brackets.
+    A glob that is a file's path fits that alone; one whose brackets fit nothing else fits brackets.
     """
+    if glob in paths:
+        return glob.__eq__
     plain = glob.replace("[", "[[]")
     readings: Iterable[tuple[Callable[[str, str], bool], str]] = (
         (str.__eq__, glob),
@@ -129,13 +131,17 @@ def _glob(argument: str, glob: str, paths: Sequence[str], described: str) -> Fit
 
 
 def _reading(test: Callable[[str, str], bool], glob: str) -> Fits:
-    """Whether a path, or its beginning, fits a glob with `/`; or a part of it one without."""
+    """Whether a path, or its beginning, fits a glob with `/`; or a part of it one without.
+
+    `./` stands before what lies in the folder itself.
+    """
+    anchored = "/" in glob.rstrip("/")
     globs = glob.removeprefix("./").rstrip("/").split("/")
 
     def fits(path: str) -> bool:
         parts = path.split("/")
         shorter = path.removesuffix(".index.json").split("/") if is_index(path) else parts
-        if len(globs) == 1:
+        if not anchored:
             return any(test(part, globs[0]) for part in {*parts, shorter[-1]})
         return _begins(parts, globs, test) or _begins(shorter, globs, test)
 

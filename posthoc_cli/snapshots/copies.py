@@ -72,8 +72,11 @@ def _settle(
     if twin := _twin(index, numbered):
         contents.skipped.append((name, f"holds the same values as '{twin.file}'"))
         return
+    # A plain name would fit the folders in the step folders too.
+    inner = any(name in each.file.split("/")[1:] for each in numbered)
+    glob = f"./{name}" if inner else name
     problem += f", and its values are none of the {len(numbered)} numbered snapshots'"
-    remedy = f"leave it out with exclude='{name}', or put its step into its name"
+    remedy = f"leave it out with exclude='{glob}', or put its step into its name"
     contents.problems.append((name, brief(printable(f"{problem}; {remedy}"))))
 
 

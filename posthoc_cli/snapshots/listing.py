@@ -158,6 +158,8 @@ def title(name: str, pattern: Pattern | None) -> str:
     sure = [part for part in counting if _CHECKPOINT.fullmatch(part)]
     if folders and read_name(last) is None and (sure or not counts(last)):
         last = (sure or counting or folders)[0]
+    if _COMPONENT.fullmatch(last):
+        last = last.rstrip("_0123456789")
     return last if last.lower().endswith(ENDING) else last + ENDING
 
 
