@@ -46,7 +46,7 @@ Numbers = float | Iterable[float] | None
 
 
 def open_snapshots(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
@@ -61,10 +61,10 @@ def open_snapshots(
     """Read which snapshots a folder holds; their headers only.
 
     Arguments:
-        folder: the folder of snapshots.
+        folder: the folder of snapshots; or a list of files and folders that lie in one.
         pattern: a file-name pattern, such as "run7_{step}_{sigma_rel}.safetensors".
         profiles: the sigma_rel values that `{index}` counts, from index 0 on.
-        only: globs for the names of the files to use; no other is opened.
+        only: globs for the files to use, by name or path below the folder; no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.

@@ -191,7 +191,7 @@ def synthesize(
         _draw(solution, saved.outputs)
 
 
-def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
+def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe(folder, solution)
     for target, one in zip(document["targets"], saved.outputs, strict=True):

@@ -66,14 +66,15 @@ def _same_average(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         if one.step == other.step and one.profile.raw:
             yield (
                 other.file,
-                f"has the step ({other.step}) of '{one.file}'; leave out one of the two with "
-                "only=, or say with pattern= which number of the names it is",
+                f"has the step ({other.step}) of '{one.file}'; leave out one of the two, "
+                f"as with exclude='{other.file}', or say with pattern= which number of the names "
+                "it is",
             )
         elif one.step == other.step and same_width and same_gamma:
             yield (
                 other.file,
                 f"has the step ({other.step}) and profile (sigma_rel {other.sigma_rel:.4g}) of "
-                f"'{one.file}'; leave out one of the two with only=",
+                f"'{one.file}'; leave out one of the two, as with exclude='{other.file}'",
             )
 
 

@@ -18,9 +18,11 @@ from posthoc_cli.errors import (
     brief,
     printable,
 )
+from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
+from posthoc_cli.snapshots.copies import other_formats, settle_copies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
-from posthoc_cli.snapshots.listing import choose, list_candidates, title
+from posthoc_cli.snapshots.listing import folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
@@ -68,7 +70,7 @@ class FolderContents:
 
 
 def read_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
@@ -83,9 +85,10 @@ def read_folder(
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
     Arguments:
+        folder: the folder; or files and folders that lie in one, as a shell's glob gives them.
         pattern: a file-name pattern, as `compile_pattern` takes it.
         profiles: the sigma_rel values by index, for names that have an index.
-        only: globs for the names of the files to use: no other is opened.
+        only: globs for the files to use, by name or path below the folder: no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
@@ -97,12 +100,14 @@ def read_folder(
     Raises UsageError when an argument doesn't fit, SnapshotError when there is no .safetensors
     file, MachineError when one can't be read.
     """
-    folder = Path(folder)
+    folder, given = folder_of(folder)
     compiled = compile_pattern(pattern, raw) if pattern is not None else None
     widths = () if raw else check_profiles(profiles, compiled)
-    names, left_out = list_candidates(folder)
-    names = choose(names, only, compiled)
-    contents = FolderContents(folder, skipped=left_out)
+    deep = any("/" in each for each in (pattern or "", *only))
+    choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
+    names = choice.names
+    contents = FolderContents(folder, skipped=choice.left_out)
+    contents.problems += [(name, brief(printable(text))) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
     if widths and compiled is None and not any(_has_index(name) for name in names):
         contents.warnings.append(("", "profiles= isn't used: no file name has an index"))
@@ -110,6 +115,7 @@ def read_folder(
     opened: dict[str, TensorIndex] = {}
     counts: dict[str, StepCounts] = {}
     found: dict[str, tuple[Identity, list[str]]] = {}
+    unsaid: dict[str, TensorIndex] = {}
     for name in names:
         try:
             index = _open(folder / name, headers)
@@ -122,6 +128,8 @@ def read_folder(
             else:
                 found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
         except SnapshotError as error:
+            if isinstance(error, UnknownError) and compiled is None:
+                unsaid[name] = opened[name]
             _leave_out(contents, name, error, skip_incomplete)
     if others := dict(other_runs(opened, run)):
         contents.skipped += others.items()
@@ -130,6 +138,7 @@ def read_folder(
         found = {name: each for name, each in found.items() if name not in others}
     for name, outcome in agree_on_unit(counts).items():
         if isinstance(outcome, SnapshotError):
+            unsaid[name] = opened[name]
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
             found[name] = outcome, counts[name].warnings
@@ -139,9 +148,13 @@ def read_folder(
         index = opened[name]
         if id(index.tensors) not in shared:
             shared[id(index.tensors)] = Contents.of(index.tensors)
-        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
+        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)], name))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
+    settle_copies(contents, unsaid)
+    missing, beside = other_formats(choice.others, contents.snapshots)
+    contents.problems += [(name, brief(printable(text))) for name, text in missing]
+    contents.skipped += beside
     settled = (*copy, *drop)
     wrong = list(mixed_runs(contents.snapshots))
     if not wrong:  # of two runs, anything may be different

@@ -44,6 +44,19 @@ INDEX_ENDING = ".safetensors.index.json"
 _NUMBER = "-[0-9]{5}-of-[0-9]{5}"
 """What the name of a shard has before its ending."""
 
+_SHARD = re.compile(r"(?is)(.*)-[0-9]{5}-of-([0-9]{5})\.safetensors")
+
+_WELL_KNOWN = re.compile(
+    r"(?i)(?:model(?:_[0-9]+)?|pytorch_model|diffusion_pytorch_model|pytorch_lora_weights"
+    r"|adapter_model)\.safetensors(?:\.index\.json)?"
+)
+"""What Hugging Face's libraries call a network in a folder; accelerate counts several."""
+
+_TRAINING_STATE = re.compile(
+    r"(?i)(?:optim(?:izer)?|(?:lr[-_]?)?scheduler|random[-_]states?|rng|(?:grad[-_]?)?scaler"
+    r"|train(?:ing|er)[-_]state)(?:[-_]?states?)?(?:[-_.]?(?:rank|of|[0-9]+))*"
+)
+
 
 def is_index(name: str) -> bool:
     return name.lower().endswith(INDEX_ENDING)
@@ -66,7 +79,7 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     that doesn't hold one network.
     """
     if os.path.isdir(path):
-        inside, _ = find_network(path)
+        inside = find_network(path)
         if inside is None:
             raise SnapshotError(
                 str(path),
@@ -75,22 +88,69 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
             )
         return dataclasses.replace(open_tensors(path / inside, cache), path=path)
     if is_index(path.name):
+        if not os.path.lexists(path) and path.name in list_networks(path.parent)[1]:
+            raise IncompleteError(
+                str(path),
+                "there are shards, but the index that lists them isn't",
+                "wait until it is written, copy it too, or leave the shards out",
+            )
         return _read_index(path, cache)
     return read_header(path, cache)
 
 
-def find_network(folder: Path) -> tuple[str | None, int]:
-    """The name of the one index in `folder`, or of the one safetensors file; and the files' number.
+def find_network(folder: Path) -> str | None:
+    """The name of the one network in `folder`: of its file, or of its index, there or not yet.
 
-    The name is None where there isn't exactly one. Raises what list_folder does.
+    None where there isn't exactly one, not even by well-known names. Raises what list_folder does.
     """
-    names = [name for name in list_folder(folder) if not name.startswith(".")]
+    found = preferred([name for names in list_networks(folder) for name in names])
+    return found[0] if len(found) == 1 else None
+
+
+def list_networks(folder: Path, names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Which of `names` in `folder`, by default all, are a network each: files and indexes.
+
+    An index stands for its shards; the second list has those that should be there, as shards are,
+    but aren't. Training states are no networks. Raises what list_folder does.
+    """
+    if names is None:
+        names = [name for name in list_folder(folder) if not name.startswith(".")]
     indexes = [name for name in names if is_index(name)]
-    files = [name for name in names if name.lower().endswith(ENDING)]
-    found = indexes or files
-    # With a whole file beside its shards, either could be meant.
-    both = indexes and indexes[0][: -len(".index.json")] in files
-    return (found[0] if len(found) == 1 and not both else None), len(files)
+    missing: dict[str, None] = {}
+    files = []
+    for name in names:
+        if not name.lower().endswith(ENDING) or is_training_state(name):
+            continue
+        shard = _SHARD.fullmatch(name)
+        if shard is None or int(shard[2]) == 1:  # the only one needs no index
+            files.append(name)
+        elif shard[1] + INDEX_ENDING not in indexes:
+            missing[shard[1] + INDEX_ENDING] = None
+    listed: set[str] = set()
+    if indexes and (files or missing):  # whose shards may have names of another kind
+        for index in indexes:
+            with contextlib.suppress(PosthocError):  # raised again when it is opened
+                listed |= shard_names(folder / index)
+    known = {match[1] + INDEX_ENDING for name in listed if (match := _SHARD.fullmatch(name))}
+    taken = {*indexes, *files} - listed
+    networks = [name for name in names if name in taken]
+    return networks, [index for index in missing if index not in known]
+
+
+def preferred(names: Sequence[str]) -> list[str]:
+    """Those of `names`, of networks in one folder, that Hugging Face's libraries give; else all."""
+    return [name for name in names if _WELL_KNOWN.fullmatch(name)] or list(names)
+
+
+def stem_of_shard(name: str) -> str:
+    """`a-00001-of-00003.safetensors` -> `a`; of another name, the name."""
+    match = _SHARD.fullmatch(name)
+    return match[1] if match else name
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a file is by its name an optimizer's, a scheduler's or a generator's state."""
+    return _TRAINING_STATE.fullmatch(os.path.splitext(name)[0]) is not None
 
 
 def shard_names(index: Path) -> set[str]:

@@ -6,6 +6,7 @@ kernels do on the way. Only where one may not be are the snapshots looked at, on
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -184,7 +185,9 @@ def summarize(plan: TensorPlan, found: Sequence[NonfiniteTensor]) -> tuple[str, 
         if count
     ]
     files = sorted({at for entry in broken for at in entry.snapshots})
-    where = f"'{printable(plan.sources[files[0]].path.name)}'"
+    path = plan.sources[files[0]].path
+    folder = os.path.commonpath([source.path.parent for source in plan.sources])
+    where = f"'{printable(path.relative_to(folder).as_posix())}'"
     if len(files) > 1:
         where += f" and {len(files) - 1} more snapshot{'s' if len(files) > 2 else ''}"
     return (

@@ -17,6 +17,7 @@ from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.metadata import read_recipe
 
 END = ".safetensors"
+OTHER = {"count": np.ones((), np.int64), "layer.bias": np.ones(3, np.float16)}
 NETWORK = {
     "count": np.zeros((), np.int64),
     "layer.bias": np.zeros(3, np.float16),
@@ -193,7 +194,7 @@ def test_a_broken_file_leaves_the_others_to_be_seen(tmp_path: Path) -> None:
     save_run(tmp_path)
     broken = tmp_path / f"run_400_6.94{END}"
     broken.write_bytes(save(broken).read_bytes()[:-1])
-    save(tmp_path / f"final{END}")
+    save(tmp_path / f"final{END}", tensors=NETWORK | OTHER)
     save(tmp_path / f"zero_0_6.94{END}")
     (tmp_path / f"empty_500_6.94{END}").write_bytes(b"")
     inventory = read_folder(tmp_path)
@@ -312,7 +313,9 @@ def test_warnings_are_made_printable(tmp_path: Path) -> None:
 
 def test_two_of_one_step_and_profile_are_a_problem(tmp_path: Path) -> None:
     save_run(tmp_path)
-    save(tmp_path / f"same{END}", {"step": "100", "sigma_rel": "0.1"})  # gamma 6.94 rounded
+    save(
+        tmp_path / f"same{END}", {"step": "100", "sigma_rel": "0.1"}, NETWORK | OTHER
+    )  # gamma 6.94
     inventory = read_folder(tmp_path)
     file, message = only_problem(inventory)
     assert {file, message.split("'")[1]} == {f"run_100_6.94{END}", f"same{END}"}
