@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
-from posthoc_cli.snapshots.names import Pattern, Reading, read_counts, read_name, read_number
+from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.names import Pattern, Reading, read_name, read_number
 from posthoc_cli.solver import (
     MAX_GAMMA,
     MAX_SIGMA_REL,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import SnapshotError, UnknownError
+from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.identity import (
     MAX_STEP,
     UNITS,
@@ -22,7 +23,7 @@ from posthoc_cli.snapshots.identity import (
     read_steps,
     whole_number,
 )
-from posthoc_cli.snapshots.names import Pattern, read_counts, read_name
+from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.storage.metadata import GAMMA, SIGMA_REL, STEP
 
 
