@@ -101,7 +101,9 @@ def _count(stem: str, match: re.Match[str]) -> Count | None:
     apart = _word(r"(?a:([A-Za-z]+)[-_= ]+)\Z", stem[: match.start()])
     if before in _IN_SHORT and after and not _unit(after):  # e4m3
         return None
-    scaled = after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 : end + 2].isdigit()
+    scaled = (
+        after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 : end + 2].isdigit()
+    )
     scale = _SCALES.get(after[:1], 1) if scaled else 1
     behind = after[1:] if scale > 1 else after
     if not behind:  # 1200_steps, but the word may as well be the next number's: 3_step_1200

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli.errors import (
+    AmbiguousError,
     IncompleteError,
     SnapshotError,
     UnknownError,
@@ -18,6 +19,7 @@ from posthoc_cli.errors import (
     brief,
     printable,
 )
+from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import inconsistencies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
@@ -25,6 +27,7 @@ from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
+from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
@@ -44,6 +47,7 @@ class FolderContents:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
+    ambiguous: list[AmbiguousError] = field(default_factory=list)
 
     def usable(self) -> list[Snapshot]:
         """The snapshots; raises SnapshotError if anything is wrong with any of them."""
@@ -95,6 +99,8 @@ def read_folder(
     compiled = compile_pattern(pattern, raw) if pattern is not None else None
     widths = () if raw else check_profiles(profiles, compiled)
     names, left_out = list_candidates(folder)
+    written = _clock(folder)
+    doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
     names = choose(names, only, compiled)
     contents = FolderContents(folder, skipped=left_out)
     # With a pattern that has no {index}, profiles= has been refused.
@@ -112,12 +118,16 @@ def read_folder(
                 continue
             opened[name] = index
             if raw:
-                counts[name] = step_counts(title(name, compiled), index.metadata, compiled)
+                counts[name] = step_counts(
+                    title(name, compiled), index.metadata, compiled, name in doubts
+                )
             else:
-                found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
+                found[name] = identify(
+                    title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
+                )
         except SnapshotError as error:
             _leave_out(contents, name, error, skip_incomplete)
-    for name, outcome in agree_on_unit(counts).items():
+    for name, outcome in agree_on_unit(counts, written).items():
         if isinstance(outcome, SnapshotError):
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
@@ -164,6 +174,10 @@ def _leave_out(
     contents: FolderContents, name: str, error: SnapshotError, skip_incomplete: bool
 ) -> None:
     """Note why a file is no snapshot: as a problem, or as skipped where that is no mistake."""
+    if isinstance(error, AmbiguousError):
+        if error in contents.ambiguous:  # one error of several files
+            return
+        contents.ambiguous.append(error)
     if skip_incomplete and isinstance(error, IncompleteError):
         contents.skipped.append((name, printable(f"incomplete: {error.problem}")))
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
@@ -171,6 +185,16 @@ def _leave_out(
     else:
         message = f"{error.problem}; {error.remedy}"
         contents.problems.append((name, brief(printable(message))))
+
+
+def _clock(folder: Path) -> Clock:
+    """When a file of `folder` was written."""
+
+    def written(name: str) -> float | None:
+        status = file_status(folder / name)
+        return status.st_mtime if status else None
+
+    return written
 
 
 def _has_index(name: str) -> bool:

@@ -44,13 +44,15 @@ def identify(
     metadata: Mapping[str, str],
     pattern: Pattern | None = None,
     profiles: Sequence[float] = (),
+    doubt: SnapshotError | None = None,
 ) -> tuple[Identity, list[str]]:
     """The step and profile of the file `name` with `metadata`, and warnings.
 
-    `profiles` are the sigma_rel values by index. Raises SnapshotError when nothing says them, or
-    when the source that decides says what can't be.
+    `profiles` are the sigma_rel values by index; `doubt` is why the name can't be believed, as
+    `doubted_profiles` has it. Raises SnapshotError when nothing says them, or when the source that
+    decides says what can't be.
     """
-    named = read_name(name, pattern, profiles)
+    named = read_name(name, pattern, profiles) if pattern is not None or doubt is None else None
     if pattern is not None:
         if named is None:
             raise not_fitting(name, pattern)
@@ -66,6 +68,8 @@ def identify(
         return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
     if named is not None:
         return _checked(name, named, "name"), _doubts(named, metadata, "the name")
+    if doubt is not None:
+        raise doubt
     raise _nothing_said(name, metadata)
 
 

@@ -39,6 +39,8 @@ _CONVENTIONS = {
     }.items()
 }
 
+SD_SCRIPTS = _CONVENTIONS["sd-scripts"]
+
 MAX_NAMED_GAMMA = 400
 """sigma_rel 0.0025. What a name has above it is a count: checkpoint_3_1500 is epoch and update."""
 
