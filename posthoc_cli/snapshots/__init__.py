@@ -4,6 +4,7 @@ Beside these names, the other packages use the modules `sampling` (a sample of t
 values) and `diagnosis` (the error to expect), which take longer to import.
 """
 
+from posthoc_cli.snapshots.columns import doubted_profiles as doubted_profiles
 from posthoc_cli.snapshots.folder import FolderContents as FolderContents
 from posthoc_cli.snapshots.folder import read_folder as read_folder
 from posthoc_cli.snapshots.folder import select as select

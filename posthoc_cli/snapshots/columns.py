@@ -80,25 +80,32 @@ class _Unclear(Exception):
 
 
 def read_together(
-    files: Sequence[str], clocks: Sequence[Clock] = ()
-) -> tuple[dict[str, dict[str, int]], list[AmbiguousError]]:
+    files: Sequence[str], clocks: Sequence[Clock] = (), written: Clock | None = None
+) -> tuple[dict[str, dict[str, int]], list[AmbiguousError], dict[str, str]]:
     """What the names of raw checkpoints count, as `read_counts` has it, read together.
 
     And what can be read in more than one way: an error for each kind of names, which lists them
-    in its `rows`; they are in the first as they would be without the others.
+    in its `rows`; they are in the first as they would be without the others. And warnings, by file.
+    `clocks` count training, `written` gives the times of files.
     """
     said: dict[str, dict[str, int]] = {}
-    unclear = []
+    unclear, warnings = [], {}
     for names in _of_one_form(_without_heads([_name(file) for file in files])):
-        columns = _columns(names)
+        columns, times = _columns(names), _times(names, clocks)
         try:
-            chosen = _decide(columns, _times(names, clocks))
+            chosen = _decide(columns, times)
         except _Unclear as error:
-            unclear.append(_ambiguous(names, error.columns))
-            chosen = {column.unit: column for column in columns}
+            try:
+                if written is None:
+                    raise
+                chosen = _decide(columns, times + _times(names, [written]))
+                warnings[names[0].file] = _by_time(names, error.columns, chosen)
+            except _Unclear as error:
+                unclear.append(_ambiguous(names, error.columns))
+                chosen = {column.unit: column for column in columns}
         for row, name in enumerate(names):
             said[name.file] = {unit: column.values[row] for unit, column in chosen.items()}
-    return said, unclear
+    return said, unclear, warnings
 
 
 def from_zero(unit: str, values: Iterable[int]) -> bool:
@@ -358,14 +365,22 @@ def _ambiguous(
     )
 
 
+def _by_time(names: Sequence[_Name], columns: Sequence[_Column], chosen: dict[str, _Column]) -> str:
+    taken = next(column for column in columns if column in chosen.values())
+    others = [str(column.values[0]) for column in columns if column is not taken]
+    pattern = _pattern(names, taken, "")
+    return (
+        f"its step is taken to be {taken.values[0]}, not {' or '.join(others)}, as the files' "
+        "times go by it" + (f" (pattern='{pattern}' says so for sure)" if pattern else "")
+    )
+
+
 def _pattern(names: Sequence[_Name], step: _Column, tail: str) -> str | None:
     """The pattern that takes one column of these names for the step; None if there is none."""
     pieces = [_same_text([name.stem[: name.counts[0].start] for name in names], ends=True)]
     for place in range(len(names[0].counts)):
         counts = [name.counts[place] for name in names]
-        texts = [
-            name.stem[count.start : count.end] for name, count in zip(names, counts, strict=True)
-        ]
+        texts = [n.stem[count.start : count.end] for n, count in zip(names, counts, strict=True)]
         pieces.append("{step}" if place == step.place else _same_text(texts))
         after = [
             name.stem[count.end : (*name.counts, Count(len(name.stem), 0, 0, ""))[place + 1].start]

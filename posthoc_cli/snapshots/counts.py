@@ -26,8 +26,9 @@ _IN_SHORT = {"it": STEP, "its": STEP, "ep": EPOCH, "e": EPOCH}
 _NO_WORDS = ("", "ckpt", "checkpoint", "model", "save")
 """What may stand right before a number that counts; else it is a part of a word."""
 
-_OTHER_WORDS = frozenset(
-    "acc accuracy alpha batch bs dim fid loss lr psnr rank res score seed size ssim".split()
+_OTHER_WORDS = (
+    *("acc", "accuracy", "alpha", "batch", "bs", "dim", "fid", "loss", "lr", "psnr"),
+    *("rank", "res", "score", "seed", "size", "ssim"),
 )
 _SCALES = {"k": 1000, "m": 1_000_000}
 
@@ -80,7 +81,7 @@ def find_counts(stem: str) -> list[Count]:
         if not _within(match.start(), taken) and (count := _count(stem, match)):
             found.append(count)
     dates = [match.span() for match in _DATE.finditer(stem)]
-    times = [match.span() for _, end in dates if (match := _TIME.match(stem, end))]
+    times = [time.span() for _, end in dates if (time := _TIME.match(stem, end))]
     for spans in (dates, times):
         # 20240115-000012 may be the twelfth epoch as well as twelve seconds after midnight.
         others = [count for count in found if not _within(count.start, spans)]
@@ -101,10 +102,8 @@ def _count(stem: str, match: re.Match[str]) -> Count | None:
     apart = _word(r"(?a:([A-Za-z]+)[-_= ]+)\Z", stem[: match.start()])
     if before in _IN_SHORT and after and not _unit(after):  # e4m3
         return None
-    scaled = (
-        after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 : end + 2].isdigit()
-    )
-    scale = _SCALES.get(after[:1], 1) if scaled else 1
+    alone = after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 :][:1].isdigit()
+    scale = _SCALES.get(after[:1], 1) if alone else 1
     behind = after[1:] if scale > 1 else after
     if not behind:  # 1200_steps, but the word may as well be the next number's: 3_step_1200
         place = end + (scale > 1)

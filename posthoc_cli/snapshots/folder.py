@@ -25,6 +25,7 @@ from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.listing import choose, list_candidates, title
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
+from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
 from posthoc_cli.storage.disk import file_status
@@ -118,9 +119,8 @@ def read_folder(
                 continue
             opened[name] = index
             if raw:
-                counts[name] = step_counts(
-                    title(name, compiled), index.metadata, compiled, name in doubts
-                )
+                doubted = isinstance(doubts.get(name), UnknownError)
+                counts[name] = step_counts(title(name, compiled), index.metadata, compiled, doubted)
             else:
                 found[name] = identify(
                     title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
@@ -142,6 +142,8 @@ def read_folder(
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     for name, message in inconsistencies(contents.snapshots):
         contents.problems.append((name, brief(printable(message))))
+    if not exclude:  # of what was left out on purpose nothing is missing
+        contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
     return contents
 
 

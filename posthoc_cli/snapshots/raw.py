@@ -6,6 +6,7 @@ Metadata or name may count it in steps or epochs: `step_counts` gathers what one
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -25,15 +26,19 @@ from posthoc_cli.snapshots.identity import (
     whole_number,
 )
 from posthoc_cli.snapshots.names import Pattern, read_name
-from posthoc_cli.storage.metadata import GAMMA, SIGMA_REL, STEP
+from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
 
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """The steps of a raw checkpoint as `read_steps` gives them, and warnings."""
+    """The steps of a raw checkpoint as `read_steps` gives them, and warnings.
+
+    `written` is when the checkpoint was that `convert` made it of.
+    """
 
     steps: Mapping[str, tuple[int, str, str]]
     warnings: list[str] = field(default_factory=list)
+    written: float | None = None
 
 
 def step_counts(
@@ -68,7 +73,14 @@ def step_counts(
             warnings.append(
                 f"its name says {unit} {number}, its {where} {step}; the metadata is used"
             )
-    return StepCounts(counted, warnings)
+    return StepCounts(counted, warnings, _time_before(metadata))
+
+
+def _time_before(metadata: Mapping[str, str]) -> float | None:
+    try:
+        return float(json.loads(metadata[CONVERTED])["modified"]) / 1e9
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def agree_on_unit(
@@ -126,16 +138,21 @@ def _named_together(
         for name, each in found.items()
         if all(source != "pattern" for _, source, _ in each.steps.values())
     ]
-    stated = {
-        name: {
-            unit: step for unit, (step, source, _) in found[name].steps.items() if source != "name"
-        }
-        for name in named
-    }
-    clocks: list[Clock] = [lambda file, unit=unit: stated[file].get(unit) for unit in UNITS[:2]]  # type: ignore[misc]
+
+    def stated(unit: str) -> Clock:
+        def clock(name: str) -> float | None:
+            step, source, _ = found[name].steps.get(unit, (0, "name", ""))
+            return None if source == "name" else step
+
+        return clock
+
+    clocks = [stated("step"), stated("epoch")]
+    times = None
     if written is not None:
-        clocks.append(file_times(named, written))
-    said, unclear = read_together(named, clocks)
+        times = file_times(named, lambda name: found[name].written or written(name))
+    said, unclear, warnings = read_together(named, clocks, times)
+    for name, text in warnings.items():
+        found[name].warnings.append(text)
     steps: Steps = {name: each.steps for name, each in found.items()}
     for name, counts in said.items():
         before = found[name].steps
