@@ -23,7 +23,7 @@ from posthoc_cli.cli.console import (
     warn,
     warning_lines,
 )
-from posthoc_cli.cli.drawing import Row, draw_weights, width_of
+from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
@@ -158,6 +158,8 @@ def _draw(console: Console, run: Run) -> None:
             console.print(
                 f"  {printable(file)}: {printable(spelled(text))}", style=style, soft_wrap=True
             )
+    for error in run.contents.ambiguous:
+        draw_readings(console, error)
 
 
 def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from posthoc_cli.errors import brief, printable
+from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.listing import counts
-from posthoc_cli.snapshots.names import SAME_WIDTH, read_counts, read_name
+from posthoc_cli.snapshots.names import SAME_WIDTH, read_name
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage import ENDING, Reader, TensorIndex
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli.errors import (
+    AmbiguousError,
     IncompleteError,
     SnapshotError,
     UnknownError,
@@ -19,6 +20,7 @@ from posthoc_cli.errors import (
     printable,
 )
 from posthoc_cli.snapshots.choosing import choose
+from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.copies import other_formats, settle_copies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
@@ -26,10 +28,12 @@ from posthoc_cli.snapshots.listing import folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
-from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
+from posthoc_cli.snapshots.runs import mixed_runs, other_runs
+from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
+from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
@@ -49,6 +53,7 @@ class FolderContents:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
+    ambiguous: list[AmbiguousError] = field(default_factory=list)
 
     def usable(self) -> list[Snapshot]:
         """The snapshots; raises SnapshotError if anything is wrong with any of them."""
@@ -106,6 +111,8 @@ def read_folder(
     deep = any("/" in each for each in (pattern or "", *only))
     choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
     names = choice.names
+    written = _clock(folder)
+    doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
     contents = FolderContents(folder, skipped=choice.left_out)
     contents.problems += [(name, brief(printable(text))) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
@@ -124,9 +131,12 @@ def read_folder(
                 continue
             opened[name] = index
             if raw:
-                counts[name] = step_counts(title(name, compiled), index.metadata, compiled)
+                doubted = isinstance(doubts.get(name), UnknownError)
+                counts[name] = step_counts(title(name, compiled), index.metadata, compiled, doubted)
             else:
-                found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
+                found[name] = identify(
+                    title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
+                )
         except SnapshotError as error:
             if isinstance(error, UnknownError) and compiled is None:
                 unsaid[name] = opened[name]
@@ -136,7 +146,7 @@ def read_folder(
         contents.problems = [each for each in contents.problems if each[0] not in others]
         counts = {name: each for name, each in counts.items() if name not in others}
         found = {name: each for name, each in found.items() if name not in others}
-    for name, outcome in agree_on_unit(counts).items():
+    for name, outcome in agree_on_unit(counts, written).items():
         if isinstance(outcome, SnapshotError):
             unsaid[name] = opened[name]
             _leave_out(contents, name, outcome, skip_incomplete)
@@ -162,10 +172,12 @@ def read_folder(
         wrong += inconsistencies(contents.snapshots, settled)
     for name, message in wrong:
         contents.problems.append((name, brief(printable(message))))
-    doubts = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
+    odd = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
     if not wrong:
-        doubts += different_dtypes(contents.snapshots, settled)
-    contents.warnings += [(name, brief(printable(message))) for name, message in doubts]
+        odd += different_dtypes(contents.snapshots, settled)
+    contents.warnings += [(name, brief(printable(message))) for name, message in odd]
+    if not exclude:  # of what was left out on purpose nothing is missing
+        contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
     return contents
 
 
@@ -198,6 +210,10 @@ def _leave_out(
     contents: FolderContents, name: str, error: SnapshotError, skip_incomplete: bool
 ) -> None:
     """Note why a file is no snapshot: as a problem, or as skipped where that is no mistake."""
+    if isinstance(error, AmbiguousError):
+        if error in contents.ambiguous:  # one error of several files
+            return
+        contents.ambiguous.append(error)
     if skip_incomplete and isinstance(error, IncompleteError):
         contents.skipped.append((name, printable(f"incomplete: {error.problem}")))
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
@@ -222,6 +238,16 @@ def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[
             "as those of other files don't; it is left out",
         )
     ]
+
+
+def _clock(folder: Path) -> Clock:
+    """When a file of `folder` was written."""
+
+    def written(name: str) -> float | None:
+        status = file_status(folder / name)
+        return status.st_mtime if status else None
+
+    return written
 
 
 def _has_index(name: str) -> bool:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
-from posthoc_cli.snapshots.names import Pattern, read_counts, read_name
+from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.storage import ENDING, made_by_posthoc
 from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.shards import find_network, is_index, is_training_state, list_networks
