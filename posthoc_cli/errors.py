@@ -32,6 +32,14 @@ def brief(text: str) -> str:
     return text if len(text) <= 800 else f"{text[:500]} ... {text[-250:]}"
 
 
+def in_line(text: str) -> str:
+    """`text` for a line of a message: short, and nothing in it steers a terminal.
+
+    It is cut before its characters are looked at one by one, as it may have millions of them.
+    """
+    return brief(printable(brief(text)))
+
+
 def in_bytes(count: float) -> str:
     """`count` bytes for people: `512.0 MB`."""
     power, units = 0, ("B", "kB", "MB", "GB", "TB", "PB")
@@ -63,7 +71,7 @@ class PosthocError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        subject, problem = (brief(printable(text)) for text in (self.subject, self.problem))
+        subject, problem = map(in_line, (self.subject, self.problem))
         return f"{subject}: {problem}; {printable(self.remedy)}"
 
 

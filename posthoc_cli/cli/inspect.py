@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from posthoc_cli.cli.console import (
 )
 from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
+from posthoc_cli.cli.suggestions import suggest, with_conversion
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
@@ -72,7 +74,10 @@ def inspect(
       posthoc inspect ema-0.07.safetensors
     """
     reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
-    opened = options.open_folder(folder, reading)
+    try:
+        opened = options.open_folder(folder, reading)
+    except SnapshotError as error:
+        raise with_conversion(error, folder[0]) from None
     single = len(folder) == 1 and os.path.isfile(folder[0])
     if single:
         from posthoc_cli.storage import index_of_shard
@@ -87,14 +92,18 @@ def inspect(
             else:
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
+    where = str(opened.folder)
+    suggestion = suggest(where, reading, opened, partial(options.open_folder, [where]))
     warn(warning_lines(opened.warnings), quiet)
     if as_json:
-        document = describe(opened)
+        document = describe(opened) | {"suggestion": suggestion}
         if single:
             document["recipe"] = None
         print_json(document)
     else:
         _draw(stdout_console(), opened)
+        if suggestion:
+            print(f"\nThis would work\n  {suggestion}")
     if opened.problems:
         raise SnapshotError(
             folder[0] if len(folder) == 1 else str(opened.folder),
@@ -322,6 +331,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
         "skipped": [{"file": path.name, "reason": "made by posthoc: it carries a recipe"}],
         "problems": [],
         "warnings": [],
+        "suggestion": None,
         "recipe": recipe.document,
     }
 

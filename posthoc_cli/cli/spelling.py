@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from posthoc_cli.errors import PosthocError
+from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
     *(
@@ -49,7 +49,7 @@ def spelled_error(error: PosthocError) -> PosthocError:
     subject = error.subject
     if match := _ARGUMENT.fullmatch(subject):
         subject = _option(match)
-    return type(error)(subject, spelled(error.problem), spelled(error.remedy))
+    return type(error)(subject, spelled(brief(error.problem)), spelled(error.remedy))
 
 
 def _option(match: re.Match[str]) -> str:

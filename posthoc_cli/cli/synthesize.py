@@ -169,6 +169,12 @@ def synthesize(
     )
     warn_of_sample(solution, quiet)
     note_large_errors(solution, quiet)
+    if copy and len([each for each in solution.snapshots if each.step == solution.newest.step]) > 1:
+        note(
+            f"--copy: the newest snapshot is '{solution.newest.file}', the first of those of step "
+            f"{solution.newest.step}",
+            quiet,
+        )
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(
             output,
@@ -201,6 +207,7 @@ def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[s
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
+    document["newest"] = solution.newest.file
     document["nonfinite"] = [
         {
             "tensor": entry.tensor,

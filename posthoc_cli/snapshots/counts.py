@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from posthoc_cli.snapshots.names import images
+from posthoc_cli.snapshots.names import images_of
 
 STEP, EPOCH, NUMBER = "step", "epoch", "number"
 
@@ -128,7 +128,7 @@ def _count(stem: str, match: re.Match[str]) -> Count | None:
     else:
         return None
     if "kimg" in (word, behind):
-        value = images(value)[0]
+        value = images_of(value)[0]
     return Count(match.start(), end, value, unit)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from posthoc_cli.errors import (
     AmbiguousError,
     IncompleteError,
+    MachineError,
     SnapshotError,
     UnknownError,
     UsageError,
-    brief,
+    in_line,
     printable,
 )
 from posthoc_cli.snapshots.choosing import choose
@@ -24,16 +25,17 @@ from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.copies import other_formats, settle_copies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
+from posthoc_cli.snapshots.images import out_of_range
 from posthoc_cli.snapshots.listing import folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
-from posthoc_cli.snapshots.runs import mixed_runs, other_runs
+from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
-from posthoc_cli.storage.disk import file_status
+from posthoc_cli.storage.disk import file_status, is_gone
 from posthoc_cli.storage.metadata import read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
@@ -114,7 +116,7 @@ def read_folder(
     written = _clock(folder)
     doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
     contents = FolderContents(folder, skipped=choice.left_out)
-    contents.problems += [(name, brief(printable(text))) for name, text in choice.problems]
+    contents.problems += [(name, in_line(text)) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
     if widths and compiled is None and not any(_has_index(name) for name in names):
         contents.warnings.append(("", "profiles= isn't used: no file name has an index"))
@@ -163,7 +165,7 @@ def read_folder(
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     settle_copies(contents, unsaid)
     missing, beside = other_formats(choice.others, contents.snapshots)
-    contents.problems += [(name, brief(printable(text))) for name, text in missing]
+    contents.problems += [(name, in_line(text)) for name, text in missing]
     contents.skipped += beside
     settled = (*copy, *drop)
     wrong = list(mixed_runs(contents.snapshots))
@@ -171,11 +173,11 @@ def read_folder(
         wrong += meaningless(contents.snapshots, settled)
         wrong += inconsistencies(contents.snapshots, settled)
     for name, message in wrong:
-        contents.problems.append((name, brief(printable(message))))
+        contents.problems.append((name, in_line(message)))
     odd = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
     if not wrong:
         odd += different_dtypes(contents.snapshots, settled)
-    contents.warnings += [(name, brief(printable(message))) for name, message in odd]
+    contents.warnings += [(name, in_line(message)) for name, message in odd]
     if not exclude:  # of what was left out on purpose nothing is missing
         contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
     return contents
@@ -191,16 +193,20 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
         return list(snapshots), max(steps)
     if not min(steps) <= step <= max(steps):
         where = "after the last" if step > max(steps) else "before the first"
-        raise UsageError(
-            "step=", f"{step} is {where} snapshot's", f"give one from {min(steps)} to {max(steps)}"
-        )
+        problem = f"{step} is {where} snapshot's"
+        raise UsageError("step=", problem, out_of_range(snapshots, step))
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 
 def _open(path: Path, headers: Cache) -> TensorIndex:
-    if os.path.islink(path) and not os.path.exists(path):
-        raise SnapshotError(path.name, "a link that leads nowhere", "restore the file or remove it")
-    index = open_tensors(path, headers)
+    try:
+        index = open_tensors(path, headers)
+    except (MachineError, UsageError) as error:
+        if os.path.lexists(path) and not is_gone(error):
+            raise
+        problem = "vanished while the folder was read"
+        remedy = "read the folder again, or use skip_incomplete=True"
+        raise IncompleteError(path.name, problem, remedy) from None
     if not index.tensors:
         raise SnapshotError(path.name, "holds no tensors", "leave it out with only=")
     return index
@@ -219,8 +225,8 @@ def _leave_out(
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
         contents.skipped.append((name, f"a folder, and {error.problem}"))
     else:
-        message = f"{error.problem}; {error.remedy}"
-        contents.problems.append((name, brief(printable(message))))
+        message = f"{in_line(error.problem)}; {error.remedy}"
+        contents.problems.append((name, in_line(message)))
 
 
 def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:

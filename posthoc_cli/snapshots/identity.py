@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
@@ -193,8 +194,16 @@ def bad_number(key: str, text: str, wanted: str) -> SnapshotError:
 
 
 def whole_number(text: str) -> int | None:
-    """A whole number; of no more digits than int() takes on any Python."""
-    return int(text) if re.fullmatch("[0-9]{1,100}", text) else None
+    """A whole number; of no more digits than int() takes on any Python.
+
+    Some write it as their language prints a float: 1200.0, 1.2e3. It has to be whole.
+    """
+    if re.fullmatch("[0-9]{1,100}", text):
+        return int(text)
+    if not re.fullmatch(r"[0-9]{1,100}(\.[0-9]{0,100})?([eE]\+?[0-9]{1,2})?", text):
+        return None
+    number = Decimal(text)
+    return int(number) if number == number.to_integral_value() else None
 
 
 def not_fitting(name: str, pattern: Pattern) -> UnknownError:

@@ -210,7 +210,7 @@ def read_number(text: str, field: str) -> tuple[float, float] | None:
 
 def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[float]) -> Reading:
     if kimg := fields.get("kimg"):
-        step, steps = images(int(kimg))
+        step, steps = images_of(int(kimg))
     else:
         step = int(fields["step"] or 0)
         steps = range(step, step + 1)
@@ -229,7 +229,7 @@ def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[
     )
 
 
-def images(kimg: int) -> tuple[int, range]:
+def images_of(kimg: int) -> tuple[int, range]:
     """The step of a kimg, in images, and all steps that round down to it.
 
     Batches are powers of two, so of the 1000 images the multiple of 1024 is the likely one.

@@ -248,7 +248,8 @@ def _substitute(factors: Factors, right: FloatArray) -> FloatArray:
         side = right[first : first + len(own)]
         if blocks:
             side = side - left @ blocks[-1]
-        blocks.append(np.linalg.solve(own, side))
+        solved: FloatArray = np.linalg.solve(own, side)
+        blocks.append(solved)
         first += len(own)
     for at in range(len(blocks) - 1, -1, -1):
         if at + 1 < len(blocks):

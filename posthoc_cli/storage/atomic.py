@@ -13,7 +13,7 @@ from pathlib import Path
 
 from posthoc_cli.errors import MachineError, UsageError, in_bytes
 from posthoc_cli.storage.aside import Aside, flush_folder, identity
-from posthoc_cli.storage.disk import already_exists, write_errors
+from posthoc_cli.storage.disk import already_exists, unsupported_is_fine, write_errors
 from posthoc_cli.storage.temporary import (
     aside_name,
     busy,
@@ -105,12 +105,12 @@ class AtomicFile:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> None:
         """Wait until all of it is on the disk, length and times included."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             os.fsync(self._fd)
 
     def commit(self) -> None:

@@ -205,7 +205,12 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             raise IncompleteError(
                 str(path), f"its shard '{name}' is missing", "copy it again or leave it out"
             )
-        shards.append(read_header(path.with_name(name), cache))
+        try:
+            shards.append(read_header(path.with_name(name), cache))
+        except SnapshotError as error:
+            # The index is what a user has listed: it is named, and which of its shards is wrong.
+            problem = f"its shard '{printable(name)}' is no shard: {error.problem}"
+            raise type(error)(str(path), problem, error.remedy) from None
     firsts = accumulate((shard.parts[0].length for shard in shards), initial=0)
     parts = [
         dataclasses.replace(shard.parts[0], first=first)

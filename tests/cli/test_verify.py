@@ -53,6 +53,7 @@ def test_all_is_well(posthoc: Posthoc, posthoc_here: Posthoc, made: Path, check_
         "values": 17,
         "compared": 17,
         "rounded": 0,
+        "warnings": [],
         "problems": [],
     }
 
