@@ -32,14 +32,14 @@ HALF = frozenset({"F16", "BF16"})
 def open_and_warn(paths: Sequence[str], reading: options.Reading, quiet: bool) -> Run:
     """The snapshots of a folder; warns of what is odd and names what is left out."""
     run = options.open_folder(paths, reading)
-    for line in _left_out(run.skipped):
-        note(line, quiet)
+    for files, reason in _left_out(run.skipped):
+        note(f"left out: {reason}", quiet, files)
     warn(warning_lines(run.warnings), quiet)
     return run
 
 
-def _left_out(skipped: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each reason, with the files that it keeps out; our own outputs are but counted."""
+def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The files, in words, and the reason that keeps them out; our own outputs are but counted."""
     files: dict[str, list[str]] = {}
     for file, reason in skipped:
         files.setdefault(reason, []).append(file)
@@ -50,7 +50,7 @@ def _left_out(skipped: Sequence[tuple[str, str]]) -> list[str]:
             shown += f" and {more} more (posthoc inspect names them)"
         if reason.startswith("made by posthoc") and len(names) > 1:
             shown = f"{len(names)} files"
-        lines.append(f"{shown}: left out: {reason}")
+        lines.append((shown, reason))
     return lines
 
 

@@ -33,7 +33,7 @@ OPTIONS = {"output": "-o", "tool": "--from"} | {
 
 # Quoted names of files come first: what looks like an argument within them is none.
 _ARGUMENT = re.compile(
-    r"(?<!\w)'[^']*'(?!\w)|\b(?P<name>"
+    r"(?<!\w)'[^']*'(?!\w)|(?<![\w.=/-])(?P<name>"
     + "|".join(OPTIONS)
     + r")=(?:True\b|'(?P<text>[^']*)'|\[(?P<list>[^\]]*)\]|(?P<plain>\w[\w.:]*))?"
 )

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from posthoc_cli.errors import UsageError
+from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.listing import Listing, Network, counts, title
 from posthoc_cli.snapshots.names import Pattern
 from posthoc_cli.storage import ENDING
@@ -64,12 +64,15 @@ def choose(
         left_out=[each for each in left_out if stays(each[0])],
         others=[path for path in others if stays(path)],
     )
-    if paths and not kept:
+    if not kept and not (only or exclude) and not choice.left_out:
+        raise SnapshotError(
+            given[0] if given else "", f"no {ENDING} file, nor a folder with any", "give others"
+        )
+    if not kept and (only or exclude) and (paths or not choice.left_out):
         option, glob = ("exclude=", exclude[-1]) if exclude else ("only=", only[-1])
         leaves = "leaves" if exclude else "fits"
-        raise UsageError(
-            option, f"'{glob}' {leaves} none of {described}, such as '{paths[0]}'", _REMEDY
-        )
+        such = f", such as '{paths[0]}'" if paths else ""
+        raise UsageError(option, f"'{glob}' {leaves} none of {described}{such}", _REMEDY)
     homes: dict[str, list[Network]] = defaultdict(list)
     for each in kept:
         homes[each.home].append(each)

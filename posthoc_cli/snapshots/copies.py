@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -91,10 +92,18 @@ def other_formats(
     steps = {each.step for each in snapshots}
     for each in snapshots:
         steps |= _steps(_step_part(each.file))
-    alone = [path for path in others if not _steps(_step_part(path)) & steps]
-    beside = [path for path in others if path not in alone]
-    left_out = [(path, "there is a safetensors file of its step") for path in beside]
-    if not alone or not snapshots:
+    # Beside EMAs of other names, a plain checkpoint is for training to go on from.
+    heads = {_head(each.file) for each in snapshots}
+    raw = any(each.profile.raw for each in snapshots)
+    alone, left_out = [], []
+    for path in others:
+        if _steps(_step_part(path)) & steps:
+            left_out.append((path, f"there is a {ENDING} file of its step"))
+        elif raw or _head(path) in heads:
+            alone.append(path)
+        else:
+            left_out.append((path, "not a safetensors file, and not named like the snapshots"))
+    if not alone:
         return [], left_out
     ending = os.path.splitext(alone[0])[1]
     numbers = sorted(min(_steps(_step_part(path))) for path in alone)
@@ -112,6 +121,11 @@ def _glob_of(paths: Sequence[str]) -> str:
     if any("/" in path for path in paths):
         return f"*/{paths[0].rpartition('/')[2]}"
     return f"*{os.path.splitext(paths[0])[1]}"
+
+
+def _head(path: str) -> str:
+    """What a name begins with before its first number."""
+    return re.split("[0-9]", _step_part(path))[0].lower()
 
 
 def _step_part(name: str) -> str:

@@ -22,8 +22,8 @@ _BELOW = 2
 """Folders below a step folder in which its networks may lie: `checkpoint-500/ema/unet`."""
 
 _COMPONENT = re.compile(
-    r"(?i)(?:unet|vae|transformer|text_encoder|image_encoder|controlnet|prior|tokenizer|ema|model)"
-    r"(?:_(?:ema|[0-9]+))*"
+    r"(?i)(?:unet|vae|transformer|text_encoder|image_encoder|controlnet|prior|tokenizer|ema|model"
+    r"|(?:text_encoder|tokenizer)_[2-4]|transformer_2)(?:_ema)?"
 )
 """Parts of a network, as diffusers names their folders: text_encoder_2 is of no step 2."""
 
@@ -118,6 +118,8 @@ def list_candidates(
             state_of = name[: -len("-state")] + ENDING
             if name.endswith("-state") and state_of in files:
                 listing.left_out.append((name, f"the training state beside '{state_of}'"))
+            elif given is None and name[-1].isdigit() and _COMPONENT.fullmatch(name):
+                listing.left_out.append((name, "a part of a pipeline, by its name"))
             elif not _list_below(folder, name, listing, pattern, deep or given is not None):
                 empty.append(name)
         elif _is_other(name) and counts(name):
@@ -159,8 +161,6 @@ def title(name: str, pattern: Pattern | None) -> str:
     sure = [part for part in counting if _CHECKPOINT.fullmatch(part)]
     if folders and read_name(last) is None and (sure or not counts(last)):
         last = (sure or counting or folders)[0]
-    if _COMPONENT.fullmatch(last):
-        last = last.rstrip("_0123456789")
     return last if last.lower().endswith(ENDING) else last + ENDING
 
 

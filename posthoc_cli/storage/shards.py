@@ -54,7 +54,7 @@ _WELL_KNOWN = re.compile(
 
 _TRAINING_STATE = re.compile(
     r"(?i)(?:optim(?:izer)?|(?:lr[-_]?)?scheduler|random[-_]states?|rng|(?:grad[-_]?)?scaler"
-    r"|train(?:ing|er)[-_]state)(?:[-_]?states?)?(?:[-_.]?(?:rank|of|[0-9]+))*"
+    r"|train(?:ing|er)[-_]state|custom_checkpoint|sampler|dl_state_dict)(?:[-_]?states?)?(?:[-_.]?(?:rank|of|[0-9]+))*"
 )
 
 

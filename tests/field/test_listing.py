@@ -171,6 +171,15 @@ def test_two_networks_a_step_are_refused_with_the_choices(
         assert value == pytest.approx(3 + 10 * at, abs=0.01)
 
 
+@pytest.mark.parametrize("folder", ["model_{}", "ema-{}", "{}", "epoch_{}", "global_step{}"])
+def test_step_folders_of_other_names(
+    posthoc_here: Posthoc, tmp_path: Path, run: Path, folder: str
+) -> None:
+    for step in (2, 3):
+        save(run / folder.format(step) / "unet" / UNET, step)
+    assert averaged(posthoc_here, tmp_path) == pytest.approx(3, abs=0.01)
+
+
 @pytest.mark.parametrize("name", [f"unet/{UNET}", f"transformer/{UNET}", f"weights/ema/{MODEL}"])
 def test_a_network_one_or_two_folders_below(
     posthoc_here: Posthoc, tmp_path: Path, run: Path, name: str
@@ -288,8 +297,20 @@ def test_the_same_step_in_another_format_is_left_out(posthoc_here: Posthoc, run:
     (run / "net-200.pt").write_bytes(b"x")
     done = posthoc_here("solve", "run", "--raw", "--sigma-rel", "0.1", "--json")
     assert done.code == 0
-    assert reasons(done) == {"net-200.pt": "there is a safetensors file of its step"}
+    assert reasons(done) == {"net-200.pt": "there is a .safetensors file of its step"}
     assert "net-200.pt: left out" in done.err
+
+
+def test_what_training_goes_on_from_is_no_snapshot(posthoc_here: Posthoc, run: Path) -> None:
+    for step in (100, 200):
+        save(run / f"ema_{step}_6.94.safetensors", step)
+    (run / "epoch=3-step=150.ckpt").write_bytes(b"x")
+    done = posthoc_here("solve", "run", "--sigma-rel", "0.1")
+    assert done.code == 0
+    assert "epoch=3-step=150.ckpt: left out: not a safetensors file" in done.err
+    (run / "ema_300_6.94.pt").write_bytes(b"x")
+    done = posthoc_here("solve", "run", "--sigma-rel", "0.1")
+    refused(done, "ema_300_6.94.pt: .safetensors files for some steps, but .pt for 300; make")
 
 
 def test_an_empty_step_folder_is_named(posthoc_here: Posthoc, run: Path) -> None:
@@ -442,7 +463,10 @@ def test_folders_and_shards_by_shell_glob(posthoc_here: Posthoc, run: Path) -> N
     done = posthoc_here("inspect", *given, "--raw", "--json")
     assert files(done) == ["checkpoint-100/unet_ema", "checkpoint-200/unet_ema"]
     done = posthoc_here("inspect", *(run / "sharded-300").glob("*.safetensors"), "--raw", "--json")
-    assert files(done) == [f"{MODEL}.index.json"] or done.code == 3
+    assert done.code == 3  # nothing in this folder says the step
+    assert done.json["problems"][0]["file"] == f"{MODEL}.index.json"
+    (run / "notes.txt").write_text("")
+    refused(posthoc_here("inspect", run / "notes.txt"), "holds no .safetensors files")
     done = posthoc_here("solve", *given, "run/nowhere", "--raw", "--sigma-rel", "0.1")
     refused(done, "run/nowhere: there is no such file or folder; check the path", code=2)
 
