@@ -143,15 +143,14 @@ def read_folder(
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     settled = (*copy, *drop)
+    doubts = list(misfitting(contents.snapshots, settled))
     wrong = list(mixed_runs(contents.snapshots))
     if not wrong:  # of two runs, anything may be different
+        doubts += doubts_of_runs(contents.snapshots)
         wrong += meaningless(contents.snapshots, settled)
         wrong += inconsistencies(contents.snapshots, settled)
-    for name, message in wrong:
-        contents.problems.append((name, brief(printable(message))))
-    doubts = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
-    if not wrong:
         doubts += different_dtypes(contents.snapshots, settled)
+    contents.problems += [(name, brief(printable(message))) for name, message in wrong]
     contents.warnings += [(name, brief(printable(message))) for name, message in doubts]
     return contents
 
