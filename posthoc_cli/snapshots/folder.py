@@ -168,15 +168,14 @@ def read_folder(
     contents.problems += [(name, in_line(text)) for name, text in missing]
     contents.skipped += beside
     settled = (*copy, *drop)
+    odd = list(misfitting(contents.snapshots, settled))
     wrong = list(mixed_runs(contents.snapshots))
     if not wrong:  # of two runs, anything may be different
+        odd += doubts_of_runs(contents.snapshots)
         wrong += meaningless(contents.snapshots, settled)
         wrong += inconsistencies(contents.snapshots, settled)
-    for name, message in wrong:
-        contents.problems.append((name, in_line(message)))
-    odd = [*doubts_of_runs(contents.snapshots), *misfitting(contents.snapshots, settled)]
-    if not wrong:
         odd += different_dtypes(contents.snapshots, settled)
+    contents.problems += [(name, in_line(message)) for name, message in wrong]
     contents.warnings += [(name, in_line(message)) for name, message in odd]
     if not exclude:  # of what was left out on purpose nothing is missing
         contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
