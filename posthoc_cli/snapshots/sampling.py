@@ -30,7 +30,7 @@ BLOCKS = 1024
 
 VERY_MANY = 128
 
-MEASURED = 128
+MEASURED = 192
 """About how many of the snapshots are sampled when thousands are used: enough to see how training
 went."""
 
@@ -292,7 +292,10 @@ def fit_snapshots(
     from posthoc_cli.solver.choice import choose
 
     steps = [float(snapshot.step) for snapshot in snapshots]
-    chosen = choose(steps, MEASURED) if len(snapshots) > MANY else range(len(snapshots))
+    chosen: Sequence[int] = range(len(snapshots))
+    if len(snapshots) > MANY:  # those at both ends: where training began, it moved most
+        backwards = choose([-step for step in steps], MEASURED // 2)
+        chosen = sorted({*choose(steps, MEASURED // 2), *backwards})
     measured = [snapshots[at] for at in chosen]
     sample = sample_moments(measured, leave_out=leave_out)
     profiles = [snapshot.profile for snapshot in measured]

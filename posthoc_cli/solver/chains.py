@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -217,7 +218,7 @@ def solve_band(band: FloatArray, right: FloatArray) -> tuple[FloatArray, float]:
     return solved / scale[:, None], max(1.0, float(pivots.max() / pivots.min()) ** 2)
 
 
-Factors = list[tuple[FloatArray, FloatArray]]
+Factors = list[tuple[Any, Any]]
 """Of each block: its own lower triangle, and what lies to the left of it."""
 
 
@@ -242,7 +243,7 @@ def _factor(band: FloatArray) -> Factors:
 
 
 def _substitute(factors: Factors, right: FloatArray) -> FloatArray:
-    blocks: list[FloatArray] = []
+    blocks: list[Any] = []
     first = 0
     for own, left in factors:
         side = right[first : first + len(own)]

@@ -19,7 +19,7 @@ from posthoc_cli.solver.reach import least_profile_error, reachable
 
 Either = Callable[..., tuple[Any, Any]]
 
-SIGMAS = (0.02, 0.04, 0.07, 0.15, 0.2, 0.25)
+SIGMAS = (0.02, 0.07, 0.15, 0.25)
 FLOAT32, BFLOAT16 = 1e-15, 1e-5
 """Variances of the rounding of weights whose mean square is one."""
 
@@ -83,8 +83,7 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("noise", [FLOAT32, BFLOAT16])
-@pytest.mark.parametrize("after", [1.0, 1.03])
+@pytest.mark.parametrize(("after", "noise"), [(1.0, FLOAT32), (1.03, BFLOAT16)])
 @pytest.mark.parametrize("kind", SETS)
 def test_no_method_loses_anything(kind: str, after: float, noise: float, either: Either) -> None:
     snapshots = SETS[kind]
@@ -131,7 +130,7 @@ def test_what_is_in_reach_is_the_same(either: Either) -> None:
     snapshots = widths(100, 0.05, 0.10)
     found, plain = either(lambda: least_profile_error(snapshots, 10_000)(np.array(SIGMAS)))
     assert found == pytest.approx(plain, abs=1e-6, rel=1e-3)
-    found, plain = either(reachable, snapshots, 10_000, 0.05)
+    (found,), (plain,) = either(reachable, snapshots, 10_000, 0.05)
     assert found == pytest.approx(plain, rel=1e-4)
 
 
@@ -159,7 +158,7 @@ def test_bands(size: int, width: int) -> None:
 @pytest.mark.parametrize("kind", ["pairs", "raw"])
 def test_memory_is_linear(kind: str) -> None:
     peaks = []
-    for count in (1000, 4000):
+    for count in (600, 2400):
         snapshots = checkpoints(count) if kind == "raw" else widths(count, 0.05, 0.10)
         targets = [Profile(snapshots[-1].step, gamma(sigma)) for sigma in (0.07, 0.2)]
         trajectory = moving(snapshots, FLOAT32)
@@ -169,7 +168,7 @@ def test_memory_is_linear(kind: str) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 4.5 * peaks[0]
-    assert peaks[1] < 40e6
+    assert peaks[1] < 30e6
 
 
 def test_few_snapshots_and_wide_bands_are_no_chains() -> None:
