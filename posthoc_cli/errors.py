@@ -5,12 +5,14 @@ PosthocError
 ├── UsageError      2  the command line is wrong
 └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
     ├── IncompleteError    ... a part of one isn't there: it may still be being written
-    └── UnknownError       ... nothing says the step and profile of one
+    ├── UnknownError       ... nothing says the step and profile of one
+    └── AmbiguousError     ... their names can be read in two ways
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -97,3 +99,23 @@ class IncompleteError(SnapshotError):
 
 class UnknownError(SnapshotError):
     """Nothing says the step and profile of a snapshot."""
+
+
+class AmbiguousError(SnapshotError):
+    """The names of snapshots can be read in two ways, or more.
+
+    `rows` are the files with the steps by each reading, `patterns` those that decide for it; None
+    where no pattern can.
+    """
+
+    def __init__(
+        self,
+        subject: str,
+        problem: str,
+        remedy: str,
+        patterns: Sequence[str | None] = (),
+        rows: Sequence[tuple[str, tuple[int, ...]]] = (),
+    ) -> None:
+        super().__init__(subject, problem, remedy)
+        self.patterns = patterns
+        self.rows = rows

@@ -152,7 +152,9 @@ def synthesize(
         "gamma": options.read_numbers("--gamma", gamma),
     }
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+    reading = options.Reading(
+        pattern, profiles, only, exclude, run, raw, skip_incomplete, copy, drop
+    )
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, **targets)
@@ -189,7 +191,7 @@ def synthesize(
         _draw(solution, saved.outputs)
 
 
-def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
+def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe(folder, solution)
     for target, one in zip(document["targets"], saved.outputs, strict=True):

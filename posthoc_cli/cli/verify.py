@@ -78,7 +78,9 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
         "warnings": describe_warnings(_warnings(report)),
         "problems": [
             {
-                "file": problem.path.name,
+                "file": problem.path.name
+                if problem.path == report.output
+                else _below(problem.path, folder),
                 "tensor": problem.tensor,
                 "element": None if problem.element is None else list(problem.element),
                 "message": printable(spelled(f"{problem.problem}; {problem.remedy}")),
@@ -86,6 +88,11 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
             for problem in report.problems
         ],
     }
+
+
+def _below(path: Path, folder: str) -> str:
+    """The path of a source below its folder."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def _warnings(report: Report) -> list[tuple[str, str]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +44,22 @@ def remove_file(path: Path) -> None:
     """Remove `path` if it is there."""
     with write_errors(path):
         path.unlink(missing_ok=True)
+
+
+def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> None:
+    """Move files into the folder `place`, which is made, on the same disk.
+
+    A file of that name there is replaced with `replace`; otherwise the moved one gets a number.
+    Raises MachineError when that fails.
+    """
+    make_folder(place, parents=True)
+    for path in paths:
+        target = place / path.name
+        numbers = itertools.count(2)
+        while not replace and os.path.lexists(target):
+            target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
+        with write_errors(path):
+            os.replace(path, target)
 
 
 def file_status(path: Path) -> os.stat_result | None:
