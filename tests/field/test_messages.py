@@ -6,6 +6,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -197,10 +198,11 @@ def test_a_shard_that_is_none_is_blamed(kind: str, posthoc_here: Posthoc, tmp_pa
     elif kind == "lfs":
         shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     run = posthoc_here("solve", "run", *TARGET)
-    run.failed(
-        3,
-        rf".*model\.safetensors\.index\.json: its shard 'model-00002-of-00002\.safetensors' is "
-        rf"(no shard: )?{words[kind]}.*",
+    assert run.code == 3
+    assert re.fullmatch(
+        r"posthoc: .*model\.safetensors\.index\.json: "
+        rf"its shard 'model-00002-of-00002\.safetensors' is (no shard: )?{words[kind]}.*",
+        run.err.splitlines()[-1],
     )
 
 
