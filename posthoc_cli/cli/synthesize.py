@@ -201,7 +201,10 @@ def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[s
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
-    document["newest"] = solution.newest.file
+    from posthoc_cli.synthesis.plan import newest_of
+
+    newest = newest_of([snapshot.step for snapshot in solution.snapshots])
+    document["newest"] = solution.snapshots[newest].file
     document["nonfinite"] = [
         {
             "tensor": entry.tensor,
