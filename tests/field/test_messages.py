@@ -50,7 +50,7 @@ ZIP = b"PK\x03\x04" + bytes(22) + b"\x10\x00\x00\x00archive/data.pkl"
         (ZIP, r"a torch checkpoint.+posthoc convert"),
         (b"GGUF" + bytes(60), r"a GGUF file, not a safetensors file; .+"),
         (b"", r"not a whole safetensors file.+it is empty; wait for it.+"),
-        (bytes(4096), r"nothing but zeros.+a download that never came; .+"),
+        (bytes(4096), r"zeros in place of a header.+a download that never came; .+"),
     ],
     ids=["lfs", "html", "json", "torch", "gguf", "empty", "zeros"],
 )
