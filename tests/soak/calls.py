@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ ERRORS = {
 LOOKING = {"fstat", "list", "pread", "read", "stat"}
 """Calls that change nothing: a kill at one is a kill at the next that does."""
 
-NOT_CLEANED = {"unlink", "rmdir", "list", "open", "stat"}
+NOT_CLEANED = {"unlink", "rmdir", "list", "open", "stat", "fstat"}
 """Where these fail, what is unfinished can't be removed, or not be seen: the next run does it."""
 
 NO_UNDOING = {"unlink", "rename", "stat"}
@@ -152,8 +152,14 @@ class Stage:
         return losses + [f"the next run left {name}" for name in scene.left_behind()]
 
 
-def calls(seed: int, tally: Tally, most: int | None = None, megabytes: float = 0.05) -> None:
-    """Every call of every scene, or `most` of each scene by chance."""
+def calls(
+    seed: int,
+    tally: Tally,
+    most: int | None = None,
+    megabytes: float = 0.05,
+    only: Collection[str] = (),
+) -> None:
+    """Every call of every scene, or `most` of each scene by chance; or those named `only`."""
     rng = random.Random(f"calls/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
@@ -162,6 +168,8 @@ def calls(seed: int, tally: Tally, most: int | None = None, megabytes: float = 0
             tally.skip("calls", "no C compiler, or not Linux")
             return
         for scene in all_scenes(base, megabytes, seed):
+            if only and scene.name not in only:
+                continue
             scene.reset()
             with Server(made, (scene.base, scene.arguments)) as server:
                 stage = Stage(server, base / "log")
