@@ -67,13 +67,13 @@ def test_runs_at_once_and_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 def test_every_call_may_be_the_last_or_fail() -> None:
     """Some calls of some commands; the soak takes every one."""
     tally = Tally("few")
-    chosen = {"synthesize", "shards over shards", "four targets --force", "plot --force"}
-    calls_section(SEED, tally, most=3, only=chosen)
+    chosen = {"synthesize --force", "shards over shards"}
+    calls_section(SEED, tally, most=4, only=chosen)
     if tally.skipped:
         pytest.skip(tally.skipped[0])
     assert tally.losses == []
-    assert tally.tried["kills"] == 3 * len(chosen)
-    assert tally.tried["failing calls"] > 40
+    assert tally.tried["kills"] == 4 * len(chosen)
+    assert tally.tried["failing calls"] > 20
 
 
 @linux

@@ -85,6 +85,8 @@ def replacing(
             if process.returncode and "another run is writing it" not in err:
                 losses.append(err)
         found = both[0].files()
-        if found not in [wanted[at] for at, code in zip((first, second), codes) if code == 0]:
+        if found not in [
+            wanted[at] for at, code in zip((first, second), codes, strict=True) if code == 0
+        ]:
             losses.append(f"{kinds[first]} and {kinds[second]}: {codes}, {sorted(found)}")
         tally.count("two that replace", losses + [f"left {x}" for x in both[0].left_behind()])
