@@ -12,6 +12,7 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
+    describe_warnings,
     plain_table,
     print_json,
     print_table,
@@ -162,9 +163,11 @@ def convert(
     jobs = find_jobs(Path(source), Path(folder), chosen, only=only or (), overwrite=force)
     outcome = _work(jobs, chosen, force, progress=not quiet)
     told = [(one.source.name, text) for one in outcome.converted for text in one.warnings]
-    warn([*explanations(outcome.converted, chosen), *_grouped(told)], quiet)
+    general = explanations(outcome.converted, chosen)
+    warn([*general, *_grouped(told)], quiet)
     if as_json:
-        print_json(_describe(source, folder, outcome))
+        warnings = describe_warnings([*(("", text) for text in general), *told])
+        print_json(_describe(source, folder, outcome) | {"warnings": warnings})
     elif not outcome.converted and len(outcome.problems) == 1:
         raise outcome.problems[0][1]
     else:

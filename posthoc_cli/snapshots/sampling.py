@@ -79,6 +79,11 @@ class _Piece:
     def bytes(self) -> int:
         return bytes_of(self.dtype, self.count)
 
+    def stored(self, tensors: Mapping[str, TensorInfo]) -> _Piece:
+        """The same piece of a file with these tensors, which may have it in another dtype."""
+        dtype = tensors[self.name].dtype
+        return self if dtype in (self.dtype, "C64") else replace(self, dtype=dtype)
+
     def start(self, tensors: Mapping[str, TensorInfo]) -> int:
         """Where the piece begins in the data section of a file with these tensors."""
         return tensors[self.name].start + bytes_of(self.dtype, self.first)
@@ -200,19 +205,20 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
         if at == 0 or piece.name != pieces[at - 1].name
     ]
     rounding = np.empty((len(snapshots), len(parts)))
-    runs = _runs(pieces)
-    raw = np.empty(sum(piece.bytes for piece in pieces), np.uint8)
-    ranges: dict[int, list[tuple[int, int]]] = {}
+    layouts: dict[int, tuple[list[_Run], list[tuple[int, int]]]] = {}
     for row, snapshot in enumerate(snapshots):
         tensors = snapshot.index.tensors
-        if id(tensors) not in ranges:
-            ranges[id(tensors)] = _ranges(pieces, tensors)
-        _read(snapshot, ranges[id(tensors)], raw)
+        if id(tensors) not in layouts:
+            stored = [piece.stored(tensors) for piece in pieces]
+            layouts[id(tensors)] = _runs(stored), _ranges(stored, tensors)
+        runs, ranges = layouts[id(tensors)]
+        raw = np.empty(runs[-1][-1], np.uint8)
+        _read(snapshot, ranges, raw)
         for dtype, first, last, start, end in runs:
-            stored = raw[start:end]
+            data = raw[start:end]
             with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
-                values[row, first:last] = decode(dtype, stored)
-            variances[first:last] = rounding_variances(dtype, stored)
+                values[row, first:last] = decode(dtype, data)
+            variances[first:last] = rounding_variances(dtype, data)
         rounding[row] = np.add.reduceat(variances, parts)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -235,7 +241,10 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     sums.broken += broken
 
 
-def _runs(pieces: Sequence[_Piece]) -> list[tuple[str, int, int, int, int]]:
+_Run = tuple[str, int, int, int, int]
+
+
+def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
     """Stretches of one dtype: dtype, first and last element, first and last byte."""
     runs = []
     first = start = 0

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from posthoc_cli.errors import UnknownError
+from posthoc_cli.errors import SnapshotError, UnknownError
 from posthoc_cli.formats import (
     DEFAULT_UPDATE_EVERY,
     Checkpoint,
@@ -51,7 +51,7 @@ def convert(
     if kind == "auto":
         kind = kind_of(checkpoint) if options.key is None else "torch"
     tensors = network_tensors(checkpoint, kind, options.key)
-    step, trained, warnings = _identity(checkpoint, kind, options)
+    step, trained, warnings = _identity(checkpoint, kind, options, job.doubt)
     identity = _effective_profile(checkpoint, kind, trained, options)
     step = identity.step if identity else step
     metadata = _metadata(checkpoint, kind, step, identity, options)
@@ -90,7 +90,7 @@ def _out_dtype(dtype: str, options: Options) -> str:
 
 
 def _identity(
-    checkpoint: Checkpoint, kind: str, options: Options
+    checkpoint: Checkpoint, kind: str, options: Options, doubt: SnapshotError | None = None
 ) -> tuple[int | None, Identity | None, list[str]]:
     """The step, the step with the profile that was asked for in training, and warnings.
 
@@ -99,7 +99,8 @@ def _identity(
     """
     path = checkpoint.path
     title = path.name if options.pattern else f"{path.stem}{ENDING}"
-    named = read_name(title, options.pattern, options.profiles)
+    doubt = doubt if options.pattern is None else None
+    named = read_name(title, options.pattern, options.profiles) if doubt is None else None
     said = stated_profile(checkpoint) if kind in ("torch", "posthoc-ema") else {}
     if kind == "posthoc-ema":  # whose own counter starts when its averages do
         said["step"] = str(named.step) if named and options.pattern is None else ""
@@ -113,7 +114,7 @@ def _identity(
     if kind == "torch" and unknown_index and not {"step"} < said.keys():
         return step, None, [lacking]
     try:
-        identity, warnings = identify(title, said, options.pattern, options.profiles)
+        identity, warnings = identify(title, said, options.pattern, options.profiles, doubt)
     except UnknownError:
         if options.pattern is not None or kind not in ("torch", "edm2"):
             raise

@@ -12,10 +12,18 @@ from typing import Any
 
 from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS
-from posthoc_cli.snapshots import Identity, Pattern, check_profiles, choose_by_globs, identify
+from posthoc_cli.snapshots import (
+    Identity,
+    Pattern,
+    check_profiles,
+    choose_by_globs,
+    doubted_profiles,
+    identify,
+)
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.disk import file_status, list_folder
 from posthoc_cli.storage.metadata import CONVERTED, STEP
+from posthoc_cli.storage.temporary import clean_up
 
 ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 """Of the files in a folder that count, in capitals too."""
@@ -67,12 +75,16 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made."""
+    """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made.
+
+    `doubt` is why its name can't be believed, where those of all the others say so.
+    """
 
     source: Path
     output: Path
     bytes: int
     done: Converted | None = None
+    doubt: SnapshotError | None = None
 
 
 def find_jobs(
@@ -99,7 +111,9 @@ def find_jobs(
             "write it for the whole name of the checkpoint, its ending included",
         )
     outputs = _outputs(paths, folder)
+    clean_up(folder)
     inputs = {(status.st_dev, status.st_ino) for status in filter(None, map(file_status, paths))}
+    doubts = doubted_profiles([path.name for path in paths])
     jobs = []
     for path, output in zip(paths, outputs, strict=True):
         there = file_status(output)
@@ -113,7 +127,8 @@ def find_jobs(
                 f"exists already, and is not what this makes of '{path.name}'",
                 "use force=True to replace it, or choose another folder",
             )
-        jobs.append(Job(path, output, status.st_size if status else 0, done))
+        doubt = doubts.get(path.name)
+        jobs.append(Job(path, output, status.st_size if status else 0, done, doubt))
     return jobs
 
 
