@@ -203,6 +203,11 @@ DATED = [
             {"a_*_{step}.safetensors": [100, 200]},
         ),
         (
+            ["{a}*b_9_10", "{a}*b_8_20"],
+            "8 or 20",
+            {"*b_{step}_*.safetensors": [8, 9], "*b_*_{step}.safetensors": [10, 20]},
+        ),
+        (
             ["net-1k-7", "net-2k-6", "net-3k-5"],
             "1000 or 7",
             {"net-*-{step}.safetensors": [5, 6, 7]},
@@ -404,4 +409,4 @@ def test_a_gap_of_one_width_is_told(posthoc_here: Posthoc, folder: Path) -> None
             if (step, gamma) != (300, "6.94"):
                 write(folder, [f"ema_{step}_{gamma}"])
     run = posthoc_here("inspect", "run")
-    assert "no snapshot of step 300 and sigma_rel 0.09997: all others are 100 steps" in run.err
+    assert "no snapshot of step 300 and sigma_rel 0.09997: all others are 100 apart" in run.err
