@@ -94,4 +94,3 @@ def _attribute(args: tuple[Any, ...]) -> Global:
     if len(name) > 1000:
         raise needed(Global("builtins", "getattr"))
     return Global(owner.module, name, inert(owner.module, name))
-

@@ -88,9 +88,14 @@ def claim_storage(storages: dict[str, Storage], identity: Any, *, legacy: bool =
     Raises SnapshotError where it can be none.
     """
     length = 6 if legacy else 5
-    if legacy and isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
-        if isinstance(identity[1], Global):
-            return identity[1]
+    if (
+        legacy
+        and isinstance(identity, tuple)
+        and len(identity) == 4
+        and identity[0] == "module"
+        and isinstance(identity[1], Global)
+    ):
+        return identity[1]
     if not isinstance(identity, tuple) or len(identity) != length or identity[0] != "storage":
         raise corrupt("a persistent id that isn't a storage's")
     kind, key, _, elements = identity[1:5]
