@@ -85,11 +85,10 @@ def candidates(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
 
 def tensor_lists(checkpoint: Checkpoint, name: str) -> dict[str, list[StoredTensor]]:
     """The lists of tensors that are called `name` in the root or an entry of it, by their key."""
-    root = _entries(checkpoint.root)
-    places = {".": root} | {key: _entries(value) for key, value in root.items()}
+    places = {".": checkpoint.root} | _entries(checkpoint.root)
     found = {}
-    for key, entries in places.items():
-        listed = entries.get(name)
+    for key, value in places.items():
+        listed = (_mapping(value) or {}).get(name)
         if isinstance(listed, list | tuple) and listed:
             tensors = [tensor for tensor in listed if isinstance(tensor, StoredTensor)]
             if len(tensors) == len(listed):

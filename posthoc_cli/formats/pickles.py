@@ -116,9 +116,9 @@ def unpickle(
     `names` has the (module, name) pairs that the pickle may name, and for each what makes the value
     of a call from its arguments, or None. `others(module, name)` says the same of any other name,
     or raises; without it, no other may be named. `persistent(identity)` is the value of a
-    persistent id. All must be quick, whatever they are given. The pickle lies before byte `end`. Values may be
-    shared and may contain themselves: who walks them must count. Sets come as lists and frozensets
-    as tuples.
+    persistent id. All must be quick, whatever they are given. The pickle lies before byte `end`.
+    Values may be shared and may contain themselves: who walks them must count. Sets come as lists
+    and frozensets as tuples.
 
     Raises SnapshotError, without the file's name, for a pickle that is broken, too large for its
     `allowance`, or that names anything else; OSError when the file can't be read.

@@ -104,10 +104,12 @@ def find_jobs(
 ) -> list[Job]:
     """The checkpoints in the folder `source`, or the file `source`, and what becomes of each.
 
-    They go by name; what else the folder holds is added to `left_out`, with the reason. Raises UsageError when an option doesn't fit, when two checkpoints would become
-    the same snapshot, or when an output exists that is not what its checkpoint would become and
-    `overwrite` is false; SnapshotError when there is no checkpoint; MachineError when the folder
-    can't be listed.
+    They go by name; what else the folder holds is added to `left_out`, with the reason.
+
+    Raises UsageError when an option doesn't fit, when two checkpoints would become the same
+    snapshot, or when an output exists that is not what its checkpoint would become and `overwrite`
+    is false; SnapshotError when there is no checkpoint; MachineError when the folder can't be
+    listed.
     """
     _check(options)
     rest = left_out if left_out is not None else []
