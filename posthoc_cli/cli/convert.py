@@ -177,7 +177,7 @@ def convert(
     warn([*explained, *_grouped(told), *_left_out(left_out)], quiet)
     if as_json:
         print_json(_describe(source, folder, outcome))
-    elif not outcome.converted and len(outcome.problems) == 1 and not left_out:
+    elif not outcome.converted and len(outcome.problems) == 1:
         raise outcome.problems[0][1]
     elif outcome.converted or outcome.problems:
         _draw(stdout_console(), outcome)
