@@ -334,9 +334,8 @@ def test_shadow_params_of_one_shape_are_told_by_their_values(
     assert posthoc_here("convert", "run", "out").code == 0
     assert_same(made(tmp_path, "ema"), dict(zip(network, near, strict=True)))
     save(tmp_path / "run" / "ema.pt", {"shadow_params": [torch.zeros(4, 4)] * 3})
-    posthoc_here("convert", "run/ema.pt", "other").failed(
-        3, ".*without names, and no file beside it .*"
-    )
+    line = ".*without names, and no file beside it .*"
+    posthoc_here("convert", "run/ema.pt", "other").failed(3, line)
 
 
 def test_shadow_params_in_the_file_of_the_network(posthoc_here: Posthoc, tmp_path: Path) -> None:
@@ -358,7 +357,7 @@ def test_zero_3_keeps_no_values(posthoc_here: Posthoc, tmp_path: Path) -> None:
         })  # fmt: skip
         save(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", {"x": torch.ones(2)})
     line = ".*2 of its 3 tensors hold no values, as DeepSpeed's ZeRO-3 .*zero_to_fp32.py.*"
-    posthoc_here("convert", "run", "out").failed(3, line)
+    posthoc_here("convert", "run", "out", "-q").failed(3, line)
     file = "run/global_step500/zero_pp_rank_1_mp_rank_00_model_states.pt"
     posthoc_here("convert", file, "out").failed(3, line)
     assert not (tmp_path / "out").exists()
