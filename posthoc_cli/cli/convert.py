@@ -174,7 +174,7 @@ def convert(
     outcome = _work(jobs, chosen, force, left_out, progress=not quiet)
     told = [(one.name, text) for one in outcome.converted for text in one.warnings]
     explained = explanations(outcome.converted, chosen)
-    warn([*explained, *_grouped(told), *_left_out(left_out)], quiet)
+    warn([*explained, *_left_out(left_out), *_grouped(told)], quiet)
     if as_json:
         print_json(_describe(source, folder, outcome))
     elif not outcome.converted and len(outcome.problems) == 1:
@@ -213,7 +213,8 @@ def _work(
     from posthoc_cli.synthesis.conversion_jobs import LeftOutError
 
     outcome = _Outcome([job.done for job in jobs if job.done], [], left_out)
-    todo = [job for job in jobs if job.done is None]
+    # What has no number in its name, as last.ckpt, may be a copy of one that has: it comes last.
+    todo = sorted((job for job in jobs if job.done is None), key=lambda job: not job.numbered)
     total = sum(job.bytes for job in todo)
     with progress_bar(counted(len(todo), "checkpoint"), total, progress and bool(todo)) as advance:
         for job in todo:
@@ -227,7 +228,10 @@ def _work(
                     advance(taken)
 
             try:
-                outcome.converted.append(convert_one(job, chosen, overwrite=force, progress=count))
+                earlier = outcome.converted
+                outcome.converted.append(
+                    convert_one(job, chosen, earlier, overwrite=force, progress=count)
+                )
             except LeftOutError as error:
                 left_out.append((job.name, error.problem))
             except SnapshotError as error:
@@ -278,6 +282,11 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
     }
 
 
+def _quoted(name: str) -> str:
+    """A file's name, in quotes where it could be taken for an argument: `epoch=0-step=500.ckpt`."""
+    return f"'{name}'" if "=" in name else name
+
+
 def _left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
     """One line that names what was left out; many files of one kind are counted."""
     if not left_out:
@@ -288,7 +297,7 @@ def _left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
     parts = []
     for reason, names in reasons.items():
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        parts.append(f"{', '.join(names[:2])}{more} ({reason})")
+        parts.append(f"{', '.join(map(_quoted, names[:2]))}{more} ({reason})")
     return [f"left out: {'; '.join(parts)}"]
 
 
@@ -300,7 +309,7 @@ def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for text, names in files.items():
         more = f" and {counted(len(names) - 1, 'more file')}" if names[1:] else ""
-        lines.append(f"{names[0]}{more}: {text}")
+        lines.append(f"{_quoted(names[0])}{more}: {text}")
     return lines
 
 

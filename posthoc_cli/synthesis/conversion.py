@@ -38,6 +38,7 @@ from posthoc_cli.synthesis.conversion_jobs import (
     Job,
     LeftOutError,
     Options,
+    has_number,
     options_used,
     uses_profiles,
 )
@@ -45,9 +46,17 @@ from posthoc_cli.synthesis.gathering import Progress, write_tensors
 
 
 def convert(
-    job: Job, options: Options, *, overwrite: bool = False, progress: Progress | None = None
+    job: Job,
+    options: Options,
+    earlier: Sequence[Converted] = (),
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Converted:
     """Make the snapshot of one checkpoint; its folder is made if need be.
+
+    Beside `earlier` ones of the same folder, which have numbers in their names, one without is left
+    out if it is of a step that they have, or of none that is known: LeftOutError says so.
 
     Needs little memory, whatever the tensors' sizes; the snapshot appears whole or not at all.
     `progress` is called, from any thread, with the bytes just taken from the checkpoint.
@@ -69,6 +78,8 @@ def convert(
     step, trained, warnings = _identity(job, checkpoint, kind, options)
     identity = _effective_profile(checkpoint, kind, trained, options)
     step = identity.step if identity else step
+    if identity is None and not (job.found.given or job.numbered):
+        _check_last(step, earlier)
     metadata = _metadata(job, kind, step, identity, options)
     dtypes = {name: _out_dtype(tensor.dtype, options) for name, tensor in tensors.items()}
     layout = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
@@ -102,6 +113,17 @@ def convert(
         job.name,
         uses_profiles(job.found, options),
     )
+
+
+def _check_last(step: int | None, earlier: Sequence[Converted]) -> None:
+    """Raise LeftOutError for a file such as last.ckpt that seems a copy of an earlier one."""
+    numbered = [one for one in earlier if has_number(one.name)]
+    same = [one.name for one in numbered if one.step == step and step is not None]
+    if same:
+        raise LeftOutError("", f"of step {step}, as '{same[0]}' is", "give it by itself")
+    if numbered and step is None:
+        reason = "nothing says its step, beside files whose names have numbers: give it by itself"
+        raise LeftOutError("", reason, "")
 
 
 def _together(found: Found, pieces: Sequence[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:

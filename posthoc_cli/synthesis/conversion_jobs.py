@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,15 @@ class Job:
     @property
     def name(self) -> str:
         return self.found.name
+
+    @property
+    def numbered(self) -> bool:
+        return has_number(self.name)
+
+
+def has_number(name: str) -> bool:
+    """Whether a checkpoint's name may say its step: `last.ckpt` and `model_best.pth.tar` do not."""
+    return re.search("[0-9]", name) is not None
 
 
 class LeftOutError(SnapshotError):

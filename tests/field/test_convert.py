@@ -297,6 +297,20 @@ def test_several_checkpoints_in_a_folder_of_a_step(posthoc_here: Posthoc, tmp_pa
     assert_same(made(tmp_path, "step-2"), weights(2))
 
 
+@pytest.mark.parametrize("step", [True, False])
+def test_the_last_one_once_more(step: bool, posthoc_here: Posthoc, tmp_path: Path) -> None:
+    """Lightning's last.ckpt, timm's model_best.pth.tar: of a step that has its own file."""
+    for at, name in ((4, "epoch=0-step=4.ckpt"), (8, "epoch=0-step=8.ckpt"), (8, "last.ckpt")):
+        said = {"global_step": at} if step else {}
+        save(tmp_path / "run" / name, {"state_dict": weights(at), **said})
+    done = posthoc_here("convert", "run", "out", "--json")
+    assert (done.code, len(done.json["converted"])) == (0, 2)
+    reason = "of step 8, as 'epoch=0-step=8.ckpt' is" if step else "nothing says its step, beside"
+    assert skipped(done)["last.ckpt"].startswith(reason)
+    assert "'epoch=0-step=4.ckpt' and 1 more file: nothing says its profile" in done.err
+    assert posthoc_here("convert", "run/last.ckpt", "last").code == 0
+
+
 # Lists without names
 
 
