@@ -46,7 +46,7 @@ Numbers = float | Iterable[float] | None
 
 
 def open_snapshots(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
@@ -55,18 +55,21 @@ def open_snapshots(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> Run:
     """Read which snapshots a folder holds; their headers only.
 
     Arguments:
-        folder: the folder of snapshots.
+        folder: the folder of snapshots; or a list of files and folders that lie in one.
         pattern: a file-name pattern, such as "run7_{step}_{sigma_rel}.safetensors".
         profiles: the sigma_rel values that `{index}` counts, from index 0 on.
-        only: globs for the names of the files to use; no other is opened.
+        only: globs for the files to use, by name or path below the folder; no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
+        copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
 
     What is wrong with single files is collected in `problems`. Raises UsageError when an argument
     or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
@@ -81,6 +84,8 @@ def open_snapshots(
         run=run,
         raw=raw,
         skip_incomplete=skip_incomplete,
+        copy=copy,
+        drop=drop,
     )
     return Run(contents, raw)
 
@@ -118,11 +123,16 @@ class Run:
         return self.contents.warnings
 
     def until(self, step: int | None = None) -> tuple[list[Snapshot], int]:
-        """The snapshots not after a target step, and that step: by default the last snapshot's.
+        """The snapshots to use for a target step, and that step: by default the last snapshot's.
 
-        Raises SnapshotError for the first of the `problems`, UsageError for a step out of range.
+        They are those not after it; of thousands that can't be solved together, those that add
+        most. Raises SnapshotError for the first of the `problems`, UsageError for a step out of
+        range.
         """
-        return select(self.contents.usable(), step)
+        from posthoc_cli.solver.choice import usable
+
+        snapshots, step = select(self.contents.usable(), step)
+        return [snapshots[at] for at in usable([each.profile for each in snapshots])], step
 
     def plan(
         self,
@@ -196,6 +206,12 @@ class Run:
         snapshots, step = self.until(step)
         profiles = [snapshot.profile for snapshot in snapshots]
         wanted = [target.profile(step) for target in targets]
+        if not METHODS[method].needs_values and not self.raw:
+            for snapshot in snapshots:
+                if snapshot.gamma <= -0.5:  # it has no norm to go by
+                    problem = f"'{method}' has no weights for its gamma, {snapshot.gamma:g}"
+                    remedy = "use method='blup', or leave it out with only="
+                    raise SnapshotError(str(snapshot.index.path), problem, remedy)
         moments = trajectory = expected = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots
@@ -254,6 +270,21 @@ class Solution:
         return self.solved.method
 
     @property
+    def found(self) -> int:
+        """How many snapshots there are up to the target step; `snapshots` may be fewer."""
+        return sum(snapshot.step <= self.step for snapshot in self.run.snapshots)
+
+    @property
+    def newest(self) -> Snapshot:
+        """The snapshot that copied tensors and the outputs' metadata are of.
+
+        It is the first, by sigma_rel and name, of those of the last step.
+        """
+        from posthoc_cli.synthesis.plan import newest_of
+
+        return self.snapshots[newest_of([snapshot.step for snapshot in self.snapshots])]
+
+    @property
     def weights(self) -> FloatArray:
         """[targets, snapshots]."""
         return self.solved.weights
@@ -287,7 +318,9 @@ class Solution:
             raise ValueError("no sample was read: solve(sample=True)")
         for target, error in zip(self.targets, self.expected.relative.tolist(), strict=True):
             if not error <= max_error:
-                known = f"{percent(error)}, more than" if error == error else "unknown, not within"
+                known = (
+                    f"{percent(error)}, more than" if error == error else "unknown, so not within"
+                )
                 better = "" if self.method == "blup" else "use method='blup', or "
                 raise SnapshotError(
                     str(target),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver import Profile
-from posthoc_cli.storage.disk import write_errors
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -69,13 +68,13 @@ def draw(
     titles: Sequence[str],
     weights: Mapping[str, FloatArray],
     shown: str,
-    path: Path,
-) -> None:
-    """Draw a column for each target to the PNG, SVG or PDF file at `path`.
+    ending: str,
+) -> bytes:
+    """Draw a column for each target; returns the file, PNG, SVG or PDF as its `ending` says.
 
     The density of raw checkpoints is a spike at each: of them the share before each step is drawn.
     `weights` maps each method to its weights [targets, snapshots]; the stems are those of the
-    method `shown`. Raises MachineError when the file can't be written.
+    method `shown`.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -104,9 +103,10 @@ def draw(
             axes[2, 0].legend(loc="upper left", handlelength=1.0, borderaxespad=0.2, title=symbol)
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        with write_errors(path):
-            figure.savefig(path, dpi=200, metadata=metadata)
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=ending[1:], dpi=200, metadata=metadata)
+        return picture.getvalue()
 
 
 def _draw_profiles(

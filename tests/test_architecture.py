@@ -30,7 +30,6 @@ LAYERS = (
     "api",
     "training",
     "adapters",
-    "demo",
     "plotting",
     "cli",
     "__main__",
@@ -191,7 +190,11 @@ def test_tests_mirror_the_packages() -> None:
         return {path.parent.name for path in folder.glob("*/__init__.py")}
 
     # The callbacks are tested with the training package, which they are in.
-    assert inside(PACKAGE) - {"adapters"} == inside(ROOT / "tests") - {"soak", "benchmarks"}
+    assert inside(PACKAGE) - {"adapters"} == inside(ROOT / "tests") - {
+        "soak",
+        "benchmarks",
+        "field",
+    }
     for room in inside(PACKAGE) - {"adapters"}:
         assert list((ROOT / "tests" / room).glob("test_*.py")), room
 
@@ -405,7 +408,7 @@ def test_opening_snapshots_imports_no_torch(snapshots: Path) -> None:
 @pytest.mark.parametrize("first", ["", "torch"])
 def test_importing_changes_nothing_of_the_process(first: str) -> None:
     """Every module but the command's own; those that train need torch, so it is imported first."""
-    trains = ("training", "demo", "adapters")
+    trains = ("training", "adapters")
     wanted = [
         module.name
         for module in modules().values()

@@ -111,6 +111,24 @@ def test_every_example_runs(folder: Path) -> None:
         assert all(any(each in note for each in told) for note in notes), (example, notes)
 
 
+def test_the_examples_of_the_library_run(folder: Path) -> None:
+    """All of docs/python.md, one after the other, as a reader would type it."""
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 6
+    (folder / "examples.py").write_text("\n".join(blocks), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "examples.py"],
+        cwd=folder,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sigma_rel= | 0.5 is out of bounds" in done.stdout
+    assert "values compared" in done.stdout
+
+
 def test_the_command_reference_is_what_the_program_says() -> None:
     sys.path.insert(0, str(DOCS))
     try:

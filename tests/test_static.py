@@ -29,7 +29,7 @@ UNDER_ANOTHER_NAME = {
 """What may only be called by its full name, so that the calls are seen."""
 
 WITH_TORCH = {
-    "demo.py",
+    "training/demo.py",
     *(
         f"training/{name}.py"
         for name in ("adapters/lightning", "adapters/transformers", "averaging", "karras")

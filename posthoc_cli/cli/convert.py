@@ -12,6 +12,7 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
+    describe_warnings,
     plain_table,
     print_json,
     print_table,
@@ -176,7 +177,8 @@ def convert(
     explained = explanations(outcome.converted, chosen)
     warn([*explained, *_left_out(left_out), *_grouped(told)], quiet)
     if as_json:
-        print_json(_describe(source, folder, outcome))
+        warnings = describe_warnings([*(("", text) for text in explained), *told])
+        print_json(_describe(source, folder, outcome) | {"warnings": warnings})
     elif not outcome.converted and len(outcome.problems) == 1:
         raise outcome.problems[0][1]
     elif outcome.converted or outcome.problems:

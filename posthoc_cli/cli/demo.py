@@ -49,7 +49,7 @@ def demo(
     if base.exists() and (not base.is_dir() or any(base.iterdir())):
         raise UsageError(folder, "exists already", "name a new or an empty folder")
     try:
-        from posthoc_cli.demo import TRUE_PROFILES, distance, sample, score, train
+        from posthoc_cli.training.demo import TRUE_PROFILES, distance, sample, score, train
     except ModuleNotFoundError as missing:
         raise MachineError(
             "posthoc demo", f"needs {missing.name}", f"pip install {missing.name}"

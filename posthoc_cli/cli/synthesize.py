@@ -152,7 +152,9 @@ def synthesize(
         "gamma": options.read_numbers("--gamma", gamma),
     }
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+    reading = options.Reading(
+        pattern, profiles, only, exclude, run, raw, skip_incomplete, copy, drop
+    )
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, **targets)
@@ -167,6 +169,12 @@ def synthesize(
     )
     warn_of_sample(solution, quiet)
     note_large_errors(solution, quiet)
+    if copy and len([each for each in solution.snapshots if each.step == solution.newest.step]) > 1:
+        note(
+            f"--copy: the newest snapshot is '{solution.newest.file}', the first of those of step "
+            f"{solution.newest.step}",
+            quiet,
+        )
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(
             output,
@@ -189,7 +197,7 @@ def synthesize(
         _draw(solution, saved.outputs)
 
 
-def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
+def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe(folder, solution)
     for target, one in zip(document["targets"], saved.outputs, strict=True):
@@ -199,6 +207,7 @@ def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
+    document["newest"] = solution.newest.file
     document["nonfinite"] = [
         {
             "tensor": entry.tensor,

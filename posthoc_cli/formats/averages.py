@@ -31,6 +31,7 @@ SHADOW = "shadow_params"
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _MOST_PAIRS = 4_000_000
+_MOST_ALIKE = 1000
 _SAMPLE = 4096
 """Elements of a tensor that tell it from others of its shape."""
 
@@ -168,10 +169,10 @@ def _names_in_order(
         if place not in seen and not name.endswith(_BUFFERS):
             entries.append((name, tensor.shape))
         seen.add(place)
-    if len(entries) * len(shapes) > _MOST_PAIRS and len(entries) != len(shapes):
-        return None
     if [shape for _, shape in entries] == shapes:
         return tuple(name for name, _ in entries)
+    if len(entries) * len(shapes) > _MOST_PAIRS:
+        return None
     return _only_way(entries, shapes)
 
 
@@ -225,7 +226,8 @@ def _nearest(
     """The names of `tensors`, all of one shape, by their values; none where that isn't sure."""
     infos = [index.tensors[name] for name in names]
     dtypes = {info.dtype for info in infos} | {tensor.dtype for tensor in tensors}
-    if not all(tensor.contiguous for tensor in tensors) or not dtypes <= FLOATS:
+    contiguous = all(tensor.contiguous for tensor in tensors)
+    if not (contiguous and dtypes <= FLOATS and len(names) <= _MOST_ALIKE):
         return []
     start, count = index.parts[0].data_start, min(tensors[0].elements, _SAMPLE)
     network = _sample(index.path, [(start + info.start, info.dtype) for info in infos], count)

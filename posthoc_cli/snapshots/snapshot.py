@@ -39,11 +39,12 @@ class Snapshot:
     sigma_rel: float
     source: str
     contents: Contents | None = field(default=None, repr=False, compare=False)
+    below: str = ""
 
     @property
     def file(self) -> str:
-        """The name of the file in its folder, as it is: pass it through `printable` to show it."""
-        return self.index.path.name
+        """Its path below the folder, with `/`, as it is: pass it through `printable` to show it."""
+        return self.below or self.index.path.name
 
     @property
     def dtypes(self) -> dict[str, int]:

@@ -167,7 +167,8 @@ def _identity(
     when a checkpoint that must have a profile has none, or when something impossible is said.
     """
     title = job.name if options.pattern else f"{job.found.stem}{ENDING}"
-    named = read_name(title, options.pattern, options.profiles)
+    doubt = job.doubt if options.pattern is None else None
+    named = read_name(title, options.pattern, options.profiles) if doubt is None else None
     said = stated_profile(checkpoint) if kind in ("torch", "posthoc-ema") else {}
     if kind == "posthoc-ema":  # whose own counter starts when its averages do
         said["step"] = str(named.step) if named and options.pattern is None else ""
@@ -181,7 +182,7 @@ def _identity(
     if kind == "torch" and unknown_index and not {"step"} < said.keys():
         return step, None, [lacking]
     try:
-        identity, warnings = identify(title, said, options.pattern, options.profiles)
+        identity, warnings = identify(title, said, options.pattern, options.profiles, doubt)
     except UnknownError:
         # Of a library's checkpoint, an average by a fixed decay has none; who names it, knows it.
         if options.pattern is not None or (kind in DEFAULT_UPDATE_EVERY and options.kind == "auto"):

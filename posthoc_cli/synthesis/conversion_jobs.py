@@ -13,10 +13,18 @@ from typing import Any
 
 from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS
-from posthoc_cli.snapshots import Identity, Pattern, check_profiles, identify, read_name
+from posthoc_cli.snapshots import (
+    Identity,
+    Pattern,
+    check_profiles,
+    doubted_profiles,
+    identify,
+    read_name,
+)
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import CONVERTED, STEP
+from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
 
 MAX_UPDATE_EVERY = 1_000_000
@@ -71,7 +79,8 @@ class Converted:
 class Job:
     """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made.
 
-    `source` is its file, or the first of its shards.
+    `source` is its file, or the first of its shards; `doubt` is why its name can't be believed,
+    where those of all the others say so.
     """
 
     found: Found
@@ -79,6 +88,7 @@ class Job:
     bytes: int
     modified: int
     done: Converted | None = None
+    doubt: SnapshotError | None = None
 
     @property
     def source(self) -> Path:
@@ -131,8 +141,10 @@ def find_jobs(
             "write it for the whole name of the checkpoint, its ending included",
         )
     outputs = _outputs(found, folder)
+    clean_up(folder)
     statuses = [[file_status(path) for path in one.paths] for one in found]
     inputs = {(one.st_dev, one.st_ino) for several in statuses for one in several if one}
+    doubts = doubted_profiles([f"{one.stem}{ENDING}" for one in found])
     jobs = []
     for one, output, several in zip(found, outputs, statuses, strict=True):
         there = file_status(output)
@@ -148,7 +160,8 @@ def find_jobs(
                 f"exists already, and is not what this makes of '{one.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )
-        jobs.append(Job(one, output, size, modified, done))
+        doubt = doubts.get(f"{one.stem}{ENDING}")
+        jobs.append(Job(one, output, size, modified, done, doubt))
     return jobs
 
 

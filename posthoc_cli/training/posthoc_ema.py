@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import os
 import re
 import secrets
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.errors import SnapshotError, UsageError, printable
+from posthoc_cli.errors import SnapshotError, printable
 from posthoc_cli.solver import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
@@ -38,6 +39,7 @@ from posthoc_cli.training.averaging import (
     swapped,
     unwrap,
 )
+from posthoc_cli.training.claim import LATER, FolderClaim
 from posthoc_cli.training.counting import (
     check_counts,
     check_profiles,
@@ -45,11 +47,11 @@ from posthoc_cli.training.counting import (
     next_step,
     resolve_gamma,
 )
+from posthoc_cli.training.ranks import agree, heard_by_all
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
     SnapshotWriter,
     TensorToSave,
-    another_runs_snapshot,
     own_snapshots,
     safetensors_name,
     saved_dtype,
@@ -71,7 +73,9 @@ class PostHocEMA:
         update_every: steps between updates of the averages.
         background: write in a thread. The averages are copied to host memory first, in `dtype`;
             a checkpoint waits for the one before it.
-        overwrite: write even where the folder holds another run's snapshots.
+        overwrite: where the folder holds another run's snapshots, set them aside and go on.
+        later: what to do, on resuming, with this run's snapshots after the state's step: "refuse",
+            or "set aside".
         device: where the averages are kept; None for wherever the network is.
         average_dtype: of the averages: torch.float32 or torch.float64. Never narrower than the
             network's, and never less than float32.
@@ -81,9 +85,13 @@ class PostHocEMA:
         param_or_buffer_names_no_ema: names of tensors to copy rather than average.
         ignore_names, ignore_startswith_names: tensors to leave as they were at the first update.
 
+    From the first `update` on, nobody else can write snapshots into the folder: until `close`, or
+    the end of the tracker or its process. What is set aside goes to `other-runs` in the folder.
+
     Raises ValueError for arguments that make no sense, TypeError for a model in FSDP's first form,
-    MachineError when the folder can't be made. The first `update` raises UsageError when the folder
-    holds another run's snapshots, and ValueError when a tensor can't be saved.
+    MachineError when the folder can't be made. The first `update` raises UsageError when another
+    training writes to the folder, or when it holds another run's or later snapshots, in all
+    processes that train together; and ValueError when a tensor can't be saved.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class PostHocEMA:
         update_every: int = 1,
         background: bool = False,
         overwrite: bool = False,
+        later: str = "refuse",
         device: torch.device | str | None = None,
         average_dtype: torch.dtype = torch.float32,
         prefix: str = "ema",
@@ -125,6 +134,8 @@ class PostHocEMA:
                 f"average_dtype {average_dtype}: a decay near one is lost in fewer bits than "
                 "float32 has; give torch.float32 or torch.float64"
             )
+        if later not in LATER:
+            raise ValueError(f"later {later!r}: give 'refuse' or 'set aside'")
         if not re.fullmatch(r"[^./\\\0][^/\\\0]*", prefix):
             raise ValueError(f"prefix {prefix!r}: give the start of a file name, without a folder")
         unwrap(model)  # raises for what can't be tracked
@@ -136,6 +147,7 @@ class PostHocEMA:
         self.update_every = update_every
         self.background = background
         self.overwrite = overwrite
+        self.later = later
         self.device = torch.device(device) if device is not None else None
         self.average_dtype = average_dtype
         self.prefix = prefix
@@ -145,15 +157,18 @@ class PostHocEMA:
         self._roles = TensorRoles(
             param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
         )
+        # Not a method of this: in a circle it would keep its folder when nobody has it any more.
+        self._included = functools.partial(_fits, self._include)
         self._live = LiveTensors(model, self._included)
         self._updated = 0
         self._averages: list[dict[str, Tensor]] = []
         self._update: EmaUpdate | None = None
-        self._checked = False
         self._lent = False
-        self._writer = SnapshotWriter()
+        self._claim = FolderClaim()
+        self._writer = SnapshotWriter(self._claim)
         if is_first_process():
-            make_folder(self.folder, parents=True)
+            with heard_by_all(str(self.folder)):
+                make_folder(self.folder, parents=True)
 
     # Averaging
 
@@ -165,15 +180,15 @@ class PostHocEMA:
         written. Should that fail, training goes on with a RuntimeWarning.
 
         Raises ValueError when `step` goes back or the network is another than before, UsageError
-        when, at the first update, the folder holds another run's snapshots.
+        when, at the first update, the folder holds another run's snapshots or has another tracker.
         """
-        if self._writer.failures:
-            self._warn_of_failures()
         self._check_not_lent()
         previous, now = self.step, next_step(self.step, step)
         if now == previous:
             return
         self._check_can_save()
+        if self._writer.failures:
+            self._warn_of_failures()
         if crosses_multiple(self.update_every, self._updated, now):
             self._average(now)
         self.step = now
@@ -216,9 +231,6 @@ class PostHocEMA:
         # Strides as those of the live tensor: both are then read in the order they lie in memory.
         return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
 
-    def _included(self, name: str) -> bool:
-        return not self._include or any(fnmatch.fnmatchcase(name, g) for g in self._include)
-
     # Snapshots
 
     def checkpoint(self) -> list[Path]:
@@ -238,6 +250,8 @@ class PostHocEMA:
         self._writer.wait()
         if not self.step:
             raise ValueError("nothing to save yet: call update() first")
+        if not self._claim.sure:
+            self._claim.doubt()
         self._check_can_save()
         if self._updated < self.step:
             self._average(self.step)
@@ -260,6 +274,12 @@ class PostHocEMA:
         self._writer.wait()
         self._warn_of_failures()
 
+    def close(self) -> None:
+        """Write out what is being written, and leave the folder to others; an update returns."""
+        self._writer.wait()
+        self._claim.release()
+        self._warn_of_failures()
+
     def _snapshot(self, index: int, own: Mapping[str, Tensor]) -> SnapshotToSave:
         """The snapshot of an average as of now, with what else the network's state dict has."""
         averages, tensors = self._averages[index], {}
@@ -274,30 +294,23 @@ class PostHocEMA:
     def _check_can_save(self) -> None:
         """Refuse, before training begins, what would fail or do harm at a checkpoint hours later.
 
-        That is a tensor that can't be saved, and a folder with another run's snapshots: of both
-        runs' together no EMA can be made.
+        That is a tensor that can't be saved, and a folder with snapshots or a tracker of another
+        run: of both runs' together no EMA can be made.
         """
-        if self._checked:
+        if self._claim.covers(self.folder):
             return
         for name, tensor in named_tensors(self.model).items():
             if self._included(name):
                 saved_dtype(name, tensor, self.dtype)
-        other = another_runs_snapshot(self.folder, self.run) if is_first_process() else None
-        if other is not None:
-            problem = f"holds another run's snapshots, such as '{other}'"
-            if not self.overwrite:
-                raise UsageError(
-                    str(self.folder),
-                    problem,
-                    "choose another folder, load_state_dict() that run's state to go on with it, "
-                    "or give overwrite=True",
-                )
-            warnings.warn(
-                printable(f"{self.folder}: {problem}; move them away before you synthesize"),
-                RuntimeWarning,
-                stacklevel=3,
+
+        def claim() -> bool:
+            self._writer.failures += self._claim.take(
+                self.folder, self.run, self.step, overwrite=self.overwrite, later=self.later
             )
-        self._checked = True
+            return self._claim.sure
+
+        self._claim.sure = agree(str(self.folder), claim)
+        self._claim.folder = self.folder
 
     def _warn_of_failures(self) -> None:
         """Warn of what went wrong since the last call."""
@@ -310,8 +323,10 @@ class PostHocEMA:
         """All that a resumed run needs to go on as if it had never stopped.
 
         Save it with the network's and the optimizer's. As with a network's, the tensors are the
-        live ones. In sharded training each process has its own.
+        live ones. In sharded training each process has its own. Snapshots that are being written
+        are waited for: with the state saved, all up to its step are on disk.
         """
+        self._writer.wait()
         return {
             "version": 1,
             "run": self.run,
@@ -323,6 +338,8 @@ class PostHocEMA:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; the folder may hold that run's snapshots.
+
+        Those after the state's step are another branch: `later` says what becomes of them.
 
         Raises ValueError when the state is of other profiles. A network that doesn't fit it is
         noticed at the next update.
@@ -341,7 +358,7 @@ class PostHocEMA:
             for averages in state["averages"]
         ]
         self._update = None
-        self._checked = False
+        self._claim.doubt()
 
     # Synthesis
 
@@ -421,3 +438,7 @@ class PostHocEMA:
                 "the model has synthesized weights on loan: leave the `with ema.lend(...)` block "
                 "before the next update() or checkpoint()"
             )
+
+
+def _fits(include: Sequence[str], name: str) -> bool:
+    return not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)

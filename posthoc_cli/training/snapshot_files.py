@@ -5,23 +5,29 @@ A run is one training run, resumed or not.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from posthoc_cli.errors import MachineError, PosthocError
+from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.snapshots import SAME_WIDTH
 from posthoc_cli.storage import ENDING, make_header, read_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import remove_file
 from posthoc_cli.storage.dtypes import BY_NAME
-from posthoc_cli.storage.metadata import FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
+from posthoc_cli.storage.metadata import CONVERTED, FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
 from posthoc_cli.training.averaging import gather, is_sharded
+
+SnapshotHeader = tuple[Path, Mapping[str, str]]
+"""A file that may be a snapshot, with the metadata in its header."""
 
 
 def safetensors_name(dtype: torch.dtype) -> str | None:
@@ -122,13 +128,19 @@ class SnapshotToSave:
 class SnapshotWriter:
     """Writes the snapshots of a run, in a thread if asked to.
 
-    `failures` has a message for everything that went wrong: training must go on.
+    `failures` has a message for everything that went wrong: training must go on. The `claim` on
+    the folder is held for as long as something is being written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, claim: object) -> None:
+        self.claim = claim
         self.failures: list[str] = []
         self._overflowed: set[str] = set()
         self._thread: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.wait()  # a thread can't be copied
+        return dict(self.__dict__)
 
     def wait(self) -> None:
         """Wait until the thread, if there is one, is done."""
@@ -160,6 +172,12 @@ class SnapshotWriter:
             except MachineError as error:
                 self.failures.append(f"no snapshot of step {snapshot.step}: {error}")
                 continue
+            except UsageError:
+                self.failures.append(
+                    f"no snapshot of step {snapshot.step}: {snapshot.path}: a file that isn't "
+                    "this run's has its place; move it away or choose another folder"
+                )
+                continue
             written.append(snapshot.path)
             self.failures += [
                 f"tensor {name!r} has values that are not finite in float16, first in "
@@ -175,11 +193,12 @@ class SnapshotWriter:
 
 
 def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
-    """Write a snapshot, whole or not at all, replacing the file that is there.
+    """Write a snapshot, whole or not at all, replacing only what the same run has written.
 
     Tensors with several names are written under each, since the format has no shared ones.
     Returns the names of tensors with values that float16, if they are in it, made infinite.
-    Raises MachineError when the disk is full or the folder can't be written.
+    Raises MachineError when the disk is full or the folder can't be written, UsageError when there
+    is a file that isn't the run's.
     """
     kinds = {
         name: (safetensors_name(tensor.dtype) or "", tuple(tensor.like.shape))
@@ -188,7 +207,9 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
     header, places = make_header(kinds, snapshot.metadata)
     size = len(header) + max((info.end for info in places.values()), default=0)
     overflowing = []
-    with AtomicFile(snapshot.path, size, overwrite=True) as file:
+    path = snapshot.path
+    own = os.path.lexists(path) and own_step(path, _metadata(path), snapshot.run) is not None
+    with AtomicFile(path, size, overwrite=own) as file:
         file.write_at(0, header)
         for name, info in places.items():
             if not info.elements:
@@ -206,19 +227,27 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
 
 def own_snapshots(folder: Path, run: str) -> list[tuple[Path, int]]:
     """A run's snapshots in a folder, with their steps."""
-    return [
-        (path, int(metadata[STEP]))
-        for path, metadata in _candidates(folder)
-        if metadata.get(RUN) == run
-    ]
+    found = ((path, own_step(path, metadata, run)) for path, metadata in headers(folder))
+    return [(path, step) for path, step in found if step is not None]
 
 
-def another_runs_snapshot(folder: Path, run: str) -> str | None:
-    """The name of a file in a folder that may be a snapshot and isn't of `run`, if there is one."""
-    for path, metadata in _candidates(folder):
-        if RECIPE not in metadata and metadata.get(RUN) != run:
-            return path.name
-    return None
+def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
+    """The step of a snapshot that a tracker of `run` has written; None for any other file.
+
+    What was made of snapshots has their run too, and so has a copy under another name: that is
+    the user's.
+    """
+    if metadata.get(RUN) != run or RECIPE in metadata or CONVERTED in metadata:
+        return None
+    step = metadata.get(STEP, "")
+    written = re.search(r"-step(\d{8,})-[\d.]+$", path.name.removesuffix(ENDING))
+    return int(step) if written and step == str(int(written[1])) else None
+
+
+def headers(folder: Path) -> list[SnapshotHeader]:
+    """The files in a folder that may be snapshots."""
+    paths = sorted(folder.glob(f"*{ENDING}"))
+    return [(path, _metadata(path)) for path in paths if not path.name.startswith(".")]
 
 
 def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list[str]:
@@ -238,12 +267,8 @@ def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list
     return failures
 
 
-def _candidates(folder: Path) -> Iterator[tuple[Path, Mapping[str, str]]]:
-    """The files in a folder that may be snapshots, with the metadata in their headers."""
-    for path in sorted(folder.glob(f"*{ENDING}")):
-        if path.name.startswith("."):
-            continue
-        try:
-            yield path, read_header(path).metadata
-        except PosthocError:
-            yield path, {}
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        return read_header(path).metadata
+    except PosthocError:
+        return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posthoc_cli.demo import TRUE_PROFILES, distance, sample, score, train
+from posthoc_cli.training.demo import TRUE_PROFILES, distance, sample, score, train
 
 
 def test_the_demo_runs_its_own_commands_and_comes_near(posthoc, tmp_path: Path) -> None:

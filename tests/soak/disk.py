@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import resource
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.soak.calls import library
 from tests.soak.fuzz import harm_of
 from tests.soak.scenes import Scene, scenes
 from tests.soak.tally import Tally
@@ -54,8 +54,8 @@ FAULTS = (
     Fault("I/O errors on write", "pwrite", errno.EIO, _OUTPUT, most=20, codes=(0, 1)),
     Fault("I/O errors on flush", "fsync", errno.EIO, _OUTPUT, most=1, codes=(0, 1)),
     Fault("disks that can't reserve", "fallocate", errno.EOPNOTSUPP, _OUTPUT, codes=(0,)),
-    Fault("disks without hard links", "link", errno.EPERM, "work", codes=(0,)),
-    Fault("I/O errors on rename", "rename", errno.EIO, "work", codes=(0, 1)),
+    Fault("disks without hard links", "link", errno.EPERM, "written", codes=(0,)),
+    Fault("I/O errors on rename", "rename", errno.EIO, "written", codes=(0, 1)),
     Fault("permissions lost", "open", errno.EACCES, _OUTPUT),
     Fault("inputs not to be opened", "open", errno.EACCES, "000", most=4, codes=(0, 1)),
 )
@@ -66,12 +66,12 @@ def disk(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -
     rng = random.Random(f"disk/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
-        library = _compiled(base)
+        failing = library(base)
         for scene in scenes(base, megabytes, seed):
-            if library is None:
+            if failing is None:
                 tally.skip("faults by LD_PRELOAD", "no C compiler, or not Linux")
             else:
-                _broken(scene, library, rounds, rng, tally)
+                _broken(scene, failing, rounds, rng, tally)
             _too_large(scene, rounds, rng, tally)
             _nowhere_to_write(scene, tally)
             _mounted(scene, rounds, rng, tally)
@@ -96,23 +96,13 @@ def _harm(scene: Scene, run: Run, codes: Sequence[int], *, renaming: bool = Fals
     return losses
 
 
-def _compiled(base: Path) -> Path | None:
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or os.uname().sysname != "Linux":
-        return None
-    library = base / "failing.so"
-    source = Path(__file__).with_name("failing.c")
-    words = [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
-    return library if subprocess.run(words, check=False).returncode == 0 else None
-
-
-def _broken(scene: Scene, library: Path, rounds: int, rng: random.Random, tally: Tally) -> None:
+def _broken(scene: Scene, failing: Path, rounds: int, rng: random.Random, tally: Tally) -> None:
     for fault in FAULTS:
         for _ in range(rounds if fault.most else 1):
             scene.reset()
             after = rng.randint(0, fault.most)
             wanted = {
-                "LD_PRELOAD": str(library),
+                "LD_PRELOAD": str(failing),
                 "FAIL_CALL": fault.call,
                 "FAIL_NAME": fault.files,
                 "FAIL_AFTER": str(after),

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from tests.soak.big import big
+from tests.soak.calls import calls
 from tests.soak.changing import changing
 from tests.soak.disk import disk
 from tests.soak.fuzz import fuzz
@@ -15,6 +16,7 @@ from tests.soak.pickles import pickles
 from tests.soak.races import races
 from tests.soak.special import special
 from tests.soak.tally import Tally
+from tests.soak.trackers import trackers
 from tests.soak.values import values
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
@@ -22,6 +24,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "heavy": heavy,
     "interrupt": interrupt,
     "kill": kill,
+    "calls": calls,
     "changing": changing,
     "disk": disk,
     "races": races,
@@ -29,6 +32,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "special": special,
     "pickles": pickles,
     "values": values,
+    "trackers": trackers,
 }
 """In the order in which they begin: the longest first."""
 

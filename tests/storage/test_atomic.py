@@ -7,14 +7,15 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage import atomic as atomicfile
-from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage import temporary
+from posthoc_cli.storage.atomic import AtomicFile, Group, commit_together
 
 
 def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
@@ -124,16 +125,20 @@ def test_a_full_disk_and_a_missing_folder_are_told_in_one_line(
 # Several that land together
 
 
+def each(files: Sequence[AtomicFile]) -> list[Group]:
+    return [Group([file]) for file in files]
+
+
 def test_together_all_land_or_none(tmp_path: Path) -> None:
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with commit_together(files):
+    with commit_together(each(files)):
         for file in files:
             file.write_at(0, b"x")
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     assert entries(tmp_path) == ["a", "b", "c"]
 
     files = [AtomicFile(tmp_path / name, 1) for name in "def"]
-    with pytest.raises(UsageError, match="e: exists already"), commit_together(files):
+    with pytest.raises(UsageError, match="e: exists already"), commit_together(each(files)):
         for file in files:
             file.write_at(0, b"x")
         (tmp_path / "e").write_bytes(b"another run was faster")
@@ -152,10 +157,10 @@ def test_together_nothing_lands_before_all_are_on_the_disk(
     monkeypatch.setattr(files[2], "finish", full)
     stale = tmp_path / "stale"
     stale.write_bytes(b"old")
-    with pytest.raises(MachineError), commit_together(files, [stale]):
+    with pytest.raises(MachineError), commit_together([Group(files, lambda: [stale])]):
         pass
     assert entries(tmp_path) == ["stale"]
-    with commit_together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
+    with commit_together([Group([AtomicFile(tmp_path / "new", 0)], lambda: [stale])]):
         assert stale.exists()
     assert entries(tmp_path) == ["new"]
 
@@ -176,7 +181,7 @@ def test_together_an_interrupt_between_two_landings(
         return after
 
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with pytest.raises(KeyboardInterrupt), commit_together(files):
+    with pytest.raises(KeyboardInterrupt), commit_together(each(files)):
         monkeypatch.setattr(os, "link", interrupted(os.link))
         monkeypatch.setattr(os, "unlink", interrupted(os.unlink))
     monkeypatch.undo()
@@ -190,7 +195,7 @@ def test_missing_space_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     files = [AtomicFile(tmp_path / name, 1_000_000) for name in "ab"]
     message = r"500\.0 kB of the 2\.0 MB to be written are missing on its disk; free some space"
-    with pytest.raises(MachineError, match=message), commit_together(files):
+    with pytest.raises(MachineError, match=message), commit_together(each(files)):
         pytest.fail("must not begin")
     assert entries(tmp_path) == []
     with files[0] as file:  # alone it fits
@@ -215,10 +220,10 @@ def abandoned(folder: Path, name: str = "old.safetensors") -> Path:
 def test_the_next_run_removes_what_a_killed_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
-    if locks and atomicfile.fcntl is None:
+    if locks and temporary.fcntl is None:
         pytest.skip("no locks here")
     if not locks:
-        monkeypatch.setattr(atomicfile, "fcntl", None)
+        monkeypatch.setattr(temporary, "fcntl", None)
     left = abandoned(tmp_path)
     others = [tmp_path / ".mine.posthoc-tmp", tmp_path / ".x.0123456789ab.posthoc-tmp.bak"]
     for path in others:
@@ -233,7 +238,7 @@ def test_the_next_run_removes_what_a_killed_one_left(
     assert all(path.exists() for path in others)
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
     with AtomicFile(tmp_path / "one", 3) as one:
         with AtomicFile(tmp_path / "two", 3) as two:
@@ -245,11 +250,11 @@ def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["one", "three", "two"]
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, stolen = atomicfile.fcntl.flock, []
+    lock, stolen = temporary.fcntl.flock, []
 
     def late(fd: int, how: int) -> None:
         if not stolen:
@@ -257,19 +262,19 @@ def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
             stolen[0].unlink()
         lock(fd, how)
 
-    monkeypatch.setattr(atomicfile.fcntl, "flock", late)
+    monkeypatch.setattr(temporary.fcntl, "flock", late)
     with AtomicFile(tmp_path / "out", 1) as file:
         file.write_at(0, b"x")
     assert entries(tmp_path) == ["out"]
     assert len(stolen) == 1
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(atomicfile.fcntl, "flock", none)
+    monkeypatch.setattr(temporary.fcntl, "flock", none)
     left = abandoned(tmp_path)
     with AtomicFile(tmp_path / "out", 1) as file:
         file.write_at(0, b"x")

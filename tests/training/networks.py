@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.training.claim import LOCK
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -60,4 +61,6 @@ def small() -> nn.Module:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a folder, without the lock that a tracker has on it."""
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK]
+    return {path.name: path.read_bytes() for path in paths}

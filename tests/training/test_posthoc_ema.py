@@ -328,6 +328,7 @@ def test_a_state_of_other_profiles_is_refused(tmp_path: Path) -> None:
 def test_synthesize_gives_the_networks_dtypes_and_only_this_run(tmp_path: Path) -> None:
     other = PostHocEMA(nn.Linear(2, 2), folder=tmp_path, checkpoint_every=1, prefix="other")
     other.update()
+    other.close()
     model = Tied().bfloat16()
     ema = PostHocEMA(
         model, folder=tmp_path, checkpoint_every=5, dtype=torch.float32, overwrite=True

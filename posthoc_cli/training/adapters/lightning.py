@@ -51,7 +51,7 @@ class PostHocEMACallback(Callback):
 
     def on_train_end(self, *_: Any) -> None:
         if self.ema is not None:
-            self.ema.wait()
+            self.ema.close()
 
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()

@@ -68,7 +68,7 @@ class PostHocEMACallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.ema is not None:
-            self.ema.wait()
+            self.ema.close()
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
