@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
-    from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.synthesis.outputs import Saved
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.verification import Report
 
@@ -227,22 +226,6 @@ class Run:
         )
 
 
-class Saved(list[Path]):
-    """The path of each target's output; `outputs` tells more of each.
-
-    `nonfinite` are the tensors that hold NaN or infinity, or sums too large for the dtype, and
-    `summary` says so in a line.
-    """
-
-    def __init__(
-        self, outputs: list[Output], nonfinite: list[NonfiniteTensor], summary: str
-    ) -> None:
-        super().__init__(output.path for output in outputs)
-        self.outputs = outputs
-        self.nonfinite = nonfinite
-        self.summary = summary
-
-
 @dataclass(frozen=True, slots=True)
 class Solution:
     """Weights for each target, and how good they are.
@@ -351,7 +334,7 @@ class Solution:
         """
         from posthoc_cli.storage import existing_output, fingerprint
         from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import Output, kept_output, write_outputs
+        from posthoc_cli.synthesis.outputs import Saved, kept_output, write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 

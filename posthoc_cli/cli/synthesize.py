@@ -21,8 +21,8 @@ from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.api import Saved, Solution
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.api import Solution
+    from posthoc_cli.synthesis.outputs import Output, Saved
 
 _OUTPUT = "Output"
 
