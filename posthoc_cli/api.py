@@ -334,7 +334,7 @@ class Solution:
         """
         from posthoc_cli.storage import existing_output, fingerprint
         from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import Saved, kept_output, write_outputs
+        from posthoc_cli.synthesis.outputs import Output, Saved, kept_output, write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 
