@@ -162,7 +162,7 @@ def calls(
     megabytes: float = 0.05,
     only: Collection[str] = (),
 ) -> None:
-    """Kill at every call of every scene, or at `most` of each by chance; or of those named `only`."""
+    """Kill at every call of every scene, or of those named `only`, or at `most` of each."""
     rng = random.Random(f"calls/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
