@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots import FolderContents, read_folder, select
-from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
 from posthoc_cli.solver import METHODS, choose_method, solve
 from posthoc_cli.solver import Profile as Profile
 from posthoc_cli.solver.arrays import resolve_device
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
-    from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.synthesis.outputs import Saved
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.verification import Report
 
@@ -46,7 +45,7 @@ Numbers = float | Iterable[float] | None
 
 
 def open_snapshots(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
@@ -55,18 +54,21 @@ def open_snapshots(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> Run:
     """Read which snapshots a folder holds; their headers only.
 
     Arguments:
-        folder: the folder of snapshots.
+        folder: the folder of snapshots; or a list of files and folders that lie in one.
         pattern: a file-name pattern, such as "run7_{step}_{sigma_rel}.safetensors".
         profiles: the sigma_rel values that `{index}` counts, from index 0 on.
-        only: globs for the names of the files to use; no other is opened.
+        only: globs for the files to use, by name or path below the folder; no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
+        copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
 
     What is wrong with single files is collected in `problems`. Raises UsageError when an argument
     or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
@@ -81,6 +83,8 @@ def open_snapshots(
         run=run,
         raw=raw,
         skip_incomplete=skip_incomplete,
+        copy=copy,
+        drop=drop,
     )
     return Run(contents, raw)
 
@@ -118,11 +122,16 @@ class Run:
         return self.contents.warnings
 
     def until(self, step: int | None = None) -> tuple[list[Snapshot], int]:
-        """The snapshots not after a target step, and that step: by default the last snapshot's.
+        """The snapshots to use for a target step, and that step: by default the last snapshot's.
 
-        Raises SnapshotError for the first of the `problems`, UsageError for a step out of range.
+        They are those not after it; of thousands that can't be solved together, those that add
+        most. Raises SnapshotError for the first of the `problems`, UsageError for a step out of
+        range.
         """
-        return select(self.contents.usable(), step)
+        from posthoc_cli.solver.choice import usable
+
+        snapshots, step = select(self.contents.usable(), step)
+        return [snapshots[at] for at in usable([each.profile for each in snapshots])], step
 
     def plan(
         self,
@@ -196,6 +205,8 @@ class Run:
         snapshots, step = self.until(step)
         profiles = [snapshot.profile for snapshot in snapshots]
         wanted = [target.profile(step) for target in targets]
+        if not METHODS[method].needs_values and not self.raw:
+            check_norms(snapshots, method)
         moments = trajectory = expected = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots
@@ -213,22 +224,6 @@ class Run:
         return Solution(
             self, snapshots, targets, step, device, solved, moments, trajectory, expected
         )
-
-
-class Saved(list[Path]):
-    """The path of each target's output; `outputs` tells more of each.
-
-    `nonfinite` are the tensors that hold NaN or infinity, or sums too large for the dtype, and
-    `summary` says so in a line.
-    """
-
-    def __init__(
-        self, outputs: list[Output], nonfinite: list[NonfiniteTensor], summary: str
-    ) -> None:
-        super().__init__(output.path for output in outputs)
-        self.outputs = outputs
-        self.nonfinite = nonfinite
-        self.summary = summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +247,11 @@ class Solution:
     @property
     def method(self) -> str:
         return self.solved.method
+
+    @property
+    def found(self) -> int:
+        """How many snapshots there are up to the target step; `snapshots` may be fewer."""
+        return sum(snapshot.step <= self.step for snapshot in self.run.snapshots)
 
     @property
     def weights(self) -> FloatArray:
@@ -334,7 +334,7 @@ class Solution:
         """
         from posthoc_cli.storage import existing_output, fingerprint
         from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import Output, kept_output, write_outputs
+        from posthoc_cli.synthesis.outputs import Output, Saved, kept_output, write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 

@@ -5,12 +5,14 @@ PosthocError
 ├── UsageError      2  the command line is wrong
 └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
     ├── IncompleteError    ... a part of one isn't there: it may still be being written
-    └── UnknownError       ... nothing says the step and profile of one
+    ├── UnknownError       ... nothing says the step and profile of one
+    └── AmbiguousError     ... their names can be read in two ways
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -28,6 +30,14 @@ def printable(text: str) -> str:
 def brief(text: str) -> str:
     """`text`, or the beginning and the end of a long one: a tensor's name may be a megabyte."""
     return text if len(text) <= 800 else f"{text[:500]} ... {text[-250:]}"
+
+
+def in_line(text: str) -> str:
+    """`text` for a line of a message: short, and nothing in it steers a terminal.
+
+    It is cut before its characters are looked at one by one, as it may have millions of them.
+    """
+    return brief(printable(brief(text)))
 
 
 def in_bytes(count: float) -> str:
@@ -61,7 +71,7 @@ class PosthocError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        subject, problem = (brief(printable(text)) for text in (self.subject, self.problem))
+        subject, problem = map(in_line, (self.subject, self.problem))
         return f"{subject}: {problem}; {printable(self.remedy)}"
 
 
@@ -89,3 +99,23 @@ class IncompleteError(SnapshotError):
 
 class UnknownError(SnapshotError):
     """Nothing says the step and profile of a snapshot."""
+
+
+class AmbiguousError(SnapshotError):
+    """The names of snapshots can be read in two ways, or more.
+
+    `rows` are the files with the steps by each reading, `patterns` those that decide for it; None
+    where no pattern can.
+    """
+
+    def __init__(
+        self,
+        subject: str,
+        problem: str,
+        remedy: str,
+        patterns: Sequence[str | None] = (),
+        rows: Sequence[tuple[str, tuple[int, ...]]] = (),
+    ) -> None:
+        super().__init__(subject, problem, remedy)
+        self.patterns = patterns
+        self.rows = rows

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver import Profile
-from posthoc_cli.storage.disk import write_errors
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -22,6 +21,9 @@ FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, which all kinds of eyes can tell apart.
 _METHODS = {"algorithm3": "#009E73", "edm2": "#0072B2", "share": "#0072B2", "blup": "#D55E00"}
 _WIDTHS = ("#56B4E9", "#E69F00", "#CC79A7", "#000000", "#F0E442")
+_TOGETHER = 64
+"""Snapshots whose curves are held at a time."""
+
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -69,13 +71,13 @@ def draw(
     titles: Sequence[str],
     weights: Mapping[str, FloatArray],
     shown: str,
-    path: Path,
-) -> None:
-    """Draw a column for each target to the PNG, SVG or PDF file at `path`.
+    ending: str,
+) -> bytes:
+    """Draw a column for each target; returns the file, PNG, SVG or PDF as its `ending` says.
 
     The density of raw checkpoints is a spike at each: of them the share before each step is drawn.
     `weights` maps each method to its weights [targets, snapshots]; the stems are those of the
-    method `shown`. Raises MachineError when the file can't be written.
+    method `shown`.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -104,9 +106,10 @@ def draw(
             axes[2, 0].legend(loc="upper left", handlelength=1.0, borderaxespad=0.2, title=symbol)
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-        with write_errors(path):
-            figure.savefig(path, dpi=200, metadata=metadata)
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=ending[1:], dpi=200, metadata=metadata)
+        return picture.getvalue()
 
 
 def _draw_profiles(
@@ -128,15 +131,19 @@ def _draw_profiles(
         ]
     )
     if any(each.raw for each in snapshots):
-        wanted = share_before(target, at)
-        basis = np.stack([share_before(each, at) for each in snapshots])
+        curve, unit = share_before, 1.0
     else:
-        wanted = density(target, at) * target.step
-        basis = np.stack([density(each, at) for each in snapshots]) * target.step
+        curve, unit = density, float(target.step)
+    wanted = curve(target, at) * unit
+    rows = np.stack(list(weights.values()))
+    sums = np.zeros((len(rows), len(at)))
+    for first in range(0, len(snapshots), _TOGETHER):
+        some = snapshots[first : first + _TOGETHER]
+        basis = np.stack([curve(each, at) for each in some]) * unit
+        sums += rows[:, first : first + _TOGETHER] @ basis
     above.plot(at, wanted, color="0.1", linewidth=2.4, alpha=0.25, label="wanted")
-    for method, row in weights.items():
+    for method, given in zip(weights, sums, strict=True):
         colour = _METHODS.get(method, "0.5")
-        given = row @ basis
         # Mostly one lies over the other: the first is wider, so that it can be seen below it.
         wide = 1.5 if method == next(iter(weights)) else 0.7
         above.plot(at, given, color=colour, linewidth=wide, label=method)

@@ -190,7 +190,11 @@ def test_tests_mirror_the_packages() -> None:
         return {path.parent.name for path in folder.glob("*/__init__.py")}
 
     # The callbacks are tested with the training package, which they are in.
-    assert inside(PACKAGE) - {"adapters"} == inside(ROOT / "tests") - {"soak", "benchmarks"}
+    assert inside(PACKAGE) - {"adapters"} == inside(ROOT / "tests") - {
+        "soak",
+        "benchmarks",
+        "field",
+    }
     for room in inside(PACKAGE) - {"adapters"}:
         assert list((ROOT / "tests" / room).glob("test_*.py")), room
 

@@ -67,11 +67,13 @@ def _fail(error: Exception) -> int:
 
 def _unexpected(error: Exception) -> MachineError:
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+    if _short_of_memory(error):
         return MachineError(
-            "memory", "not enough of it", "free some, or give fewer targets at a time"
+            "memory",
+            "not enough of it",
+            "free some, raise its limit (ulimit -v), or give fewer targets at a time",
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         subject = "stdout" if error.filename is None else str(error.filename)
         remedy = "check the disk and the permissions"
         if error.errno == errno.ENAMETOOLONG:
@@ -84,6 +86,26 @@ def _unexpected(error: Exception) -> MachineError:
         f"{kind}: {error}" if str(error) else kind,
         "please report it, with what POSTHOC_DEBUG=1 prints",
     )
+
+
+def _short_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or one that it came of, is how a library says that memory ran out.
+
+    Among them are an OSError that says nothing at all, when code can't be placed in memory, and
+    libraries and threads that can't be loaded and started.
+    """
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and (error.errno == errno.ENOMEM or not error.args):
+        return True
+    said = ("cannot allocate memory", "failed to map segment", "can't start new thread")
+    if isinstance(error, (ImportError, OSError, RuntimeError)) and any(
+        words in text.lower() for words in said
+    ):
+        return True
+    came_of = error.__cause__ or error.__context__
+    return came_of is not None and _short_of_memory(came_of)
 
 
 def _say(line: str) -> None:

@@ -117,5 +117,10 @@ def _one_line(complaint: Any) -> UsageError:
     if extra := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", problem):
         return UsageError(extra[1], "one argument too many", remedy)
     if unknown := re.match(r"No such command '(.*?)'", problem):
+        import difflib
+
+        commands = [getattr(each.callback, "__name__", "") for each in app.registered_commands]
+        if close := difflib.get_close_matches(unknown[1].lower(), commands):
+            remedy = f"did you mean {' or '.join(close)}? {remedy}"
         return UsageError(unknown[1], "no such command", remedy)
     return UsageError(command, problem[:1].lower() + problem[1:], remedy)

@@ -70,10 +70,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def note(message: str, quiet: bool) -> None:
-    """Say on stderr what happened, unless the user wants to hear of errors only."""
+def note(message: str, quiet: bool, files: str = "") -> None:
+    """Say on stderr what happened, to these files, unless the user wants to hear of errors only."""
     if not quiet:
-        print(f"posthoc: {printable(spelled(message))}", file=sys.stderr)
+        about = f"{files}: " if files else ""  # a name is as it is: step=100.ckpt is no argument
+        print(f"posthoc: {printable(about + spelled(message))}", file=sys.stderr)
 
 
 def warn(messages: Sequence[str], quiet: bool) -> None:

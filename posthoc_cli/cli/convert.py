@@ -12,6 +12,7 @@ import typer
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     counted,
+    describe_warnings,
     plain_table,
     print_json,
     print_table,
@@ -107,13 +108,14 @@ def convert(
             help="Use only the files whose names fit; repeat it to add more.",
         ),
     ] = None,
+    exclude: options.ExcludeOption = None,
     key: Annotated[
         str | None,
         typer.Option(
             metavar="KEY",
             rich_help_panel="Reading the checkpoints",
             show_default=False,
-            help="Where in a checkpoint of torch the state dict is: ema, or outer.inner.",
+            help="Where in a checkpoint the state dict is: ema, or outer.inner.",
         ),
     ] = None,
     dtype: Annotated[
@@ -148,6 +150,7 @@ def convert(
 
     from posthoc_cli.snapshots import compile_pattern
     from posthoc_cli.synthesis.conversion import explanations
+    from posthoc_cli.synthesis.conversion_files import nothing_left
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 
     indexed = tuple(float(value) for value in options.read_list("--profiles", profiles or ()))
@@ -159,15 +162,26 @@ def convert(
         compile_pattern(pattern) if pattern is not None else None,
         key,
     )
-    jobs = find_jobs(Path(source), Path(folder), chosen, only=only or (), overwrite=force)
-    outcome = _work(jobs, chosen, force, progress=not quiet)
-    told = [(one.source.name, text) for one in outcome.converted for text in one.warnings]
-    warn([*explanations(outcome.converted, chosen), *_grouped(told)], quiet)
+    left_out: list[tuple[str, str]] = []
+    jobs = find_jobs(
+        Path(source),
+        Path(folder),
+        chosen,
+        only=only or (),
+        exclude=exclude or (),
+        overwrite=force,
+        left_out=left_out,
+    )
+    outcome = _work(jobs, chosen, force, left_out, progress=not quiet)
+    told = [(one.name, text) for one in outcome.converted for text in one.warnings]
+    explained = explanations(outcome.converted, chosen)
+    warn([*explained, *_left_out(left_out), *_grouped(told)], quiet)
     if as_json:
-        print_json(_describe(source, folder, outcome))
+        warnings = describe_warnings([*(("", text) for text in explained), *told])
+        print_json(_describe(source, folder, outcome) | {"warnings": warnings})
     elif not outcome.converted and len(outcome.problems) == 1:
         raise outcome.problems[0][1]
-    else:
+    elif outcome.converted or outcome.problems:
         _draw(stdout_console(), outcome)
     if outcome.problems:
         failed = any(isinstance(error, MachineError) for _, error in outcome.problems)
@@ -176,21 +190,33 @@ def convert(
             counted(len(outcome.problems), "problem") + " found",
             "the list of problems says what to do about each",
         )
+    if not outcome.converted:
+        raise nothing_left(Path(source), left_out)
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of the jobs, in their order; problems by the checkpoint's name."""
+    """What came of the jobs, in their order; problems, and files left out, by their names."""
 
     converted: list[Converted]
     problems: list[tuple[str, SnapshotError | MachineError]]
+    left_out: list[tuple[str, str]]
 
 
-def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) -> _Outcome:
+def _work(
+    jobs: Sequence[Job],
+    chosen: Options,
+    force: bool,
+    left_out: list[tuple[str, str]],
+    *,
+    progress: bool,
+) -> _Outcome:
     from posthoc_cli.synthesis.conversion import convert as convert_one
+    from posthoc_cli.synthesis.conversion_jobs import LeftOutError
 
-    outcome = _Outcome([job.done for job in jobs if job.done], [])
-    todo = [job for job in jobs if job.done is None]
+    outcome = _Outcome([job.done for job in jobs if job.done], [], left_out)
+    # What has no number in its name, as last.ckpt, may be a copy of one that has: it comes last.
+    todo = sorted((job for job in jobs if job.done is None), key=lambda job: not job.numbered)
     total = sum(job.bytes for job in todo)
     with progress_bar(counted(len(todo), "checkpoint"), total, progress and bool(todo)) as advance:
         for job in todo:
@@ -204,16 +230,23 @@ def _work(jobs: Sequence[Job], chosen: Options, force: bool, *, progress: bool) 
                     advance(taken)
 
             try:
-                outcome.converted.append(convert_one(job, chosen, overwrite=force, progress=count))
+                earlier = outcome.converted
+                outcome.converted.append(
+                    convert_one(job, chosen, earlier, overwrite=force, progress=count)
+                )
+            except LeftOutError as error:
+                left_out.append((job.name, error.problem))
             except SnapshotError as error:
-                outcome.problems.append((job.source.name, error))
+                outcome.problems.append((job.name, error))
             except MachineError as error:
-                if error.subject != str(job.source):  # the disk that is written to fails for all
+                # the disk that is written to fails for all
+                if error.subject not in map(str, job.found.paths):
                     raise
-                outcome.problems.append((job.source.name, error))
+                outcome.problems.append((job.name, error))
             count(left)
     order = {job.source: place for place, job in enumerate(jobs)}
     outcome.converted.sort(key=lambda one: order[one.source])
+    left_out.sort()
     return outcome
 
 
@@ -224,7 +257,7 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
         "folder": folder,
         "converted": [
             {
-                "file": one.source.name,
+                "file": one.name,
                 "output": str(one.output),
                 "from": one.kind,
                 "step": one.step,
@@ -244,7 +277,30 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
             {"file": name, "message": printable(spelled(f"{error.problem}; {error.remedy}"))}
             for name, error in outcome.problems
         ],
+        "skipped": [
+            {"file": name, "reason": printable(spelled(reason))}
+            for name, reason in outcome.left_out
+        ],
     }
+
+
+def _quoted(name: str) -> str:
+    """A file's name, in quotes where it could be taken for an argument: `epoch=0-step=500.ckpt`."""
+    return f"'{name}'" if "=" in name else name
+
+
+def _left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
+    """One line that names what was left out; many files of one kind are counted."""
+    if not left_out:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        reasons.setdefault(reason, []).append(name)
+    parts = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        parts.append(f"{', '.join(map(_quoted, names[:2]))}{more} ({reason})")
+    return [f"left out: {'; '.join(parts)}"]
 
 
 def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
@@ -255,7 +311,7 @@ def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for text, names in files.items():
         more = f" and {counted(len(names) - 1, 'more file')}" if names[1:] else ""
-        lines.append(f"{names[0]}{more}: {text}")
+        lines.append(f"{_quoted(names[0])}{more}: {text}")
     return lines
 
 
@@ -281,6 +337,10 @@ def _draw(console: Console, outcome: _Outcome) -> None:
         entries = [(name, f"{error.problem}; {error.remedy}") for name, error in outcome.problems]
         for line in _grouped(entries):
             console.print(f"  {printable(spelled(line))}", style="red", soft_wrap=True)
+    if outcome.left_out:
+        console.print("\nLeft out", style="bold")
+        for line in _grouped(outcome.left_out):
+            console.print(f"  {printable(spelled(line))}", soft_wrap=True)
 
 
 def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
@@ -289,7 +349,7 @@ def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
     widths = [one.identity.sigma_rel if one.identity else None for one in converted]
     exponents = [one.identity.gamma if one.identity else None for one in converted]
     columns = [
-        _Column("file", [printable(one.source.name) for one in converted], right=False),
+        _Column("file", [printable(one.name) for one in converted], right=False),
         _Column("from", [one.kind for one in converted], right=False),
         _Column("step", [_or_dash(one.step, "d") for one in converted]),
         _Column("sigma_rel", [_or_dash(width, ".4f") for width in widths]),

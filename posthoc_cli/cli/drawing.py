@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from posthoc_cli.cli.console import plain_table, print_table
-from posthoc_cli.errors import printable
+from posthoc_cli.cli.spelling import spelled
+from posthoc_cli.errors import AmbiguousError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ where more than LONG lines would be left."""
 LONG = 40
 
 _BAR_WIDTH = 36
+_READINGS = 8
 _PLUS, _MINUS = "cyan", "red"
 
 
@@ -33,6 +35,25 @@ class Row:
     sigma_rel: float
     gamma: float
     weight: float
+
+
+def draw_readings(console: Console, error: AmbiguousError) -> None:
+    """Draw the steps of files whose names can be read in several ways, and the option for each."""
+    from rich.text import Text
+
+    table = plain_table()
+    table.add_column("file", no_wrap=True)
+    for number in range(1, len(error.patterns) + 1):
+        table.add_column(f"reading {number}", justify="right", no_wrap=True)
+    for file, steps in error.rows[:_READINGS]:
+        table.add_row(*(Text(text) for text in (printable(file), *map(str, steps))))
+    console.print()
+    print_table(console, table)
+    if (more := len(error.rows) - _READINGS) > 0:
+        console.print(f"and {more} more")
+    for number, pattern in enumerate(error.patterns, start=1):
+        text = spelled(f"pattern='{pattern}'") if pattern else "no pattern can say it"
+        console.print(f"reading {number}: {printable(text)}", soft_wrap=True)
 
 
 def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = False) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,8 +24,9 @@ from posthoc_cli.cli.console import (
     warn,
     warning_lines,
 )
-from posthoc_cli.cli.drawing import Row, draw_weights, width_of
+from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
+from posthoc_cli.cli.suggestions import suggest, with_conversion
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 
 def inspect(
     folder: Annotated[
-        str,
+        list[str],
         typer.Argument(
             metavar="FOLDER",
-            help="The folder of snapshots; or a single file, to see what it is made of.",
+            help="The folder of snapshots, or files and folders in it, by shell glob; or a single "
+            "file, to see what it is made of.",
             show_default=False,
         ),
     ],
@@ -71,16 +73,17 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
-    if os.path.isfile(folder):
+    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+    try:
+        opened = options.open_folder(folder, reading)
+    except SnapshotError as error:
+        raise with_conversion(error, folder[0]) from None
+    single = len(folder) == 1 and os.path.isfile(folder[0])
+    if single:
         from posthoc_cli.storage import index_of_shard
 
-        path = Path(folder)
+        path = Path(folder[0])
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
-        itself = [*(only or ()), glob.escape(path.name)]
-        opened = options.open_folder(
-            str(path.parent),
-            options.Reading(pattern, profiles, itself, exclude, run, raw, skip_incomplete),
-        )
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
         layout, recipe = (None, None) if opened.snapshots else _read_recipe(path)
         if layout is not None and recipe is not None:
@@ -89,20 +92,21 @@ def inspect(
             else:
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
-    else:
-        reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
-        opened = options.open_folder(folder, reading)
+    read = partial(options.open_folder, folder)
+    suggestion = suggest(folder[0], reading, opened, read) if len(folder) == 1 else None
     warn(warning_lines(opened.warnings), quiet)
     if as_json:
-        document = describe(opened)
-        if os.path.isfile(folder):
+        document = describe(opened) | {"suggestion": suggestion}
+        if single:
             document["recipe"] = None
         print_json(document)
     else:
         _draw(stdout_console(), opened)
+        if suggestion:
+            print(f"\nThis would work\n  {suggestion}")
     if opened.problems:
         raise SnapshotError(
-            folder,
+            folder[0] if len(folder) == 1 else str(opened.folder),
             counted(len(opened.problems), "problem") + " found",
             "the list of problems says what to do about each",
         )
@@ -126,7 +130,7 @@ def describe(run: Run) -> dict[str, Any]:
             }
             for snapshot in run.snapshots
         ],
-        "skipped": [{"file": file, "reason": reason} for file, reason in run.skipped],
+        "skipped": [{"file": file, "reason": spelled(text)} for file, text in run.skipped],
         "problems": [{"file": file, "message": spelled(text)} for file, text in run.problems],
         "warnings": describe_warnings(run.warnings),
     }
@@ -163,6 +167,8 @@ def _draw(console: Console, run: Run) -> None:
             console.print(
                 f"  {printable(file)}: {printable(spelled(text))}", style=style, soft_wrap=True
             )
+    for error in run.contents.ambiguous:
+        draw_readings(console, error)
 
 
 def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
@@ -325,6 +331,7 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
         "skipped": [{"file": path.name, "reason": "made by posthoc: it carries a recipe"}],
         "problems": [],
         "warnings": [],
+        "suggestion": None,
         "recipe": recipe.document,
     }
 

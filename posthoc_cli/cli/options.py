@@ -33,7 +33,12 @@ def _methods() -> list[str]:
 
 
 FolderArgument = Annotated[
-    str, typer.Argument(metavar="FOLDER", help="The folder of snapshots.", show_default=False)
+    list[str],
+    typer.Argument(
+        metavar="FOLDER",
+        help="The folder of snapshots; or files and folders in it, by shell glob.",
+        show_default=False,
+    ),
 ]
 PatternOption = Annotated[
     str | None,
@@ -58,7 +63,8 @@ OnlyOption = Annotated[
     typer.Option(
         metavar="GLOB",
         rich_help_panel=_READING,
-        help="Use only the files whose names fit; repeat it to add more.",
+        help="Use only the files whose names, or paths below FOLDER, fit, such as '*/unet_ema'; "
+        "repeat it to add more.",
     ),
 ]
 ExcludeOption = Annotated[
@@ -66,7 +72,7 @@ ExcludeOption = Annotated[
     typer.Option(
         metavar="GLOB",
         rich_help_panel=_READING,
-        help="Leave out the files whose names fit; repeat it to add more.",
+        help="Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
     ),
 ]
 RunOption = Annotated[
@@ -262,16 +268,18 @@ class Reading:
     run: str | None = None
     raw: bool = False
     skip_incomplete: bool = False
+    copy: Sequence[str] | None = None
+    drop: Sequence[str] | None = None
 
 
-def open_folder(folder: str, reading: Reading) -> Run:
-    """The snapshots of `folder`."""
+def open_folder(paths: Sequence[str], reading: Reading) -> Run:
+    """The snapshots of a folder, or of files and folders in one."""
     from posthoc_cli.api import open_snapshots
 
     if reading.raw and reading.profiles:
         raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
     return open_snapshots(
-        folder,
+        paths,
         pattern=reading.pattern,
         profiles=read_numbers("--profiles", reading.profiles) if reading.profiles else None,
         only=reading.only or (),
@@ -279,6 +287,8 @@ def open_folder(folder: str, reading: Reading) -> Run:
         run=reading.run,
         raw=reading.raw,
         skip_incomplete=reading.skip_incomplete,
+        copy=reading.copy or (),
+        drop=reading.drop or (),
     )
 
 

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import note, plain_table, print_json, print_table
+from posthoc_cli.cli.console import (
+    describe_warnings,
+    note,
+    plain_table,
+    print_json,
+    print_table,
+)
 from posthoc_cli.cli.console import stdout_console as console_of
 from posthoc_cli.errors import UsageError, in_bytes
 
@@ -82,14 +88,16 @@ def plan(
         if round(steps * fraction) >= every
     ]
     choices = _alternatives(steps, every, widths)
+    warnings = []
     if left := steps % every:
-        note(
+        warnings.append(
             f"--every {every}: the last snapshot is {left} steps before the end; "
-            "save one more there, or choose a divisor of --steps",
-            quiet,
+            "save one more there, or choose a divisor of --steps"
         )
+        note(warnings[0], quiet)
     if as_json:
-        print_json(_describe(steps, size, run, choices))
+        told = describe_warnings([("", text) for text in warnings])
+        print_json(_describe(steps, size, run, choices) | {"warnings": told})
     else:
         _draw(size, run, choices)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,12 +71,16 @@ def plot(
       posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
+    from posthoc_cli.storage.atomic import AtomicFile
+    from posthoc_cli.storage.temporary import clean_up
 
     path = Path(output)
     if path.suffix.lower() not in plotting.FORMATS:
         raise UsageError("-o", f"'{output}' doesn't end in .png, .svg or .pdf", "choose one")
-    if path.exists() and not force:
+    clean_up(path.parent)
+    if os.path.lexists(path) and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
+    AtomicFile(path, 0, overwrite=force).check_absent()
     plotting.check_matplotlib()
     targets: dict[str, Any] = {
         "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
@@ -91,14 +96,16 @@ def plot(
     estimates = solution.estimate_methods()
     weights = {each.method: each.solved.weights for each in estimates if each.solved is not None}
     order = [name for name in ("algorithm3", "edm2", "share", "blup") if name in weights]
-    plotting.draw(
+    picture = plotting.draw(
         [snapshot.profile for snapshot in solution.snapshots],
         [target.profile(solution.step) for target in solution.targets],
         [_title(target) for target in solution.targets],
         {name: weights[name] for name in order},
         solution.method,
-        path,
+        path.suffix.lower(),
     )
+    with AtomicFile(path, len(picture), overwrite=force) as file:
+        file.write_at(0, picture)
     note(f"{path}: {counted(count, 'target')} drawn", quiet)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, describe_warnings, note, warn, warning_lines
+from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
@@ -22,17 +23,35 @@ LONE = 0.9
 LOUD = 4
 """The noise gain beyond which snapshots of half precision don't give half precision."""
 
+_NAMED = 5
+"""Files of one reason to be left out that are named on stderr; the JSON has all."""
+
 HALF = frozenset({"F16", "BF16"})
 
 
-def open_and_warn(folder: str, reading: options.Reading, quiet: bool) -> Run:
-    """The snapshots of a folder; warns of what is odd and names what --skip-incomplete left out."""
-    run = options.open_folder(folder, reading)
-    for file, reason in run.skipped:
-        if reason.startswith("incomplete"):
-            note(f"{file}: left out: {reason}", quiet)
+def open_and_warn(paths: Sequence[str], reading: options.Reading, quiet: bool) -> Run:
+    """The snapshots of a folder; warns of what is odd and names what is left out."""
+    run = options.open_folder(paths, reading)
+    for files, reason in _left_out(run.skipped):
+        note(f"left out: {reason}", quiet, files)
     warn(warning_lines(run.warnings), quiet)
     return run
+
+
+def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The files, in words, and the reason that keeps them out; our own outputs are but counted."""
+    files: dict[str, list[str]] = {}
+    for file, reason in skipped:
+        files.setdefault(reason, []).append(file)
+    lines = []
+    for reason, names in files.items():
+        shown, more = ", ".join(names[:_NAMED]), len(names) - _NAMED
+        if more > 0:
+            shown += f" and {more} more (posthoc inspect names them)"
+        if reason.startswith("made by posthoc") and len(names) > 1:
+            shown = f"{len(names)} files"
+        lines.append((shown, reason))
+    return lines
 
 
 def warn_of_sample(solution: Solution, quiet: bool) -> None:
@@ -42,10 +61,15 @@ def warn_of_sample(solution: Solution, quiet: bool) -> None:
 
 def _of_sample(solution: Solution) -> list[tuple[str, str]]:
     moments = solution.moments
-    if moments is None or not moments.broken:
+    if moments is None:
         return []
+    from posthoc_cli.snapshots.runs import jumps
+
+    jumped = jumps(solution.snapshots, moments.differences)
+    if not moments.broken:
+        return jumped
     share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
-    return [("", f"{share} are NaN or infinite in some snapshot, and left out")]
+    return [("", f"{share} are NaN or infinite in some snapshot, and left out"), *jumped]
 
 
 def note_large_errors(solution: Solution, quiet: bool) -> None:
@@ -116,8 +140,9 @@ def _reach(solution: Solution) -> str:
 
 
 def sources(solution: Solution) -> str:
-    """Such as `16 snapshots`."""
-    return counted(len(solution.snapshots), "raw checkpoint" if solution.run.raw else "snapshot")
+    """Such as `16 snapshots`, or `400 of 5,000 snapshots`."""
+    used = f"{len(solution.snapshots):,} of " if len(solution.snapshots) < solution.found else ""
+    return used + counted(solution.found, "raw checkpoint" if solution.run.raw else "snapshot")
 
 
 def title(target: Target) -> str:
@@ -127,14 +152,19 @@ def title(target: Target) -> str:
     return f"{target} (gamma {target.gamma:.4g})"
 
 
-def describe(folder: str, solution: Solution) -> dict[str, Any]:
+def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     solved = solution.solved
     return {
-        "folder": folder,
+        "folder": paths[0] if len(paths) == 1 else str(solution.run.folder),
         "method": solved.method,
         "device": solution.device,
         "condition_number": solved.condition_number,
+        "snapshots_used": len(solution.snapshots),
+        "snapshots_found": solution.found,
+        "skipped": [
+            {"file": file, "reason": spelled(reason)} for file, reason in solution.run.skipped
+        ],
         "warnings": describe_warnings([*solution.run.warnings, *_of_sample(solution)]),
         "targets": [
             {

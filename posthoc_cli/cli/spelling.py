@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from posthoc_cli.errors import PosthocError
+from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
     *(
@@ -33,7 +33,7 @@ OPTIONS = {"output": "-o", "tool": "--from"} | {
 
 # Quoted names of files come first: what looks like an argument within them is none.
 _ARGUMENT = re.compile(
-    r"(?<!\w)'[^']*'(?!\w)|\b(?P<name>"
+    r"(?<!\w)'[^']*'(?!\w)|(?<![\w.=/-])(?P<name>"
     + "|".join(OPTIONS)
     + r")=(?:True\b|'(?P<text>[^']*)'|\[(?P<list>[^\]]*)\]|(?P<plain>\w[\w.:]*))?"
 )
@@ -49,7 +49,7 @@ def spelled_error(error: PosthocError) -> PosthocError:
     subject = error.subject
     if match := _ARGUMENT.fullmatch(subject):
         subject = _option(match)
-    return type(error)(subject, spelled(error.problem), spelled(error.remedy))
+    return type(error)(subject, spelled(brief(error.problem)), spelled(error.remedy))
 
 
 def _option(match: re.Match[str]) -> str:
@@ -57,7 +57,7 @@ def _option(match: re.Match[str]) -> str:
         return match[0]
     option = OPTIONS[match["name"]]
     if match["text"] is not None:
-        quoted = "{" in match["text"] or " " in match["text"]
+        quoted = re.search(r"[^\w@%+=:,./-]", match["text"])  # by a shell it would be read
         return f"{option} '{match['text']}'" if quoted else f"{option} {match['text']}"
     if match["list"] is not None:
         return f"{option} {match['list'].replace(', ', ',')}"

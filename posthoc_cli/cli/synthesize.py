@@ -21,8 +21,8 @@ from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.api import Saved, Solution
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.api import Solution
+    from posthoc_cli.synthesis.outputs import Output, Saved
 
 _OUTPUT = "Output"
 
@@ -152,7 +152,9 @@ def synthesize(
         "gamma": options.read_numbers("--gamma", gamma),
     }
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
+    reading = options.Reading(
+        pattern, profiles, only, exclude, run, raw, skip_incomplete, copy, drop
+    )
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, **targets)
@@ -189,7 +191,7 @@ def synthesize(
         _draw(solution, saved.outputs)
 
 
-def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
+def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     document = describe(folder, solution)
     for target, one in zip(document["targets"], saved.outputs, strict=True):
@@ -199,6 +201,10 @@ def _describe(folder: str, solution: Solution, saved: Saved) -> dict[str, Any]:
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
+    from posthoc_cli.synthesis.plan import newest_of
+
+    newest = newest_of([snapshot.step for snapshot in solution.snapshots])
+    document["newest"] = solution.snapshots[newest].file
     document["nonfinite"] = [
         {
             "tensor": entry.tensor,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import counted, print_json, progress_bar
+from posthoc_cli.cli.console import counted, describe_warnings, print_json, progress_bar
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import SnapshotError, printable
 
@@ -75,9 +75,12 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
         "values": report.values,
         "compared": report.compared,
         "rounded": report.rounded,
+        "warnings": describe_warnings(_warnings(report)),
         "problems": [
             {
-                "file": problem.path.name,
+                "file": problem.path.name
+                if problem.path == report.output
+                else _below(problem.path, folder),
                 "tensor": problem.tensor,
                 "element": None if problem.element is None else list(problem.element),
                 "message": printable(spelled(f"{problem.problem}; {problem.remedy}")),
@@ -85,6 +88,19 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
             for problem in report.problems
         ],
     }
+
+
+def _below(path: Path, folder: str) -> str:
+    """The path of a source below its folder."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def _warnings(report: Report) -> list[tuple[str, str]]:
+    """What keeps the answer from being a full one."""
+    if report.known == report.sources:
+        return []
+    which = "some sources" if report.known else "the sources"
+    return [(report.output.name, f"its recipe doesn't tell whether {which} are unchanged")]
 
 
 def _say(output: str, report: Report) -> None:

@@ -1,6 +1,6 @@
 """Other tools' files as tables of tensors that say where in the file each lies."""
 
-from posthoc_cli.formats.checkpoint import Checkpoint, state_dict
+from posthoc_cli.formats.checkpoint import Checkpoint, auxiliary, state_dict
 from posthoc_cli.formats.tensors import Storage, StoredTensor
 from posthoc_cli.formats.tools import (
     DEFAULT_UPDATE_EVERY,
@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "Storage",
     "StoredTensor",
+    "auxiliary",
     "averaged_steps",
     "effective_gamma",
     "kind_of",

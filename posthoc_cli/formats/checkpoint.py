@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.formats.pickles import naming, refused, shown
+from posthoc_cli.errors import in_bytes
+from posthoc_cli.formats.pickles import Call, Global, naming, needed, refused, shown
 from posthoc_cli.formats.tensors import StoredTensor
 
 
@@ -38,18 +40,145 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
     with naming(checkpoint.path):
         if key is not None:
             return _tensors_at(checkpoint.root, key)
-        found = _dicts_of_tensors(checkpoint.root)
+        if _mapping(checkpoint.root) is None and isinstance(checkpoint.root, Call | Global):
+            raise needed(_named(checkpoint.root))
+        found = candidates(checkpoint)
         if not found:
+            inside = _nested(checkpoint.root)
+            choice = _each(inside) if inside else _choice(checkpoint.root)
             raise refused(
                 "holds no dict of tensors",
-                f"leave it out, or name one inside with key=: {_choice(checkpoint.root)}",
+                f"leave it out, or name one inside with key=: {choice}",
             )
         if len(found) > 1:
             raise refused(
-                f"holds several dicts of tensors ({_listed(list(found))})", "choose one with key="
+                f"holds several dicts of tensors ({_listed(list(found))})",
+                f"choose one with {_each(found)}",
             )
         (tensors,) = found.values()
         return tensors
+
+
+def candidates(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
+    """The dicts of tensors that may be the network, by the `key` of each.
+
+    They are the root and its entries, but for random states and counters, and what lies deeper but
+    has the names and shapes of the only one of these, such as an average that a callback keeps.
+    """
+    found = _dicts_of_tensors(checkpoint.root)
+    weights = {
+        name: tensors
+        for name, tensors in found.items()
+        if name == "." or not (_AUXILIARY.match(name) or _is_state(tensors))
+    }
+    found = weights or found
+    if len(found) == 1:
+        (one,) = found.values()
+        if len(one) > 1 or any(tensor.elements > 1 for tensor in one.values()):
+            found = found | {
+                name: tensors
+                for name, tensors in _nested(checkpoint.root).items()
+                if tensors is not one and _resemble(one, tensors)
+            }
+    return found
+
+
+def tensor_lists(checkpoint: Checkpoint, name: str) -> dict[str, list[StoredTensor]]:
+    """The lists of tensors that are called `name` in the root or an entry of it, by their key."""
+    places = {".": checkpoint.root} | _entries(checkpoint.root)
+    found = {}
+    for key, value in places.items():
+        listed = (_mapping(value) or {}).get(name)
+        if isinstance(listed, list | tuple) and listed:
+            tensors = [tensor for tensor in listed if isinstance(tensor, StoredTensor)]
+            if len(tensors) == len(listed):
+                found[key] = tensors
+    return found
+
+
+def auxiliary(checkpoint: Checkpoint) -> str | None:
+    """What a file is that can't be a network: an optimizer's state, random states, a log."""
+    root = checkpoint.root
+    if isinstance(root, dict) and {"state", "param_groups"} <= root.keys():
+        return "an optimizer's state"
+    tensors, complete = _all_tensors(root)
+    if not complete:
+        return None
+    if not tensors:
+        return "holds no tensors"
+    if all(_is_random(tensor) for tensor in tensors):
+        return "random states"
+    return None
+
+
+_AUXILIARY = re.compile(r"(?i)(optim|opt\Z|sched|lr_|scaler|grad_scal|rng|random)")
+"""Entries beside the weights that are none, by how their names begin."""
+
+_MOST_NESTED = 4
+_MOST_WALKED = 200_000
+
+
+def _is_random(tensor: StoredTensor) -> bool:
+    return tensor.dtype == "U8" and len(tensor.shape) == 1
+
+
+def _is_state(tensors: dict[str, StoredTensor]) -> bool:
+    """Whether these are counters, or states of random number generators."""
+    every = tensors.values()
+    return all(map(_is_random, every)) or all(one.shape == () for one in every)
+
+
+def _resemble(one: dict[str, StoredTensor], other: dict[str, StoredTensor]) -> bool:
+    """Whether most names of two dicts are the same, with the same shapes."""
+    bare = {name.removeprefix("module."): tensor.shape for name, tensor in other.items()}
+    same = sum(bare.get(name.removeprefix("module.")) == one[name].shape for name in one)
+    return 2 * same > max(len(one), len(other))
+
+
+def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
+    """The dicts of tensors some levels below the root, by their keys; each once."""
+    found: dict[str, dict[str, StoredTensor]] = {}
+    seen = {id(root)}
+    level = [("", root)]
+    for _ in range(_MOST_NESTED):
+        below = []
+        for place, value in level:
+            for key, entry in _entries(value).items():
+                if len(seen) > _MOST_WALKED or id(entry) in seen or len(place) > _MOST_WALKED:
+                    continue
+                if isinstance(entry, dict | list | tuple | Call):
+                    seen.add(id(entry))
+                    below.append((f"{place}{key}.", entry))
+        level = below
+        for place, value in level:
+            if tensors := _tensors(value):
+                found[place[:-1]] = tensors
+    return found
+
+
+def _all_tensors(root: Any) -> tuple[list[StoredTensor], bool]:
+    """The tensors anywhere in a checkpoint, and whether all of it could be looked at."""
+    tensors: list[StoredTensor] = []
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, StoredTensor):
+            tensors.append(value)
+        if not isinstance(value, dict | list | tuple | Call) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Call):
+            pending += [value.args, value.state, value.items]
+        else:
+            pending += value.values() if isinstance(value, dict) else value
+        if len(pending) > 10 * _MOST_WALKED or len(tensors) > 10 * _MOST_WALKED:
+            return tensors, False
+    return tensors, True
+
+
+def _named(value: Call | Global) -> Global:
+    return value.function if isinstance(value, Call) else value
 
 
 def _tensors_at(root: Any, key: str) -> dict[str, StoredTensor]:
@@ -70,21 +199,27 @@ def _tensors_at(root: Any, key: str) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _mapping(value: Any) -> dict[Any, Any] | None:
+    """A dict, or what a dict of a class of its own holds."""
+    if isinstance(value, Call) and isinstance(value.items, dict):
+        return value.items
+    return value if isinstance(value, dict) else None
+
+
 def _tensors(value: Any) -> dict[str, StoredTensor]:
-    if not isinstance(value, dict):
-        return {}
     return {
         name: tensor
-        for name, tensor in value.items()
+        for name, tensor in (_mapping(value) or {}).items()
         if isinstance(name, str) and isinstance(tensor, StoredTensor)
     }
 
 
 def _dicts_of_tensors(root: Any) -> dict[str, dict[str, StoredTensor]]:
     """The dicts of tensors among the root, called `.`, and its entries."""
-    if not isinstance(root, dict):
+    entries = _mapping(root)
+    if entries is None:
         return {}
-    candidates = {".": root} | {str(key): value for key, value in root.items() if _simple(key)}
+    candidates = {".": root} | {str(key): value for key, value in entries.items() if _simple(key)}
     # A hostile file has one large dict under very many names.
     distinct = {id(value): value for value in candidates.values()}
     tensors = {place: _tensors(value) for place, value in distinct.items()}
@@ -97,8 +232,9 @@ def _simple(key: Any) -> bool:
 
 
 def _entries(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {str(key): entry for key, entry in value.items() if _simple(key)}
+    entries = _mapping(value)
+    if entries is not None:
+        return {str(key): entry for key, entry in entries.items() if _simple(key)}
     if isinstance(value, list | tuple):
         return {str(index): entry for index, entry in enumerate(value)}
     return {}
@@ -107,6 +243,17 @@ def _entries(value: Any) -> dict[str, Any]:
 def _choice(value: Any) -> str:
     names = [n for n, entry in _entries(value).items() if isinstance(entry, dict | list | tuple)]
     return f"there is {_listed(names)}" if names else "there is nothing to choose from"
+
+
+def _each(found: dict[str, dict[str, StoredTensor]], most: int = 4) -> str:
+    """`key='ema' (12 tensors, 4.5 GB) or key='model' (...)`."""
+    parts = []
+    for key, tensors in list(found.items())[:most]:
+        size = in_bytes(sum(tensor.bytes for tensor in tensors.values()))
+        count = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
+        parts.append(f"key='{shown(key, 40)}' ({count}, {size})")
+    more = [f"{len(found) - most} more"] if len(found) > most else []
+    return " or ".join(parts + more)
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -35,6 +35,7 @@ _SHOWN = 100
 
 Make = Callable[[tuple[Any, ...]], Any]
 Names = Mapping[tuple[str, str], Make | None]
+Others = Callable[[str, str], Make | None]
 Persistent = Callable[[Any], Any]
 
 
@@ -55,11 +56,15 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What would be `function(*args)`, given `state` afterwards, if anything were run."""
+    """What would be `function(*args)`, given `state` afterwards, if anything were run.
+
+    `items` are those of a dict, or of a list, that is of a class of its own.
+    """
 
     function: Global
     args: tuple[Any, ...]
     state: Any = None
+    items: dict[Any, Any] | list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,24 +109,34 @@ def unpickle(
     names: Names,
     persistent: Persistent | None = None,
     allowance: Allowance | None = None,
+    others: Others | None = None,
 ) -> Any:
     """The value of the pickle at the position of `file`, which is left after its end.
 
     `names` has the (module, name) pairs that the pickle may name, and for each what makes the value
-    of a call from its arguments, or None. `persistent(identity)` is the value of a persistent id.
-    Both must be quick, whatever they are given. The pickle lies before byte `end`. Values may be
-    shared and may contain themselves: who walks them must count. Sets come as lists and frozensets
-    as tuples.
+    of a call from its arguments, or None. `others(module, name)` says the same of any other name,
+    or raises; without it, no other may be named. `persistent(identity)` is the value of a
+    persistent id. All must be quick, whatever they are given. The pickle lies before byte `end`.
+    Values may be shared and may contain themselves: who walks them must count. Sets come as lists
+    and frozensets as tuples.
 
     Raises SnapshotError, without the file's name, for a pickle that is broken, too large for its
     `allowance`, or that names anything else; OSError when the file can't be read.
     """
-    return _Unpickler(file, end, names, persistent, allowance or Allowance()).load()
+    return _Unpickler(file, end, names, persistent, allowance or Allowance(), others).load()
 
 
 def refused(problem: str, remedy: str) -> SnapshotError:
     """The error for a checkpoint; `naming` adds the file's name."""
     return SnapshotError("", problem, remedy)
+
+
+def needed(name: object) -> SnapshotError:
+    """The error for what would have to be run to be had."""
+    return refused(
+        f"needs '{name}', which isn't data",
+        "nothing in a file is run: save the weights alone, as a state dict of tensors",
+    )
 
 
 def corrupt(detail: str) -> SnapshotError:
@@ -138,9 +153,9 @@ def naming(path: Path) -> Iterator[None]:
         raise SnapshotError(str(path), error.problem, error.remedy) from None
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = _SHOWN) -> str:
     """`text` short enough for a message."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 class _Unpickler(pickle._Unpickler):
@@ -158,6 +173,7 @@ class _Unpickler(pickle._Unpickler):
         names: Names,
         persistent: Persistent | None,
         allowance: Allowance,
+        others: Others | None,
     ) -> None:
         super().__init__(file)
         self.file = file
@@ -165,6 +181,7 @@ class _Unpickler(pickle._Unpickler):
         self.names = names
         self.persistent = persistent
         self.allowance = allowance
+        self.others = others
         self.read = file.read
         self.readline = self.line
 
@@ -212,12 +229,11 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Global:
         module = _RENAMED.get(module, module)
-        if (module, name) not in self.names:
-            raise refused(
-                f"needs '{Global(module, name)}', which isn't data",
-                "nothing in a file is run: save the weights alone, as a state dict of tensors",
-            )
-        return Global(module, name, self.names[module, name])
+        if (module, name) in self.names:
+            return Global(module, name, self.names[module, name])
+        if self.others is None:
+            raise needed(Global(module, name))
+        return Global(module, name, self.others(module, name))
 
     def persistent_load(self, pid: Any) -> Any:
         if self.persistent is None:
@@ -253,12 +269,18 @@ class _Unpickler(pickle._Unpickler):
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Call) and not isinstance(target.items, dict):
+            target.items = target.items or []
+            target = target.items
         if not isinstance(target, list):
             raise corrupt("it appends to what isn't a list")
         target.extend(values)
 
     def update(self, values: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Call) and not isinstance(target.items, list):
+            target.items = target.items or {}
+            target = target.items
         if not isinstance(target, dict):
             raise corrupt("it sets items of what isn't a dict")
         if len(values) % 2:
@@ -281,6 +303,13 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(function, Global) or not isinstance(args, tuple):
             raise corrupt("it calls what isn't a function")
         self.append(function.call(args))
+
+    def call_with_keywords(self) -> None:
+        keywords = self.stack.pop()
+        function = self.stack[-2]
+        if keywords and (not isinstance(function, Global) or function.make):
+            raise corrupt("it calls with keywords what takes none")
+        self.call()
 
     def set_state(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -346,13 +375,14 @@ _OWN: dict[bytes, Callable[[_Unpickler], None]] = {
     pickle.DICT: _Unpickler.make_dict,
     pickle.REDUCE: _Unpickler.call,
     pickle.NEWOBJ: _Unpickler.call,  # a class and its arguments, rather than a function and its
+    pickle.NEWOBJ_EX: _Unpickler.call_with_keywords,
     pickle.BUILD: _Unpickler.set_state,
 }
 _REFUSED = {
     pickle.FLOAT: "FLOAT", pickle.INT: "INT", pickle.LONG: "LONG", pickle.STRING: "STRING",
     pickle.UNICODE: "UNICODE", pickle.PERSID: "PERSID", pickle.GET: "GET", pickle.PUT: "PUT",
     pickle.INST: "INST", pickle.OBJ: "OBJ", pickle.EXT1: "EXT1", pickle.EXT2: "EXT2",
-    pickle.EXT4: "EXT4", pickle.NEWOBJ_EX: "NEWOBJ_EX", pickle.NEXT_BUFFER: "NEXT_BUFFER",
+    pickle.EXT4: "EXT4", pickle.NEXT_BUFFER: "NEXT_BUFFER",
     pickle.READONLY_BUFFER: "READONLY_BUFFER",
 }  # fmt: skip
 _COSTLY = {
@@ -361,7 +391,8 @@ _COSTLY = {
         pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.SHORT_BINBYTES, pickle.BINBYTES,
         pickle.BINBYTES8, pickle.BYTEARRAY8),
     3: (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
-    4: (pickle.EMPTY_DICT, pickle.DICT, pickle.REDUCE, pickle.NEWOBJ),
+    4: (pickle.EMPTY_DICT, pickle.DICT, pickle.REDUCE, pickle.NEWOBJ,
+        pickle.NEWOBJ_EX),
     6: (pickle.LONG1, pickle.LONG4),
 }  # fmt: skip
 """Opcodes that take more than one unit: what they make, or its place in a container, is larger."""

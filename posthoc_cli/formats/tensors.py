@@ -80,12 +80,22 @@ _STORAGES = {
 _SIZES = {"complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4}
 
 
-def claim_storage(storages: dict[str, Storage], identity: Any, *, legacy: bool = False) -> Storage:
+def claim_storage(storages: dict[str, Storage], identity: Any, *, legacy: bool = False) -> Any:
     """The storage of a persistent id, which becomes one of `storages`; where it lies, is not said.
+
+    A legacy file also has them for classes of modules, with their source: they stay names.
 
     Raises SnapshotError where it can be none.
     """
     length = 6 if legacy else 5
+    if (
+        legacy
+        and isinstance(identity, tuple)
+        and len(identity) == 4
+        and identity[0] == "module"
+        and isinstance(identity[1], Global)
+    ):
+        return identity[1]
     if not isinstance(identity, tuple) or len(identity) != length or identity[0] != "storage":
         raise corrupt("a persistent id that isn't a storage's")
     kind, key, _, elements = identity[1:5]

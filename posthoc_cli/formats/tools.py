@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import PosthocError
-from posthoc_cli.formats.checkpoint import Checkpoint, state_dict
+from posthoc_cli.formats.averages import (
+    COUNTERS,
+    ONLINE,
+    PREFIX,
+    check_layout,
+    check_values,
+    shadow_tensors,
+    without_prefix,
+)
+from posthoc_cli.formats.checkpoint import Checkpoint, candidates, state_dict
 from posthoc_cli.formats.edm2 import is_edm2, network_state
 from posthoc_cli.formats.pickles import naming, refused
 from posthoc_cli.formats.tensors import StoredTensor
@@ -27,46 +36,41 @@ KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 DEFAULT_UPDATE_EVERY = {"ema-pytorch": 100, "posthoc-ema": 10}
 """Of the tools that update their averages at every N-th step, but by the decay of one: their N."""
 
-_PREFIX = "ema_model."
-_COUNTERS = ("initted", "step")
-
 
 def kind_of(checkpoint: Checkpoint) -> str:
     """One of KINDS, by the checkpoint's contents."""
     if is_edm2(checkpoint):
         return "edm2"
     root = checkpoint.root
-    if isinstance(root, dict) and all(isinstance(root.get(n), StoredTensor) for n in _COUNTERS):
-        prefixed = Counter(name.startswith(_PREFIX) for name in _averages(root))
+    if isinstance(root, dict) and all(isinstance(root.get(n), StoredTensor) for n in COUNTERS):
+        prefixed = Counter(name.startswith(PREFIX) for name in _averages(root))
         if len(prefixed) == 1:  # with both, it is the network beside an ordinary EMA of it
             return "ema-pytorch" if prefixed[True] and "sigma_rel" not in root else "posthoc-ema"
     return "torch"
 
 
 def network_tensors(
-    checkpoint: Checkpoint, kind: str, key: str | None = None
+    checkpoint: Checkpoint, kind: str, key: str | None = None, *, sure: bool = True
 ) -> dict[str, StoredTensor]:
     """The network's tensors in a checkpoint of `kind`, by the network's own names.
 
-    `key` is as `state_dict` has it, for "torch" alone. Raises SnapshotError when there are none, or
-    when safetensors can't have one's name.
+    `key` is as `state_dict` has it; of EDM2 there is nothing to choose from. Unless the kind is
+    `sure`, a plain state dict that looks like an EMA library's is refused. Raises SnapshotError
+    when there are no tensors, and when safetensors can't have the name of one.
     """
-    if kind == "edm2":
-        tensors = network_state(checkpoint)
-    elif kind == "torch":
-        tensors = state_dict(checkpoint, key)
-    else:
-        tensors = _averages(checkpoint.root)
-        inner = {
-            name.removeprefix(_PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_PREFIX)
-        }
-        if kind == "ema-pytorch" or len(inner) == len(tensors):
-            tensors = inner
     with naming(checkpoint.path):
+        if kind == "edm2":
+            tensors = network_state(checkpoint)
+        elif kind == "torch":
+            shadow = shadow_tensors(checkpoint, key)
+            tensors = state_dict(checkpoint, key) if shadow is None else shadow
+            if not sure:
+                check_layout(tensors)
+        else:
+            tensors = _of_library(checkpoint, kind, key)
         if not tensors:
             raise refused(f"is not a checkpoint of {kind}", "leave out tool=")
+        check_values(checkpoint, tensors)
         for name in tensors:
             if name == "__metadata__" or not _is_text(name):
                 raise refused(
@@ -76,12 +80,26 @@ def network_tensors(
     return tensors
 
 
+def _of_library(checkpoint: Checkpoint, kind: str, key: str | None) -> dict[str, StoredTensor]:
+    """The average in an EMA library's checkpoint, or in the only entry of it that holds one."""
+    holder: Any = checkpoint.root
+    if key is not None:
+        holder = state_dict(checkpoint, key)
+    elif not without_prefix(_averages(holder)):
+        inside = [one for one in candidates(checkpoint).values() if without_prefix(one)]
+        holder = inside[0] if len(inside) == 1 else holder
+    tensors = _averages(holder)
+    inner = without_prefix(tensors)
+    bare = [name for name in tensors if not name.startswith((PREFIX, ONLINE))]
+    return inner if kind == "ema-pytorch" or not bare else tensors
+
+
 def _averages(root: Any) -> dict[str, StoredTensor]:
     """The tensors of a post-hoc EMA's checkpoint that are not its counters."""
     return {
         name: tensor
         for name, tensor in (root.items() if isinstance(root, dict) else ())
-        if isinstance(name, str) and isinstance(tensor, StoredTensor) and name not in _COUNTERS
+        if isinstance(name, str) and isinstance(tensor, StoredTensor) and name not in COUNTERS
     }
 
 
@@ -97,7 +115,7 @@ def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
     """`step`, `gamma` and `sigma_rel` where its root says them, as a snapshot's metadata would."""
     root = checkpoint.root if isinstance(checkpoint.root, dict) else {}
     stated = {}
-    for key in ("global_step", "step"):
+    for key in ("optimization_step", "global_step", "step"):
         value = _number(checkpoint, root.get(key))
         if value is not None and value >= 1 and value == math.floor(value):
             stated["step"] = str(int(value))

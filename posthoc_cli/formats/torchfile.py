@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from posthoc_cli.formats.checkpoint import Checkpoint
+from posthoc_cli.formats.inert import inert
 from posthoc_cli.formats.pickles import (
     Allowance,
     Call,
@@ -81,7 +82,7 @@ def _read_pickle(file: BinaryIO, size: int) -> Any:
         return value
 
     names = NAMES | {("torch.storage", "_load_from_bytes"): storage}
-    root = unpickle(file, size, names, None, allowance)
+    root = unpickle(file, size, names, None, allowance, inert)
     if isinstance(root, int) and root == _MAGIC:
         file.seek(0)
         return _read_legacy(file, size, Allowance())
@@ -92,7 +93,8 @@ def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> Any:
     """A file of torch before 1.6: pickles, and the storages one after the other behind them."""
 
     def value(persistent: Persistent | None = None) -> Any:
-        return unpickle(file, end, NAMES if persistent else {}, persistent, allowance)
+        names, others = (NAMES, inert) if persistent else ({}, None)
+        return unpickle(file, end, names, persistent, allowance, others)
 
     if value() != _MAGIC:
         raise corrupt("its magic number is wrong")
@@ -148,7 +150,7 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
     storages: dict[str, Storage] = {}
     start, end = _span(file, size, entries[pickles[0]], "data.pkl")
     file.seek(start)
-    root = unpickle(file, end, NAMES, partial(claim_storage, storages))
+    root = unpickle(file, end, NAMES, partial(claim_storage, storages), None, inert)
     for key, storage in storages.items():
         entry = entries.get(f"{folder}data/{key}")
         if entry is None:

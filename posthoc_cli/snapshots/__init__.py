@@ -4,13 +4,14 @@ Beside these names, the other packages use the modules `sampling` (a sample of t
 values) and `diagnosis` (the error to expect), which take longer to import.
 """
 
+from posthoc_cli.snapshots.choosing import choose_by_globs as choose_by_globs
+from posthoc_cli.snapshots.columns import doubted_profiles as doubted_profiles
 from posthoc_cli.snapshots.folder import FolderContents as FolderContents
 from posthoc_cli.snapshots.folder import read_folder as read_folder
 from posthoc_cli.snapshots.folder import select as select
 from posthoc_cli.snapshots.identity import Identity as Identity
 from posthoc_cli.snapshots.identity import check_profiles as check_profiles
 from posthoc_cli.snapshots.identity import identify as identify
-from posthoc_cli.snapshots.listing import choose_by_globs as choose_by_globs
 from posthoc_cli.snapshots.names import SAME_WIDTH as SAME_WIDTH
 from posthoc_cli.snapshots.names import Pattern as Pattern
 from posthoc_cli.snapshots.names import compile_pattern as compile_pattern

@@ -1,34 +1,60 @@
 """Whether snapshots are of one network, and which of them are not.
 
-Each check gives the file names and messages of those that don't go with the others, judged by the
-newest snapshot, the last one.
+Each check gives the file names and messages of those that don't go with the others: where many
+agree the few are named, else the newest snapshot, the last one, is right.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from posthoc_cli.snapshots.lora import different_alphas
+from posthoc_cli.snapshots.majority import most
 from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage import TensorInfo
+from posthoc_cli.storage.dtypes import FLOATS
 
 
-def inconsistencies(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
-    """What is wrong with snapshots that are in order: file name and message of each problem."""
+def inconsistencies(
+    snapshots: Sequence[Snapshot], settled: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with snapshots that are in order: file name and message of each problem.
+
+    Tensors that a glob `settled` fits may be as they like.
+    """
     yield from _same_average(snapshots)
     if not snapshots:
         return
-    newest = snapshots[-1].file
-    for check in (_other_tensors, different_alphas):
-        for snapshot, difference in check(snapshots):
-            yield (
-                snapshot.file,
-                f"{difference} in the newest snapshot, '{newest}'; "
-                "leave out with only= what isn't of the same network",
-            )
+    for snapshot, difference in _different_tensors(snapshots, settled, dtypes=False):
+        lacking = ", or such tensors with drop=" if "missing" in difference else ""
+        yield (
+            snapshot.file,
+            f"{difference}; leave out with only= what isn't of the same network{lacking}",
+        )
+    for snapshot, difference in different_alphas(snapshots, settled):
+        yield (
+            snapshot.file,
+            f"{difference}; leave out with only= what isn't of the same network",
+        )
+
+
+def different_dtypes(
+    snapshots: Sequence[Snapshot], settled: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """A warning if some snapshots are stored in another precision than others."""
+    found = list(_different_tensors(snapshots, settled, dtypes=True)) if snapshots else []
+    if found:
+        (snapshot, difference), more = found[0], len(found) - 1
+        also = f" (and in {more} more)" if more else ""
+        yield (
+            snapshot.file,
+            f"{difference}{also}: summed in the widest; outputs have the newest's, unless dtype= "
+            "says which",
+        )
 
 
 def _same_average(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
@@ -40,37 +66,76 @@ def _same_average(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         if one.step == other.step and one.profile.raw:
             yield (
                 other.file,
-                f"has the step ({other.step}) of '{one.file}'; leave out one of the two with "
-                "only=, or say with pattern= which number of the names it is",
+                f"has the step ({other.step}) of '{one.file}'; leave out one of the two, "
+                f"as with exclude='{other.file}', or say with pattern= which number of the names "
+                "it is",
             )
         elif one.step == other.step and same_width and same_gamma:
             yield (
                 other.file,
                 f"has the step ({other.step}) and profile (sigma_rel {other.sigma_rel:.4g}) of "
-                f"'{one.file}'; leave out one of the two with only=",
+                f"'{one.file}'; leave out one of the two, as with exclude='{other.file}'",
             )
 
 
-def _other_tensors(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, str]]:
-    """Snapshots whose tensors are not those of the newest, and the first difference."""
-    newest = snapshots[-1].index.tensors
-    known: dict[int, str | None] = {id(newest): None}
+def _different_tensors(
+    snapshots: Sequence[Snapshot], settled: Sequence[str], *, dtypes: bool
+) -> Iterator[tuple[Snapshot, str]]:
+    """Snapshots whose tensors are not those of most, and the first difference.
+
+    It is one of names, shapes and kinds of dtypes, or with `dtypes` only one of floating dtypes.
+    """
+    groups: list[list[Snapshot]] = []
+    known: dict[int, int] = {}
     for snapshot in snapshots:
         tensors = snapshot.index.tensors
         if id(tensors) not in known:
-            known[id(tensors)] = _difference(tensors, newest)
-        if difference := known[id(tensors)]:
-            yield snapshot, difference
+            alike = (
+                at
+                for at, group in enumerate(groups)
+                if not _difference(tensors, group[0].index.tensors, settled, dtypes)
+            )
+            known[id(tensors)] = at = next(alike, len(groups))
+            if at == len(groups):
+                groups.append([])
+        groups[known[id(tensors)]].append(snapshot)
+    if len(groups) < 2:
+        return
+    place, where = most(groups, snapshots[-1])
+    right = groups[place][-1].index.tensors
+    said: dict[int, str | None] = {}
+    for snapshot in snapshots:
+        tensors = snapshot.index.tensors
+        if known[id(tensors)] != place:
+            if id(tensors) not in said:
+                said[id(tensors)] = _difference(tensors, right, settled, dtypes)
+            yield snapshot, f"{said[id(tensors)]} {where}"
 
 
-def _difference(tensors: Mapping[str, TensorInfo], newest: Mapping[str, TensorInfo]) -> str | None:
+def _difference(
+    tensors: Mapping[str, TensorInfo],
+    right: Mapping[str, TensorInfo],
+    settled: Sequence[str],
+    dtypes: bool,
+) -> str | None:
     """The first tensor, by name, in which the two differ: `tensor 'w' is F32 [2] here and ...`."""
-
-    def describe(info: TensorInfo | None) -> str:
-        return "missing" if info is None else f"{info.dtype} {list(info.shape)}"
-
-    for name in sorted(tensors.keys() | newest.keys()):
-        here, there = describe(tensors.get(name)), describe(newest.get(name))
-        if here != there:
-            return f"tensor '{name}' is {here} here and {there}"
+    for name in sorted(tensors.keys() | right.keys()):
+        here, there = tensors.get(name), right.get(name)
+        if here is not None and there is not None:
+            floats = here.dtype in FLOATS and there.dtype in FLOATS
+            same_kind = floats or here.dtype == there.dtype
+            if dtypes:
+                same = not floats or here.dtype == there.dtype
+            else:
+                same = same_kind and here.shape == there.shape
+        else:
+            same = dtypes
+        if not same and not any(fnmatch.fnmatchcase(name, glob) for glob in settled):
+            return f"tensor '{name}' is {_form(here, dtypes)} here and {_form(there, dtypes)}"
     return None
+
+
+def _form(info: TensorInfo | None, dtypes: bool) -> str:
+    if info is None:
+        return "missing"
+    return info.dtype if dtypes else f"{info.dtype} {list(info.shape)}"

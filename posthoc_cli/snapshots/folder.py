@@ -11,20 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli.errors import (
+    AmbiguousError,
     IncompleteError,
+    MachineError,
     SnapshotError,
     UnknownError,
     UsageError,
-    brief,
+    in_line,
     printable,
 )
-from posthoc_cli.snapshots.consistency import inconsistencies
+from posthoc_cli.snapshots.choosing import choose
+from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
+from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
+from posthoc_cli.snapshots.copies import other_formats, settle_copies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
-from posthoc_cli.snapshots.listing import choose, list_candidates, title
+from posthoc_cli.snapshots.images import out_of_range
+from posthoc_cli.snapshots.listing import folder_of, list_candidates, title
+from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
+from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
+from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
+from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
+from posthoc_cli.storage.disk import file_status, is_gone
 from posthoc_cli.storage.metadata import read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
@@ -44,6 +55,7 @@ class FolderContents:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
+    ambiguous: list[AmbiguousError] = field(default_factory=list)
 
     def usable(self) -> list[Snapshot]:
         """The snapshots; raises SnapshotError if anything is wrong with any of them."""
@@ -65,7 +77,7 @@ class FolderContents:
 
 
 def read_folder(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     pattern: str | None = None,
     profiles: Sequence[float] | None = None,
@@ -74,29 +86,37 @@ def read_folder(
     run: str | None = None,
     raw: bool = False,
     skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
 ) -> FolderContents:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
     Arguments:
+        folder: the folder; or files and folders that lie in one, as a shell's glob gives them.
         pattern: a file-name pattern, as `compile_pattern` takes it.
         profiles: the sigma_rel values by index, for names that have an index.
-        only: globs for the names of the files to use: no other is opened.
+        only: globs for the files to use, by name or path below the folder: no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
+        copy, drop: globs of tensors that won't be averaged, and may be as they like.
 
     Names that start with a dot, as our unfinished outputs have, never count.
 
     Raises UsageError when an argument doesn't fit, SnapshotError when there is no .safetensors
     file, MachineError when one can't be read.
     """
-    folder = Path(folder)
+    folder, given = folder_of(folder)
     compiled = compile_pattern(pattern, raw) if pattern is not None else None
     widths = () if raw else check_profiles(profiles, compiled)
-    names, left_out = list_candidates(folder)
-    names = choose(names, only, compiled)
-    contents = FolderContents(folder, skipped=left_out)
+    deep = any("/" in each for each in (pattern or "", *only))
+    choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
+    names = choice.names
+    written = _clock(folder)
+    doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
+    contents = FolderContents(folder, skipped=choice.left_out)
+    contents.problems += [(name, in_line(text)) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
     if widths and compiled is None and not any(_has_index(name) for name in names):
         contents.warnings.append(("", "profiles= isn't used: no file name has an index"))
@@ -104,6 +124,7 @@ def read_folder(
     opened: dict[str, TensorIndex] = {}
     counts: dict[str, StepCounts] = {}
     found: dict[str, tuple[Identity, list[str]]] = {}
+    unsaid: dict[str, TensorIndex] = {}
     for name in names:
         try:
             index = _open(folder / name, headers)
@@ -112,26 +133,53 @@ def read_folder(
                 continue
             opened[name] = index
             if raw:
-                counts[name] = step_counts(title(name, compiled), index.metadata, compiled)
+                doubted = isinstance(doubts.get(name), UnknownError)
+                counts[name] = step_counts(title(name, compiled), index.metadata, compiled, doubted)
             else:
-                found[name] = identify(title(name, compiled), index.metadata, compiled, widths)
+                found[name] = identify(
+                    title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
+                )
         except SnapshotError as error:
+            if isinstance(error, UnknownError) and compiled is None:
+                unsaid[name] = opened[name]
             _leave_out(contents, name, error, skip_incomplete)
-    for name, outcome in agree_on_unit(counts).items():
+    if others := dict(other_runs(opened, run)):
+        contents.skipped += others.items()
+        contents.problems = [each for each in contents.problems if each[0] not in others]
+        counts = {name: each for name, each in counts.items() if name not in others}
+        found = {name: each for name, each in found.items() if name not in others}
+        unsaid = {name: each for name, each in unsaid.items() if name not in others}
+    for name, outcome in agree_on_unit(counts, written).items():
         if isinstance(outcome, SnapshotError):
+            unsaid[name] = opened[name]
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
             found[name] = outcome, counts[name].warnings
+    contents.warnings += _unwrap(opened, list(found))
     shared: dict[int, Contents] = {}
     for name, (identity, warnings) in found.items():
         index = opened[name]
         if id(index.tensors) not in shared:
             shared[id(index.tensors)] = Contents.of(index.tensors)
-        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)]))
+        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)], name))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
-    for name, message in inconsistencies(contents.snapshots):
-        contents.problems.append((name, brief(printable(message))))
+    settle_copies(contents, unsaid)
+    missing, beside = other_formats(choice.others, contents.snapshots)
+    contents.problems += [(name, in_line(text)) for name, text in missing]
+    contents.skipped += beside
+    settled = (*copy, *drop)
+    odd = list(misfitting(contents.snapshots, settled))
+    wrong = list(mixed_runs(contents.snapshots))
+    if not wrong:  # of two runs, anything may be different
+        odd += doubts_of_runs(contents.snapshots)
+        wrong += meaningless(contents.snapshots, settled)
+        wrong += inconsistencies(contents.snapshots, settled)
+        odd += different_dtypes(contents.snapshots, settled)
+    contents.problems += [(name, in_line(message)) for name, message in wrong]
+    contents.warnings += [(name, in_line(message)) for name, message in odd]
+    if not exclude:  # of what was left out on purpose nothing is missing
+        contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
     return contents
 
 
@@ -145,16 +193,20 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
         return list(snapshots), max(steps)
     if not min(steps) <= step <= max(steps):
         where = "after the last" if step > max(steps) else "before the first"
-        raise UsageError(
-            "step=", f"{step} is {where} snapshot's", f"give one from {min(steps)} to {max(steps)}"
-        )
+        problem = f"{step} is {where} snapshot's"
+        raise UsageError("step=", problem, out_of_range(snapshots, step))
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 
 def _open(path: Path, headers: Cache) -> TensorIndex:
-    if os.path.islink(path) and not os.path.exists(path):
-        raise SnapshotError(path.name, "a link that leads nowhere", "restore the file or remove it")
-    index = open_tensors(path, headers)
+    try:
+        index = open_tensors(path, headers)
+    except (MachineError, UsageError) as error:
+        if os.path.lexists(path) and not is_gone(error):
+            raise
+        problem = "vanished while the folder was read"
+        remedy = "read the folder again, or use skip_incomplete=True"
+        raise IncompleteError(path.name, problem, remedy) from None
     if not index.tensors:
         raise SnapshotError(path.name, "holds no tensors", "leave it out with only=")
     return index
@@ -164,13 +216,44 @@ def _leave_out(
     contents: FolderContents, name: str, error: SnapshotError, skip_incomplete: bool
 ) -> None:
     """Note why a file is no snapshot: as a problem, or as skipped where that is no mistake."""
+    if isinstance(error, AmbiguousError):
+        if error in contents.ambiguous:  # one error of several files
+            return
+        contents.ambiguous.append(error)
     if skip_incomplete and isinstance(error, IncompleteError):
         contents.skipped.append((name, printable(f"incomplete: {error.problem}")))
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
         contents.skipped.append((name, f"a folder, and {error.problem}"))
     else:
-        message = f"{error.problem}; {error.remedy}"
-        contents.problems.append((name, brief(printable(message))))
+        message = f"{in_line(error.problem)}; {error.remedy}"
+        contents.problems.append((name, in_line(message)))
+
+
+def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Give the tensors of wrapped networks their own names where others have those; a warning."""
+    indexes, places = agree_on_names([opened[name] for name in names])
+    if not places:
+        return []
+    wrappers = describe_wrappers([name for at in places for name in opened[names[at]].tensors])
+    opened.update(zip(names, indexes, strict=True))
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return [
+        (
+            "",
+            f"'{printable(names[places[0]])}'{more}: the names of tensors have {wrappers} in them, "
+            "as those of other files don't; it is left out",
+        )
+    ]
+
+
+def _clock(folder: Path) -> Clock:
+    """When a file of `folder` was written."""
+
+    def written(name: str) -> float | None:
+        status = file_status(folder / name)
+        return status.st_mtime if status else None
+
+    return written
 
 
 def _has_index(name: str) -> bool:

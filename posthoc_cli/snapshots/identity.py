@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
-from posthoc_cli.snapshots.names import Pattern, Reading, read_counts, read_name, read_number
+from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.names import Pattern, Reading, read_name, read_number
 from posthoc_cli.solver import (
     MAX_GAMMA,
     MAX_SIGMA_REL,
@@ -43,13 +45,15 @@ def identify(
     metadata: Mapping[str, str],
     pattern: Pattern | None = None,
     profiles: Sequence[float] = (),
+    doubt: SnapshotError | None = None,
 ) -> tuple[Identity, list[str]]:
     """The step and profile of the file `name` with `metadata`, and warnings.
 
-    `profiles` are the sigma_rel values by index. Raises SnapshotError when nothing says them, or
-    when the source that decides says what can't be.
+    `profiles` are the sigma_rel values by index; `doubt` is why the name can't be believed, as
+    `doubted_profiles` has it. Raises SnapshotError when nothing says them, or when the source that
+    decides says what can't be.
     """
-    named = read_name(name, pattern, profiles)
+    named = read_name(name, pattern, profiles) if pattern is not None or doubt is None else None
     if pattern is not None:
         if named is None:
             raise not_fitting(name, pattern)
@@ -65,6 +69,8 @@ def identify(
         return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
     if named is not None:
         return _checked(name, named, "name"), _doubts(named, metadata, "the name")
+    if doubt is not None:
+        raise doubt
     raise _nothing_said(name, metadata)
 
 
@@ -188,8 +194,16 @@ def bad_number(key: str, text: str, wanted: str) -> SnapshotError:
 
 
 def whole_number(text: str) -> int | None:
-    """A whole number; of no more digits than int() takes on any Python."""
-    return int(text) if re.fullmatch("[0-9]{1,100}", text) else None
+    """A whole number; of no more digits than int() takes on any Python.
+
+    Some write it as their language prints a float: 1200.0, 1.2e3. It has to be whole.
+    """
+    if re.fullmatch("[0-9]{1,100}", text):
+        return int(text)
+    if not re.fullmatch(r"[0-9]{1,100}(\.[0-9]{0,100})?([eE]\+?[0-9]{1,2})?", text):
+        return None
+    number = Decimal(text)
+    return int(number) if number == number.to_integral_value() else None
 
 
 def not_fitting(name: str, pattern: Pattern) -> UnknownError:

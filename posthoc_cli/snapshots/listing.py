@@ -1,107 +1,231 @@
-"""Which files and folders in a folder may be snapshots."""
+"""What lies in a folder that may be a snapshot: networks, and what only looks like one."""
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
-from posthoc_cli.snapshots.names import Pattern
-from posthoc_cli.storage import ENDING, shard_names
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.names import Pattern, read_name
+from posthoc_cli.storage import ENDING, made_by_posthoc
 from posthoc_cli.storage.disk import list_folder
-from posthoc_cli.storage.shards import find_network, is_index
+from posthoc_cli.storage.shards import find_network, is_index, is_training_state, list_networks
 
 _OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
 
+_BELOW = 2
+"""Folders below a step folder in which its networks may lie: `checkpoint-500/ema/unet`."""
 
-def list_candidates(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
-    """The names of what may be a snapshot in `folder`, and those left out, each with its reason.
+_COMPONENT = re.compile(
+    r"(?i)(?:unet|vae|transformer|text_encoder|image_encoder|controlnet|prior|tokenizer|ema|model"
+    r"|(?:text_encoder|tokenizer)_[2-4]|transformer_2)(?:_ema)?"
+)
+"""Parts of a network, as diffusers names their folders: text_encoder_2 is of no step 2."""
 
-    They are safetensors files, indexes of shards, and folders that hold one network. Raises what
-    list_folder does, and SnapshotError where there is nothing of the kind.
+_CHECKPOINT = re.compile(r"(?i).*(?:step|iter|epoch|ckpt|checkpoint)[a-z]*[-_= ]?[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network in the folder: `path` is where its file or index lies below it.
+
+    `name` is what it is known by: a folder's path stands for the one network in it.
     """
-    found = [name for name in list_folder(folder) if not name.startswith(".")]
-    names, left_out, shards = [], [], set()
-    for name in found:
-        path = folder / name
-        if os.path.isdir(path):
-            problem = _no_network(path)
-            if problem is None:
-                names.append(name)
-            elif problem or name.lower().endswith(ENDING):
-                left_out.append((name, problem or "a folder, not a file"))
-        elif is_index(name):
-            names.append(name)
-            with contextlib.suppress(PosthocError):  # raised again when it is opened
-                shards |= shard_names(path)
-        elif name.lower().endswith(ENDING):
-            names.append(name)
-    if not names and not left_out:
-        raise _none_found(folder, found)
-    return [name for name in names if name not in shards], left_out
+
+    path: str
+    name: str
+
+    @property
+    def home(self) -> str:
+        """The step folder it lies in, or the first folder; "" for a file in the folder itself."""
+        *folders, _ = self.path.split("/")
+        for at, folder in enumerate(folders):
+            if counts(folder):
+                return "/".join(folders[: at + 1])
+        return folders[0] if folders else ""
+
+    @property
+    def inside(self) -> str:
+        """Where in the step folder it lies: `unet_ema`, or a file's name."""
+        below = self.path[len(self.home) + 1 :] if self.home else self.path
+        return os.path.dirname(below) or below
 
 
-def choose(names: list[str], only: Sequence[str], pattern: Pattern | None) -> list[str]:
-    """Those of `names` that a glob of only= fits.
+@dataclass(slots=True)
+class Listing:
+    """What may be a snapshot, what is a checkpoint of another format, and what is left out."""
 
-    Raises UsageError for a glob that fits none, and for a pattern that fits none of them.
+    networks: list[Network] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+
+def folder_of(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[Path, list[str] | None]:
+    """The folder that `paths`, as a shell's glob gives them, lie in, and where below it each is.
+
+    The second is None for a folder alone. Raises UsageError for a path that isn't there.
     """
-    if not names:
-        return names
-    names = choose_by_globs(names, only, f"{len(names)} {ENDING} files")
-    if pattern and not any(pattern.greedy.fullmatch(title(name, pattern)) for name in names):
-        raise UsageError(
-            "pattern=",
-            f"'{pattern.text}' fits none of {len(names)} {ENDING} files, such as '{names[0]}'",
-            f"write it for the whole file name, {ENDING} included",
-        )
-    return names
+    if isinstance(paths, (str, os.PathLike)):
+        return Path(paths), None
+    given = [os.path.normpath(path) for path in paths]
+    if not given:
+        raise UsageError("FOLDER", "lists nothing", "give a folder, or the files in it")
+    if len(given) == 1 and not os.path.isfile(given[0]):
+        return Path(paths[0]), None
+    for path in given:
+        if not os.path.lexists(path):
+            raise UsageError(path, "there is no such file or folder", "check the path")
+    if any(os.path.isabs(path) or path.startswith("..") for path in given):
+        given = [os.path.abspath(path) for path in given]
+    try:
+        folder = os.path.commonpath([os.path.dirname(path) for path in given]) or "."
+    except ValueError:
+        raise UsageError(given[0], "is on another drive", "give files of one folder") from None
+    return Path(folder), [os.path.relpath(path, folder).replace(os.sep, "/") for path in given]
 
 
-def choose_by_globs(names: list[str], only: Sequence[str], described: str) -> list[str]:
-    """Those of `names`, which are `described`, that one of the globs `only` fits; all without any.
+def list_candidates(
+    folder: Path, pattern: Pattern | None, given: Collection[str] | None, deep: bool
+) -> Listing:
+    """What lies in `folder`, and in the step folders in it.
 
-    Raises UsageError for a glob that fits none.
+    `given` are the paths below it that alone are looked at; `deep`: other folders are looked into
+    as step folders are. Raises what list_folder does, and SnapshotError where nothing is found.
     """
-    for glob in only:
-        if not fnmatch.filter(names, glob):
-            raise UsageError(
-                "only=",
-                f"'{glob}' fits none of {described}, such as '{names[0]}'",
-                "give file names, without their folder",
-            )
-    return [name for name in names if not only or any(fnmatch.fnmatch(name, g) for g in only)]
+    there = [name for name in list_folder(folder) if not name.startswith(".")]
+    if given is not None:
+        first = {path.split("/")[0] for path in given}
+        there = [name for name in there if name in first or is_index(name)]
+    folders = {name for name in there if os.path.isdir(folder / name)}
+    files = [name for name in there if name not in folders]
+    listing = Listing()
+    found, missing = list_networks(folder, files)
+    ours = {index for index in missing if _left_by_posthoc(folder, index, files)}
+    listing.left_out += [(index, "shards that posthoc wrote, without an index") for index in ours]
+    single = {name: Network(name, name) for name in [*found, *missing] if name not in ours}
+    empty = []
+    for name in sorted({*there, *missing}):
+        if name in single:
+            listing.networks.append(single[name])
+        elif name in folders:
+            state_of = name[: -len("-state")] + ENDING
+            if name.endswith("-state") and state_of in files:
+                listing.left_out.append((name, f"the training state beside '{state_of}'"))
+            elif given is None and name[-1].isdigit() and _COMPONENT.fullmatch(name):
+                listing.left_out.append((name, "a part of a pipeline, by its name"))
+            elif not _list_below(folder, name, listing, pattern, deep or given is not None):
+                empty.append(name)
+        elif _is_other(name) and counts(name):
+            listing.others.append(name)
+        elif is_training_state(name) and name.lower().endswith(ENDING):
+            listing.left_out.append((name, "an optimizer's, scheduler's or generator's state"))
+    shapes = {_shape(network.home) for network in listing.networks if network.home}
+    listing.left_out += [
+        (name, "a folder without a network") for name in empty if _shape(name) in shapes
+    ]
+    if not listing.networks and not listing.left_out:
+        raise _none_found(folder, [*there, *(path for path in listing.others if "/" in path)])
+    return listing
+
+
+def counts(name: str) -> bool:
+    """Whether the name of a file or folder counts training, as `checkpoint-500` does."""
+    if _COMPONENT.fullmatch(name):
+        return False
+    whole = name if os.path.splitext(name)[1] in (ENDING, *_OTHER_FORMATS) else name + ENDING
+    whole = os.path.splitext(whole)[0] + ENDING
+    return bool(read_counts(whole)) or read_name(whole) is not None
 
 
 def title(name: str, pattern: Pattern | None) -> str:
     """The name that says a snapshot's step and profile: an index's without its own ending.
 
-    The conventions need the ending of a file, which folders don't have; a pattern of the user's
-    is for the name as it is.
+    The conventions need the ending of a file, which folders don't have; a pattern of the user's is
+    for the path below the folder as it is, or the folder alone where it has no `/`.
     """
     if is_index(name):
-        return name[: -len(".index.json")]
-    if pattern is None and not name.lower().endswith(ENDING):
-        return name + ENDING
-    return name
+        name = name[: -len(".index.json")]
+    folders = name.split("/")[:-1]
+    if pattern is not None:
+        whole = "/" in pattern.text or pattern.greedy.fullmatch(name)
+        return name if whole else next(filter(pattern.greedy.fullmatch, folders), name)
+    last = name.rpartition("/")[2]
+    counting = [part for part in folders if counts(part)]
+    sure = [part for part in counting if _CHECKPOINT.fullmatch(part)]
+    if folders and read_name(last) is None and (sure or not counts(last)):
+        last = (sure or counting or folders)[0]
+    return last if last.lower().endswith(ENDING) else last + ENDING
 
 
-def _no_network(folder: Path) -> str | None:
-    """Why a folder is no snapshot: None if it is one, "" if nothing in it looks like one."""
+def _list_below(
+    folder: Path, name: str, listing: Listing, pattern: Pattern | None, deep: bool
+) -> bool:
+    """Add to `listing` what lies in the folder `name`; whether that is anything."""
+    stepped = counts(name) or (pattern is not None and pattern.greedy.fullmatch(name) is not None)
+    levels = _BELOW + 1 if deep else _BELOW if stepped else 0
+    below = Listing()
     try:
-        found, count = find_network(folder)
+        _walk(folder, name, levels, below)
     except MachineError as error:
-        return f"a folder that {error.problem}"
-    if found is not None:
-        return None
-    return f"a folder with {count} {ENDING} files and not one index" if count else ""
+        listing.left_out.append((name, f"a folder that {error.problem}"))
+        return True
+    listing.networks += below.networks
+    if below.networks:
+        return True
+    if below.others and stepped:
+        listing.others.append(below.others[0])
+        return True
+    if name.lower().endswith(ENDING):
+        listing.left_out.append((name, "a folder, not a file"))
+        return True
+    return False
 
 
-def _none_found(folder: Path, names: Iterable[str]) -> SnapshotError:
+def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
+    """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
+    names = [name for name in list_folder(folder / place) if not name.startswith(".")]
+    found, missing = list_networks(folder / place, names)
+    one = find_network(folder / place) if found or missing else None
+    listing.networks += [
+        Network(f"{place}/{name}", place if name == one else f"{place}/{name}")
+        for name in sorted([*found, *missing])
+    ]
+    listing.others += [f"{place}/{name}" for name in names if _is_other(name)]
+    if levels:
+        for name in names:
+            if os.path.isdir(folder / place / name):
+                _walk(folder, f"{place}/{name}", levels - 1, listing)
+
+
+def _is_other(name: str) -> bool:
+    """Whether a file may be a checkpoint that is to be converted first."""
+    return (
+        name.lower().endswith(_OTHER_FORMATS)
+        and not is_training_state(name)
+        and not name.lower().startswith(("training_args", "training-state"))
+    )
+
+
+def _left_by_posthoc(folder: Path, index: str, names: Sequence[str]) -> bool:
+    """Whether shards whose index is missing are of an output that was never finished."""
+    stem = index[: -len(".safetensors.index.json")]
+    shard = re.compile(re.escape(stem) + r"-[0-9]{5}-of-[0-9]{5}\.safetensors", re.IGNORECASE)
+    return any(shard.fullmatch(name) and made_by_posthoc(folder / name) for name in names)
+
+
+def _shape(name: str) -> str:
+    """`checkpoint-500` -> `checkpoint-#`."""
+    return re.sub("[0-9]+", "#", name)
+
+
+def _none_found(folder: Path, names: Sequence[str]) -> SnapshotError:
     endings = Counter(os.path.splitext(name)[1].lower() for name in names)
     for ending in _OTHER_FORMATS:
         if count := endings[ending]:

@@ -7,11 +7,13 @@ of different networks, and their average would be of neither.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from posthoc_cli.snapshots.majority import most
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
@@ -32,28 +34,42 @@ def alphas(tensors: Mapping[str, TensorInfo]) -> list[str]:
     ]
 
 
-def different_alphas(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, str]]:
-    """Those of `snapshots` that have other alphas than the newest, and the first difference.
+def different_alphas(
+    snapshots: Sequence[Snapshot], settled: Sequence[str] = ()
+) -> Iterator[tuple[Snapshot, str]]:
+    """Those of `snapshots` that have other alphas than most, and the first difference.
 
-    Only the alphas are read. Raises what Reader does.
+    Only the alphas are read, and of these none that a glob `settled` fits. Raises what Reader does.
     """
-    if not snapshots or not (names := sorted(alphas(snapshots[-1].index.tensors))):
+    if len(snapshots) < 2:
         return
-    newest = snapshots[-1].index
-    with Reader(newest) as reader:
-        wanted = {name: _read(reader, newest.tensors[name]) for name in names}
-    for snapshot in snapshots[:-1]:
+    names = [
+        name
+        for name in sorted(alphas(snapshots[-1].index.tensors))
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in settled)
+    ]
+    if not names:
+        return
+    groups: dict[tuple[str | None, ...], list[Snapshot]] = {}
+    for snapshot in snapshots:
         tensors = snapshot.index.tensors
         with Reader(snapshot.index) as reader:
-            for name in names:
-                info = tensors.get(name)
-                if info is None or info.dtype != newest.tensors[name].dtype:
-                    continue  # tensors that aren't the same are told elsewhere
-                here = _read(reader, info)
-                if here != wanted[name]:
-                    values = (_value(info.dtype, data) for data in (here, wanted[name]))
-                    yield snapshot, "tensor '{}' is {} here and {}".format(name, *values)
-                    break
+            # Tensors that aren't the same are told elsewhere.
+            found = tuple(
+                _value(tensors[name].dtype, _read(reader, tensors[name]))
+                if name in tensors and tensors[name].elements == 1
+                else None
+                for name in names
+            )
+        groups.setdefault(found, []).append(snapshot)
+    place, where = most(list(groups.values()), snapshots[-1])
+    right = list(groups)[place]
+    for found, group in groups.items():
+        for name, here, there in zip(names, found, right, strict=True):
+            if here is not None and there is not None and here != there:
+                for snapshot in group:
+                    yield snapshot, f"tensor '{name}' is {here} here and {there} {where}"
+                break
 
 
 def _read(reader: Reader, info: TensorInfo) -> bytes:
@@ -65,7 +81,8 @@ def _read(reader: Reader, info: TensorInfo) -> bytes:
 def _value(dtype: str, data: bytes) -> str:
     """The number that an alpha is, for people; its bytes where it is of a rare dtype."""
     if dtype in FLOATS:
-        return f"{float(decode(dtype, np.frombuffer(data, np.uint8))[0]):.9g}"
+        value = float(decode(dtype, np.frombuffer(data, np.uint8))[0])
+        return f"{value:.9g}" if float(f"{value:.9g}") == value else repr(value)
     if dtype[0] in "IU":
         return str(np.frombuffer(data, DTYPES[dtype].numpy())[0])
     return f"0x{data[::-1].hex()}"

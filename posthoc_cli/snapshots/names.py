@@ -6,8 +6,7 @@
 
 No name fits two of them: what stands before the last number is `_`, `-` or `.`.
 
-Names of raw checkpoints only say a number, by `read_counts`: `name-000012.safetensors`,
-`name-step00001200.safetensors`.
+Names of raw checkpoints only say counts: see `counts`.
 """
 
 from __future__ import annotations
@@ -40,12 +39,10 @@ _CONVENTIONS = {
     }.items()
 }
 
-_STEP_WORDS = ("step", "steps", "iter", "iters", "iteration", "iterations")
-_EPOCH_WORDS = ("epoch", "epochs")
-_EPOCHS_IN_SHORT = ("ep", "e")
-_NO_WORDS = ("", "ckpt", "checkpoint")
-"""What may stand right before a number that counts steps; else it is a part of a word, as in v2,
-sd15, fp16."""
+SD_SCRIPTS = _CONVENTIONS["sd-scripts"]
+
+MAX_NAMED_GAMMA = 400
+"""sigma_rel 0.0025. What a name has above it is a count: checkpoint_3_1500 is epoch and update."""
 
 SAME_WIDTH = 1e-3
 """Two values of sigma_rel that differ by less than this fraction are the same EMA, written down
@@ -200,37 +197,9 @@ def read_name(
         return _reading("pattern", match.groupdict(), profiles)
     for convention, regex in _CONVENTIONS.items():
         if match := regex.fullmatch(name):
-            return _reading(convention, match.groupdict(), profiles)
+            reading = _reading(convention, match.groupdict(), profiles)
+            return None if (reading.gamma or 0) > MAX_NAMED_GAMMA else reading
     return None
-
-
-def read_counts(name: str) -> dict[str, int]:
-    """What the file name of a raw checkpoint counts: {"step": 1200}, {"epoch": 12} or neither.
-
-    A number by a word for steps or epochs is that; "number" is the last of the name if no such word
-    stands by it. Decimals (v1.5, -0.05) and parts of words (v2, sd15, 512px) are no such numbers.
-    """
-    stem = re.sub(_END + r"\Z", "", name)
-    counts: dict[str, int] = {}
-    for match in re.finditer(r"[0-9]+(?:\.[0-9]+)*", stem):
-        before = re.search(r"(?a:[A-Za-z]*)\Z", stem[: match.start()])
-        after = re.match(r"(?a:[A-Za-z]*)", stem[match.end() :])
-        apart = re.search(r"(?a:([A-Za-z]+)[-_= ]+)\Z", stem[: match.start()])
-        glued = (before[0].lower() if before else "", after[0].lower() if after else "")
-        word = glued[0] or glued[1] or (apart[1].lower() if apart else "")
-        if "." in match[0] or len(match[0]) > 100:
-            continue
-        if word.endswith(_STEP_WORDS):
-            unit = "step"
-        elif word.endswith(_EPOCH_WORDS) or word in _EPOCHS_IN_SHORT:
-            unit = "epoch"
-        elif glued[0] in _NO_WORDS and not glued[1]:
-            unit = "number"
-        else:
-            continue
-        counts.pop("number", None)  # it isn't the last
-        counts[unit] = int(match[0])
-    return counts
 
 
 def read_number(text: str, field: str) -> tuple[float, float] | None:
@@ -241,7 +210,7 @@ def read_number(text: str, field: str) -> tuple[float, float] | None:
 
 def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[float]) -> Reading:
     if kimg := fields.get("kimg"):
-        step, steps = _images(int(kimg))
+        step, steps = images_of(int(kimg))
     else:
         step = int(fields["step"] or 0)
         steps = range(step, step + 1)
@@ -260,7 +229,7 @@ def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[
     )
 
 
-def _images(kimg: int) -> tuple[int, range]:
+def images_of(kimg: int) -> tuple[int, range]:
     """The step of a kimg, in images, and all steps that round down to it.
 
     Batches are powers of two, so of the 1000 images the multiple of 1024 is the likely one.

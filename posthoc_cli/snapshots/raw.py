@@ -6,13 +6,16 @@ Metadata or name may count it in steps or epochs: `step_counts` gathers what one
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from posthoc_cli.errors import SnapshotError, UnknownError
+from posthoc_cli.errors import AmbiguousError, SnapshotError, UnknownError
+from posthoc_cli.snapshots.columns import Clock, file_times, from_zero, read_together
+from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.identity import (
     MAX_STEP,
     UNITS,
@@ -22,27 +25,34 @@ from posthoc_cli.snapshots.identity import (
     read_steps,
     whole_number,
 )
-from posthoc_cli.snapshots.names import Pattern, read_counts, read_name
-from posthoc_cli.storage.metadata import GAMMA, SIGMA_REL, STEP
+from posthoc_cli.snapshots.names import Pattern, read_name
+from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
 
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """The steps of a raw checkpoint as `read_steps` gives them, and warnings."""
+    """The steps of a raw checkpoint as `read_steps` gives them, and warnings.
+
+    `written` is when the checkpoint was that `convert` made it of.
+    """
 
     steps: Mapping[str, tuple[int, str, str]]
     warnings: list[str] = field(default_factory=list)
+    written: float | None = None
 
 
 def step_counts(
-    name: str, metadata: Mapping[str, str], pattern: Pattern | None = None
+    name: str,
+    metadata: Mapping[str, str],
+    pattern: Pattern | None = None,
+    doubted: bool = False,
 ) -> StepCounts:
-    """What the file `name` with `metadata` says of its step.
+    """What the file `name` with `metadata` says of its step; `doubted`: its name has no profile.
 
     Raises SnapshotError when the pattern doesn't fit, or metadata's `step` is no number.
     """
     warnings = []
-    if ema := _called_ema(name, metadata):
+    if ema := _called_ema(None if doubted else name, metadata):
         warnings.append(f"{ema}: an EMA, which raw=True takes for plain weights")
     if pattern is not None:
         reading = read_name(name, pattern)
@@ -63,23 +73,47 @@ def step_counts(
             warnings.append(
                 f"its name says {unit} {number}, its {where} {step}; the metadata is used"
             )
-    return StepCounts(counted, warnings)
+    return StepCounts(counted, warnings, _time_before(metadata))
 
 
-def agree_on_unit(found: Mapping[str, StepCounts]) -> dict[str, Identity | SnapshotError]:
+def _time_before(metadata: Mapping[str, str]) -> float | None:
+    try:
+        return float(json.loads(metadata[CONVERTED])["modified"]) / 1e9
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def agree_on_unit(
+    found: Mapping[str, StepCounts], written: Clock | None = None
+) -> dict[str, Identity | SnapshotError]:
     """The identities of a folder's raw checkpoints, by name, or what is wrong with each.
 
     They take the first of UNITS that all of them have, else the one that most have, and the others
-    are wrong.
+    are wrong. What names say is read of all of them together; where that can't be told, the first
+    of those names has an AmbiguousError and the others are left out. `written` is the time of each.
     """
-    files = Counter(unit for each in found.values() for unit in each.steps)
+    steps, unclear = _named_together(found, written)
+    files = Counter(unit for each in steps.values() for unit in each)
     unit = max(UNITS, key=lambda unit: files[unit])  # the first of those that most have
     identities: dict[str, Identity | SnapshotError] = {}
-    for name, each in found.items():
-        if unit not in each.steps:
-            identities[name] = _not_counted(name, each, unit, files[unit])
+    for error in unclear:
+        names = [name for name, _ in error.rows]
+        if any(steps[name].get(unit, ("", "name"))[1] == "name" for name in names):
+            identities |= {error.subject: error}
+            steps = {name: each for name, each in steps.items() if name not in names}
+    zero = _saved_from_zero(steps, unit)
+    for name, counted in steps.items():
+        if unit not in counted:
+            identities[name] = _not_counted(name, counted, unit, files[unit])
             continue
-        step, source, where = each.steps[unit]
+        step, source, where = counted[unit]
+        if name in zero:
+            if step == 0:
+                found[name].warnings.append(
+                    "names count what was saved from 0 on: save 0 is taken for step 1, "
+                    "and save k for step k + 1"
+                )
+            step += 1
         if 0 < step <= MAX_STEP:
             identities[name] = Identity(step, math.inf, 0.0, source)
         else:
@@ -91,25 +125,73 @@ def agree_on_unit(found: Mapping[str, StepCounts]) -> dict[str, Identity | Snaps
     return identities
 
 
-def _called_ema(name: str, metadata: Mapping[str, str]) -> str | None:
+Steps = dict[str, Mapping[str, tuple[int, str, str]]]
+"""The steps of each file by unit, as `read_steps` gives them."""
+
+
+def _named_together(
+    found: Mapping[str, StepCounts], written: Clock | None
+) -> tuple[Steps, list[AmbiguousError]]:
+    """The steps of files whose names are read together, and what is unclear."""
+    named = [
+        name
+        for name, each in found.items()
+        if all(source != "pattern" for _, source, _ in each.steps.values())
+    ]
+
+    def stated(unit: str) -> Clock:
+        def clock(name: str) -> float | None:
+            step, source, _ = found[name].steps.get(unit, (0, "name", ""))
+            return None if source == "name" else step
+
+        return clock
+
+    clocks = [stated("step"), stated("epoch")]
+    times = None
+    if written is not None:
+        times = file_times(named, lambda name: found[name].written or written(name))
+    said, unclear, warnings = read_together(named, clocks, times)
+    for name, text in warnings.items():
+        found[name].warnings.append(text)
+    steps: Steps = {name: each.steps for name, each in found.items()}
+    for name, counts in said.items():
+        before = found[name].steps
+        counted = {unit: entry for unit, entry in before.items() if entry[1] != "name"}
+        for unit, number in counts.items():
+            counted.setdefault(unit, (number, "name", "name"))
+        steps[name] = {unit: counted[unit] for unit in UNITS if unit in counted}
+    return steps, unclear
+
+
+def _saved_from_zero(steps: Steps, unit: str) -> set[str]:
+    """The files whose names count what was saved from 0 on."""
+    counted = {name: each[unit] for name, each in steps.items() if unit in each}
+    if any(source != "name" for _, source, _ in counted.values()):
+        return set()
+    return set(counted) if from_zero(unit, [step for step, _, _ in counted.values()]) else set()
+
+
+def _called_ema(name: str | None, metadata: Mapping[str, str]) -> str | None:
     """Where a file is called an EMA: `its metadata says sigma_rel 0.05`."""
     for key in (SIGMA_REL, GAMMA):
         if key in metadata:
             return f"its metadata says {key} {metadata[key]}"
-    named = read_name(name)
+    named = read_name(name) if name is not None else None
     # What sd-scripts' convention takes for a whole gamma may as well be a step.
-    if named and named.index is None and re.search(r"\.[0-9]+\Z", name.rpartition(".")[0]):
+    if name and named and named.index is None and re.search(r"\.[0-9]+\Z", name.rpartition(".")[0]):
         return f"its name says {str(named).partition(', ')[2]}"
     return None
 
 
-def _not_counted(name: str, each: StepCounts, unit: str, others: int) -> SnapshotError:
-    if not each.steps:
+def _not_counted(
+    name: str, counted: Mapping[str, tuple[int, str, str]], unit: str, others: int
+) -> SnapshotError:
+    if not counted:
         problem = "neither its name nor its metadata says its step"
         return UnknownError(
             name, problem, "put its step at the end of its name, or leave it out with only="
         )
-    _, (step, _, where) = next(iter(each.steps.items()))
+    step, _, where = next(iter(counted.values()))
     counts = {"step": "steps", "epoch": "epochs", "number": "a bare number in the name"}
     return SnapshotError(
         name,

@@ -2,14 +2,15 @@
 
 The elements of all averaged tensors, in the order of the tensors' names, are cut into strata of
 equal length, and one short block is read of each: the same elements of every snapshot, in every
-run. They are held for some blocks at a time, so memory grows with neither size nor number.
+run. They are held for some blocks at a time, and of thousands of snapshots some are read, so memory
+grows with neither size nor number.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
 
 VERY_MANY = 128
+
+MEASURED = 192
+"""About how many of the snapshots are sampled when thousands are used: enough to see how training
+went."""
 
 BLOCK = 256
 """Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
@@ -73,6 +78,11 @@ class _Piece:
     @property
     def bytes(self) -> int:
         return bytes_of(self.dtype, self.count)
+
+    def stored(self, tensors: Mapping[str, TensorInfo]) -> _Piece:
+        """The same piece of a file with these tensors, which may have it in another dtype."""
+        dtype = tensors[self.name].dtype
+        return self if dtype in (self.dtype, "C64") else replace(self, dtype=dtype)
 
     def start(self, tensors: Mapping[str, TensorInfo]) -> int:
         """Where the piece begins in the data section of a file with these tensors."""
@@ -195,19 +205,20 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
         if at == 0 or piece.name != pieces[at - 1].name
     ]
     rounding = np.empty((len(snapshots), len(parts)))
-    runs = _runs(pieces)
-    raw = np.empty(sum(piece.bytes for piece in pieces), np.uint8)
-    ranges: dict[int, list[tuple[int, int]]] = {}
+    layouts: dict[int, tuple[list[_Run], list[tuple[int, int]]]] = {}
     for row, snapshot in enumerate(snapshots):
         tensors = snapshot.index.tensors
-        if id(tensors) not in ranges:
-            ranges[id(tensors)] = _ranges(pieces, tensors)
-        _read(snapshot, ranges[id(tensors)], raw)
+        if id(tensors) not in layouts:
+            stored = [piece.stored(tensors) for piece in pieces]
+            layouts[id(tensors)] = _runs(stored), _ranges(stored, tensors)
+        runs, ranges = layouts[id(tensors)]
+        raw = np.empty(runs[-1][-1], np.uint8)
+        _read(snapshot, ranges, raw)
         for dtype, first, last, start, end in runs:
-            stored = raw[start:end]
+            data = raw[start:end]
             with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
-                values[row, first:last] = decode(dtype, stored)
-            variances[first:last] = rounding_variances(dtype, stored)
+                values[row, first:last] = decode(dtype, data)
+            variances[first:last] = rounding_variances(dtype, data)
         rounding[row] = np.add.reduceat(variances, parts)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -230,7 +241,10 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     sums.broken += broken
 
 
-def _runs(pieces: Sequence[_Piece]) -> list[tuple[str, int, int, int, int]]:
+_Run = tuple[str, int, int, int, int]
+
+
+def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
     """Stretches of one dtype: dtype, first and last element, first and last byte."""
     runs = []
     first = start = 0
@@ -270,10 +284,24 @@ def fit_snapshots(
 ) -> tuple[SampleMoments, Trajectory]:
     """Measure a sample of the snapshots' values, and fit how the network moved.
 
-    `leave_out` are globs of tensors that won't be averaged. Raises what `sample_moments` does.
+    Of very many, some are measured, and the sample is of those. `leave_out` are globs of tensors
+    that won't be averaged. Raises what `sample_moments` does.
     """
     from posthoc_cli.solver.blup import fit_trajectory
+    from posthoc_cli.solver.chains import MANY
+    from posthoc_cli.solver.choice import choose
 
-    sample = sample_moments(snapshots, leave_out=leave_out)
-    profiles = [snapshot.profile for snapshot in snapshots]
-    return sample, fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)
+    steps = [float(snapshot.step) for snapshot in snapshots]
+    chosen: Sequence[int] = range(len(snapshots))
+    if len(snapshots) > MANY:  # those at both ends: where training began, it moved most
+        backwards = choose([-step for step in steps], MEASURED // 2)
+        chosen = sorted({*choose(steps, MEASURED // 2), *backwards})
+    measured = [snapshots[at] for at in chosen]
+    sample = sample_moments(measured, leave_out=leave_out)
+    profiles = [snapshot.profile for snapshot in measured]
+    fitted = fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)
+    if len(measured) < len(snapshots):  # the others' rounding is like their neighbours'
+        known, place = np.unique([steps[at] for at in chosen], return_inverse=True)
+        noise = np.bincount(place, sample.rounding) / np.bincount(place)
+        fitted = replace(fitted, noise=np.interp(steps, known, noise))
+    return sample, fitted

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from posthoc_cli.errors import SnapshotError
 from posthoc_cli.solver import Profile
 from posthoc_cli.storage import TensorIndex, TensorInfo
 
@@ -39,11 +40,12 @@ class Snapshot:
     sigma_rel: float
     source: str
     contents: Contents | None = field(default=None, repr=False, compare=False)
+    below: str = ""
 
     @property
     def file(self) -> str:
-        """The name of the file in its folder, as it is: pass it through `printable` to show it."""
-        return self.index.path.name
+        """Its path below the folder, with `/`, as it is: pass it through `printable` to show it."""
+        return self.below or self.index.path.name
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -68,3 +70,14 @@ class Snapshot:
     @property
     def profile(self) -> Profile:
         return Profile(self.step, self.gamma)
+
+
+def check_norms(snapshots: Sequence[Snapshot], method: str) -> None:
+    """Raise SnapshotError for a snapshot whose profile has no norm, which `method` goes by."""
+    for snapshot in snapshots:
+        if snapshot.gamma <= -0.5:
+            raise SnapshotError(
+                str(snapshot.index.path),
+                f"'{method}' has no weights for its gamma, {snapshot.gamma:g}",
+                "use method='blup', or leave it out with only=",
+            )

@@ -16,16 +16,16 @@ nothing cancels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.solver.arrays import FloatArray, namespace, on_device, to_numpy
+from posthoc_cli.solver.chain_blup import chain_errors, chain_weights
+from posthoc_cli.solver.chains import find_chains
 from posthoc_cli.solver.profiles import Average
-
-IntArray = npt.NDArray[np.intp]
+from posthoc_cli.solver.quadrature import NODES, IntArray, quadrature
 
 INTERVALS = 64
 """Between few snapshots, intervals are cut so that there are about this many."""
@@ -88,78 +88,6 @@ class ExpectedError:
 # Integrals
 
 
-NODES = 12
-"""Of each panel. What the shares are between them is a polynomial, and products of two of those
-are integrated exactly."""
-
-TOLERANCE = 1e-17
-"""What a panel may add to the error of an integral of squares over its interval, in units of the
-interval's length times the square of the largest share in it."""
-
-DEPTH = 60
-"""How often an interval may be halved."""
-
-BLOCK = 2**19
-"""About how many values of shares are held at a time."""
-
-
-def _gauss_legendre() -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Nodes on [0, 2], with 2 itself as one more; weights; and what finds a misfit.
-
-    From the shares at the nodes the matrix [NODES + 1, 3] makes the last two Legendre coefficients
-    of the polynomial through them, and how far it misses the share at the end.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    degrees = np.arange(NODES)
-    basis = np.polynomial.legendre.legvander(nodes, NODES - 1)
-    coefficients = basis * weights[:, None] * (degrees + 0.5)
-    misfit = np.zeros((NODES + 1, 3))
-    misfit[:-1, :2] = coefficients[:, -2:]
-    misfit[:, 2] = [*-coefficients.sum(axis=1), 1.0]  # each Legendre polynomial is 1 at the end
-    return np.append(nodes, 1.0) + 1, weights, misfit
-
-
-_POINTS, _WEIGHTS, _MISFIT = _gauss_legendre()
-
-
-def _quadrature(
-    profiles: Sequence[Average], edges: FloatArray
-) -> Iterator[tuple[IntArray, FloatArray, FloatArray]]:
-    """Nodes to integrate products of two shares with, over the intervals between `edges`.
-
-    Yields panels: the interval [n] each lies in, the weights of its nodes [n, NODES], and the
-    shares there [profiles, n, NODES]. No profile's step lies within an interval. A panel is halved
-    until the polynomials through its nodes have converged and meet the share at its end, so that no
-    kink, no steep end and no root at 0 is passed over: a share never falls.
-    """
-    size = max(1, BLOCK // (len(profiles) * len(_POINTS)))
-    for first in range(0, len(edges) - 1, size):
-        interval = np.arange(first, min(first + size, len(edges) - 1))
-        low, high = edges[interval], edges[interval + 1]
-        part, top = np.ones(len(interval)), None
-        for depth in range(DEPTH):
-            half = (high - low) / 2
-            # A share jumps at its step: the end is just before it, and nothing is rounded to it.
-            nodes = np.minimum(
-                low[:, None] + half[:, None] * _POINTS, np.nextafter(high, 0)[:, None]
-            )
-            shares = np.stack([each.share(nodes) for each in profiles])
-            if top is None:
-                top = np.maximum(shares[:, :, -1], 1e-30)
-            misfit = np.abs(shares.reshape(-1, len(_POINTS)) @ _MISFIT).max(axis=1)
-            off = (misfit.reshape(top.shape) / top).max(axis=0)
-            bad = part * off**2 > TOLERANCE if depth < DEPTH - 1 else np.zeros(len(part), bool)
-            good = ~bad
-            yield interval[good], half[good, None] * _WEIGHTS, shares[:, good, :-1]
-            if not bad.any():
-                break
-            middle = (low + half)[bad]
-            low = np.column_stack([low[bad], middle]).ravel()
-            high = np.column_stack([middle, high[bad]]).ravel()
-            interval, part = np.repeat(interval[bad], 2), np.repeat(part[bad] / 2, 2)
-            top = np.repeat(top[:, bad], 2, axis=1)
-
-
 def _intervals(
     trajectory: Trajectory, profiles: Sequence[Average], end: float
 ) -> tuple[FloatArray, FloatArray]:
@@ -198,7 +126,7 @@ def fit_trajectory(
     differing = len(later) - np.searchsorted(later[::-1], edges[:-1], side="right")
     design = np.zeros((len(measured), len(edges) - 1))
     after = np.zeros((len(snapshots), len(edges) - 1))  # integrals of (1 - G)^2
-    for intervals, weights, shares in _quadrature(snapshots, edges):
+    for intervals, weights, shares in quadrature(snapshots, edges):
         after_them = np.einsum("pnm,nm->np", (1 - shares) ** 2, weights)
         shares = np.ascontiguousarray(np.swapaxes(shares * np.sqrt(weights), 0, 1))
         for interval, share, late in zip(intervals, shares, after_them, strict=True):
@@ -292,6 +220,10 @@ def blup_weights(
     """
     if not np.any(trajectory.rates > 0):
         trajectory = replace(trajectory, rates=np.ones_like(trajectory.rates))
+    if chains := find_chains(snapshots):
+        end = max(float(each.step) for each in targets)
+        edges, rates = _intervals(trajectory, [*snapshots, *targets], end)
+        return chain_weights(chains, snapshots, targets, edges, rates, trajectory.noise)
     count = len(snapshots)
     moments = _moments(trajectory, snapshots, targets)
     matrix = moments[:, :count] + np.diag(trajectory.noise)
@@ -320,7 +252,7 @@ def _moments(
     every = [*snapshots, *targets]
     edges, rates = _intervals(trajectory, every, max(float(each.step) for each in every))
     moments = np.zeros((len(snapshots), len(every)))
-    for interval, weights, shares in _quadrature(every, edges):
+    for interval, weights, shares in quadrature(every, edges):
         shares = shares * np.sqrt(weights * rates[interval, None])
         flat = shares.reshape(len(every), -1)
         moments += flat[: len(snapshots)] @ flat.T
@@ -346,14 +278,18 @@ def expected_error(
     edges, rates = _intervals(trajectory, [*snapshots, *targets], ends.max())
     approximation = excess**2 * trajectory.start
     distance = np.zeros(len(targets))
-    for interval, node_weights, shares in _quadrature([*snapshots, *targets], edges):
-        known, wanted = np.split(shares.reshape(len(shares), -1), [len(snapshots)])
-        amounts = (node_weights * rates[interval, None]).ravel()
-        # A target's error ends where the target does.
-        within = np.repeat(edges[interval + 1], NODES) <= ends[:, None]
-        off = weights @ known - wanted - excess[:, None]
-        approximation += np.where(within, off**2, 0.0) @ amounts
-        distance += np.where(within, wanted**2, 0.0) @ amounts
+    if chains := find_chains(snapshots):
+        found = chain_errors(chains, snapshots, targets, edges, rates, weights)
+        approximation, distance = approximation + found[0], found[1]
+    else:
+        for interval, node_weights, shares in quadrature([*snapshots, *targets], edges):
+            known, wanted = np.split(shares.reshape(len(shares), -1), [len(snapshots)])
+            amounts = (node_weights * rates[interval, None]).ravel()
+            # A target's error ends where the target does.
+            within = np.repeat(edges[interval + 1], NODES) <= ends[:, None]
+            off = weights @ known - wanted - excess[:, None]
+            approximation += np.where(within, off**2, 0.0) @ amounts
+            distance += np.where(within, wanted**2, 0.0) @ amounts
     rounding = weights**2 @ trajectory.noise
     return ExpectedError(
         np.sqrt(approximation),

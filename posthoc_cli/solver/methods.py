@@ -17,6 +17,7 @@ import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.solver.arrays import Array, FloatArray, namespace, on_device, to_numpy
+from posthoc_cli.solver.chains import algorithm3_weights, closest, find_chains, profile_error
 from posthoc_cli.solver.profiles import Profile, cosine, norm
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class SolvedWeights:
     much independent rounding noise of the snapshots is amplified) and `profile_error` (L2 distance
     between the wanted profile and the one the weights give, relative to the wanted one's norm) are
     [targets]; the last is NaN where a profile has no norm (gamma <= -1/2, or a raw checkpoint's).
-    `condition_number` is that of the matrix solved, scaled to a unit diagonal; 1 for `share`, which
-    solves none.
+    `condition_number` is that of the matrix solved, scaled to a unit diagonal (an estimate for a
+    band, as chains.py solves); 1 for `share`, which solves none.
     """
 
     snapshots: tuple[Profile, ...]
@@ -89,7 +90,8 @@ def solve(
 ) -> SolvedWeights:
     """Weights, [targets, snapshots], that rebuild each target from the snapshots.
 
-    `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either.
+    `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either. That
+    of very many snapshots is small, and always solved on the CPU.
     `trajectory` is what blup.fit_trajectory gives, for a method that needs values.
 
     Raises ValueError when the method is unknown, a snapshot was taken after a target's step or
@@ -149,13 +151,20 @@ def _algorithm3(
         raise UsageError(
             f"method='{method}'", f"has no weights for gamma {lowest:g}", "use method='blup'"
         )
+    if chains := find_chains(snapshots):
+        try:
+            return algorithm3_weights(chains, targets, rescaled=method == "edm2")
+        except np.linalg.LinAlgError:
+            raise _too_alike(snapshots, closest(chains, targets)) from None
     # Scaled to unit diagonal, the matrix is far better conditioned than the plain inner products:
     # those span orders of magnitude between early and late snapshots.
     gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
     try:
         scaled, condition_number = _solve_symmetric(gram, wanted)
     except np.linalg.LinAlgError:
-        raise _too_alike(snapshots, to_numpy(gram)) from None
+        cosines = to_numpy(gram) - np.eye(len(snapshots))
+        first, second = np.unravel_index(np.argmax(cosines), cosines.shape)
+        raise _too_alike(snapshots, (int(first), int(second))) from None
     weights = scaled * norm_r / norm_i
     if method == "edm2":
         total = namespace(weights).sum(weights, axis=0)
@@ -192,6 +201,8 @@ def _blup(
     weights, condition_number = blup_weights(trajectory, snapshots, targets, device)
     error = np.full(len(targets), np.nan)
     if all(-0.5 < each.gamma < np.inf for each in (*snapshots, *targets)):
+        if chains := find_chains(snapshots):
+            return weights, profile_error(chains, targets, weights), condition_number
         gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
         scaled = on_device(weights.T, device) * (norm_i / norm_r)
         error = _profile_error(gram, wanted, scaled)
@@ -256,12 +267,10 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
     return x, highest / lowest
 
 
-def _too_alike(snapshots: Profiles, gram: FloatArray) -> SnapshotError:
+def _too_alike(snapshots: Profiles, pair: tuple[int, int]) -> SnapshotError:
     """The error that names the two snapshots whose profiles are nearest to each other."""
-    first, second = np.unravel_index(np.argmax(gram - np.eye(len(gram))), gram.shape)
     a, b = (
-        f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}"
-        for i in sorted((int(first), int(second)))
+        f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}" for i in sorted(pair)
     )
     return SnapshotError(
         f"snapshots at {a} and {b}",

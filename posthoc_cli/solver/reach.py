@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.chains import Chains, algorithm3_weights, find_chains
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Profile, cosine, sigma_rel_to_gamma
 
 NARROWEST = 0.001
@@ -24,6 +26,8 @@ def least_profile_error(
     Unlike a solve it needs no weights, and so takes snapshots however alike. Profiles need
     gamma > -1/2.
     """
+    if chains := find_chains(snapshots):
+        return partial(_error_of_chains, chains, step)
     steps = np.array([float(each.step) for each in snapshots])
     gammas = np.array([float(each.gamma) for each in snapshots])
     values, vectors = np.linalg.eigh(
@@ -40,6 +44,15 @@ def least_profile_error(
         return left
 
     return error
+
+
+def _error_of_chains(chains: Chains, step: float, sigma_rel: FloatArray) -> FloatArray:
+    gamma = sigma_rel_to_gamma(np.asarray(sigma_rel, np.float64))
+    wanted = [Profile(step, float(each)) for each in gamma]
+    try:
+        return algorithm3_weights(chains, wanted, rescaled=False)[1]
+    except np.linalg.LinAlgError:  # so alike that every second tells as much
+        return np.full(len(wanted), np.nan)
 
 
 def reachable(

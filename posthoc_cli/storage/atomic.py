@@ -5,26 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
-import stat
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, in_bytes
-from posthoc_cli.storage.disk import already_exists, remove_file, write_errors
+from posthoc_cli.errors import MachineError, UsageError, in_bytes
+from posthoc_cli.storage.aside import Aside, flush_folder, identity
+from posthoc_cli.storage.disk import already_exists, unsupported_is_fine, write_errors
+from posthoc_cli.storage.temporary import (
+    aside_name,
+    busy,
+    clean_up,
+    locked_output,
+    locks_exist,
+    make_temporary,
+    recover,
+)
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{12}\.posthoc-tmp", re.DOTALL)
-
-_ABANDONED_AFTER = 60.0
-"""Seconds without a write after which a temporary file counts as abandoned, without locks."""
+LONGEST_WAIT = 60.0
+"""Seconds to wait for another run that is putting its files in the same places."""
 
 
 class AtomicFile:
@@ -49,6 +50,7 @@ class AtomicFile:
         self._own: os.stat_result | None = None
 
     def __enter__(self) -> AtomicFile:
+        clean_up(self.path.parent)
         self.check_absent()
         check_space([self])
         self.open()
@@ -64,16 +66,16 @@ class AtomicFile:
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
+        _refuse_folder(self.path)
         if not self.overwrite and os.path.lexists(self.path):
             raise already_exists(self.path)
 
     def open(self) -> None:
         """Make the temporary file, and reserve its space."""
         with write_errors(self.path):
-            _remove_abandoned(self.path.parent)
-            self._fd, self._temporary = _make_temporary(self.path)
-            self._own = os.fstat(self._fd)
             try:
+                self._fd, self._temporary = make_temporary(self.path)
+                self._own = os.fstat(self._fd)
                 _reserve(self._fd, self.size)
             except BaseException:
                 self.discard()
@@ -103,24 +105,34 @@ class AtomicFile:
 
     def flush(self) -> None:
         """Wait until what was written so far is on the disk."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             getattr(os, "fdatasync", os.fsync)(self._fd)
 
     def finish(self) -> None:
         """Wait until all of it is on the disk, length and times included."""
-        with write_errors(self.path):
+        with write_errors(self.path), unsupported_is_fine():
             os.fsync(self._fd)
 
     def commit(self) -> None:
         """Give the finished file its name."""
+        self.place(overwrite=self.overwrite)
+        self._close()
+        flush_folder(self.path.parent)
+
+    def place(self, *, overwrite: bool) -> None:
+        """The same, without waiting until the name is on the disk."""
         assert self._temporary is not None
         with write_errors(self.path):
-            if fcntl is None:
-                self._close()  # Windows renames no open file; elsewhere it stays open: locked
-            _move_into_place(self._temporary, self.path, self.overwrite)
-            self._temporary = None
-            self._close()
-            _flush_folder(self.path.parent)
+            # Windows renames no open file; elsewhere it stays open, and so locked.
+            if not locks_exist():
+                self._close()
+            if _move_into_place(self._temporary, self.path, overwrite):
+                self._temporary = None
+
+    def identity(self) -> tuple[int, int, int]:
+        """What tells the finished file from others, wherever it is moved to."""
+        with write_errors(self.path):
+            return identity(os.fstat(self._fd))
 
     def discard(self) -> None:
         """Remove the temporary file, unless it has been renamed."""
@@ -131,8 +143,8 @@ class AtomicFile:
             self._temporary = None
 
     def rollback(self) -> None:
-        """Undo `commit`, unless it replaced another file."""
-        if not self.overwrite and self._own is not None:
+        """Undo `commit`, where there was no other file before."""
+        if self._own is not None:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.lstat(self.path), self._own):
                     os.unlink(self.path)
@@ -151,35 +163,147 @@ class AtomicFile:
             return os.write(self._fd, view)
 
 
-@contextlib.contextmanager
-def commit_together(files: Sequence[AtomicFile], stale: Sequence[Path] = ()) -> Iterator[None]:
-    """Open `files` for a `with` block, at the end of which all of them appear, or none.
+@dataclass(frozen=True)
+class Group:
+    """Files of one folder that are one output; readers see it by the last, such as an index.
 
-    They appear in their order, once all are on the disk. `stale` are files that would contradict
-    them, such as the index of an output that they replace: they are removed before.
+    `old` gives the files that they replace, those first by which readers see the old output; or
+    raises what speaks against it. By default they are what is in the files' places.
     """
+
+    files: Sequence[AtomicFile]
+    old: Callable[[], Sequence[Path]] | None = None
+    output: Path | None = None
+    """The output's own name, if that isn't its last file's."""
+
+    @property
+    def path(self) -> Path:
+        return self.output or self.files[-1].path
+
+    def replaced(self) -> list[Path]:
+        """The files that go; raises UsageError when one must not."""
+        found = list(self.old()) if self.old else []
+        for path in found:
+            _refuse_folder(path)
+        for file in self.files:
+            if file.path not in found:
+                file.check_absent()
+                if os.path.lexists(file.path):
+                    found.append(file.path)
+        return found
+
+
+def _refuse_folder(path: Path) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        raise UsageError(str(path), "is a folder", "move it or choose another output")
+
+
+@contextlib.contextmanager
+def commit_together(groups: Sequence[Group]) -> Iterator[None]:
+    """Open the files of all groups for a `with` block, at the end of which all appear, or none.
+
+    After an error all is as before. A group that a kill leaves half in its places is undone, or
+    finished, by the next run that writes to its folder.
+
+    Raises UsageError when a file must not be replaced, MachineError when a disk fails or another
+    run doesn't end putting files in the same places.
+    """
+    files = [file for group in groups for file in group.files]
     try:
-        for file in files:
-            file.check_absent()
+        for folder in {file.path.parent for file in files}:
+            clean_up(folder)
+        for group in groups:
+            group.replaced()
         check_space(files)
         for file in files:
             file.open()
         yield
         for file in files:
             file.finish()
-        for file in files:  # again, as another run may have been faster
-            file.check_absent()
-        for path in stale:
-            remove_file(path)
-        for file in files:
-            file.commit()
-    except BaseException:  # an interrupt may come right after a rename
-        for file in reversed(files):
-            file.rollback()
-        raise
+        with contextlib.ExitStack() as locks:
+            held = [
+                locks.enter_context(locked_output(path, LONGEST_WAIT))
+                for path in sorted({group.path for group in groups})
+            ]
+            _put_in_place(groups, locked=all(held))
     finally:
         for file in files:
             file.discard()
+
+
+def _put_in_place(groups: Sequence[Group], *, locked: bool) -> None:
+    """Replace what is there now, as another run may have been faster."""
+    for group in groups:
+        recover(aside_name(group.path), group.path, locked=locked)
+    plans = [(group, group.replaced()) for group in groups]
+    asides: dict[Path, Aside] = {}
+    placed = False
+    try:
+        files = [file for group in groups for file in group.files]
+        if len(files) == 1 and set(plans[0][1]) <= {files[0].path}:
+            files[0].place(overwrite=bool(plans[0][1]))  # one step, nothing to undo
+        else:
+            for group, old in plans:
+                if old or len(group.files) > 1:
+                    _begin(group, old, asides)
+            for group in groups:
+                _land(group, asides.get(group.path))
+        placed = True
+        for folder in {group.path.parent for group in groups}:
+            flush_folder(folder)
+        _end(asides, Aside.finish)
+    except BaseException:  # an interrupt may come right after a rename
+        _end(asides, Aside.finish if placed else Aside.undo)
+        for group, old in plans if not placed else ():
+            for file in group.files if not old else ():
+                file.rollback()
+        raise
+
+
+def _begin(group: Group, old: Sequence[Path], asides: dict[Path, Aside]) -> None:
+    with write_errors(group.path):
+        new = {file.path.name: file.identity() for file in group.files}
+        there = {path.name: identity(os.lstat(path)) for path in old}
+        aside = Aside(aside_name(group.path), new, there)
+        try:
+            aside.make()
+        except FileExistsError:  # there are no locks, or they could not be had
+            raise busy(group.path) from None
+        asides[group.path] = aside
+        aside.write_journal()
+
+
+def _land(group: Group, aside: Aside | None) -> None:
+    """Put a group's files in their places. Readers see the old output, then the new one; between
+    the two nothing, where a part of the one has the name of one of the other.
+    """
+    *parts, main = group.files
+    waiting = list(aside.old) if aside else []
+
+    def set_aside(name: str, *, keep: bool = False) -> None:
+        if aside:
+            with write_errors(group.path.with_name(name)):
+                aside.set_aside(name, keep=keep)
+
+    if aside and aside.overlap:
+        for name in waiting:
+            set_aside(name)
+        waiting = []
+    for file in parts:
+        file.place(overwrite=False)
+    if main.path.name in waiting:
+        set_aside(main.path.name, keep=True)
+    main.place(overwrite=main.path.name in waiting)
+    for name in waiting:
+        if name != main.path.name:
+            set_aside(name)
+
+
+def _end(asides: Mapping[Path, Aside], how: Callable[[Aside], None]) -> None:
+    """Finish or undo; what can't be now is for the next run."""
+    for aside in reversed(list(asides.values())):
+        with contextlib.suppress(OSError):
+            how(aside)
 
 
 def check_space(files: Sequence[AtomicFile]) -> None:
@@ -201,51 +325,6 @@ def check_space(files: Sequence[AtomicFile]) -> None:
                 )
 
 
-# Temporary files. One that is being written is locked; one that isn't has been abandoned.
-
-
-def _make_temporary(path: Path) -> tuple[int, Path]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    while True:
-        temporary = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}.posthoc-tmp")
-        fd = os.open(temporary, flags, 0o666)
-        if fcntl is None:
-            return fd, temporary
-        with contextlib.suppress(OSError):  # some file systems have no locks: none is ever taken
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(temporary), os.fstat(fd)):
-                return fd, temporary
-        os.close(fd)  # another run took it for abandoned before it was locked
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files in `folder` that no process writes any more."""
-    try:
-        names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
-    except OSError:
-        return
-    for name in names:
-        with contextlib.suppress(OSError):
-            _remove_if_abandoned(folder / name)
-
-
-def _remove_if_abandoned(path: Path) -> None:
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode):
-        return
-    if fcntl is None:
-        if time.time() - status.st_mtime > _ABANDONED_AFTER:
-            os.unlink(path)  # fails while it is open
-        return
-    fd = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is written
-        os.unlink(path)
-    finally:
-        os.close(fd)
-
-
 def _reserve(fd: int, size: int) -> None:
     """Give the file its length now, and its space where the system can promise it."""
     if size and hasattr(os, "posix_fallocate"):
@@ -258,11 +337,14 @@ def _reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Move the finished file to its place; without `overwrite`, never onto another file."""
+def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> bool:
+    """Move the finished file to its place; without `overwrite`, never onto another file.
+
+    Returns whether the temporary name is gone.
+    """
     if overwrite:
         os.replace(temporary, path)
-        return
+        return True
     try:
         os.link(temporary, path)  # unlike a rename, fails if another run got there first
     except FileExistsError:
@@ -271,17 +353,8 @@ def _move_into_place(temporary: Path, path: Path, overwrite: bool) -> None:
         if os.path.lexists(path):
             raise already_exists(path) from None
         os.replace(temporary, path)
-    else:
+        return True
+    with contextlib.suppress(OSError):  # a second name of what is in its place: for the next run
         os.unlink(temporary)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where a folder can be flushed."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    with contextlib.suppress(OSError):  # some network file systems refuse
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        return True
+    return False

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
+from posthoc_cli.storage.sniffing import where_link_leads
 
 
 def list_folder(
@@ -44,6 +46,22 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> None:
+    """Move files into the folder `place`, which is made, on the same disk.
+
+    A file of that name there is replaced with `replace`; otherwise the moved one gets a number.
+    Raises MachineError when that fails.
+    """
+    make_folder(place, parents=True)
+    for path in paths:
+        target = place / path.name
+        numbers = itertools.count(2)
+        while not replace and os.path.lexists(target):
+            target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
+        with write_errors(path):
+            os.replace(path, target)
+
+
 def file_status(path: Path) -> os.stat_result | None:
     """The size, times and number of the file at `path`; None where none can be seen."""
     try:
@@ -58,7 +76,8 @@ def open_file(
 ) -> Iterator[tuple[BinaryIO, os.stat_result]]:
     """The file `path`, open for reading in a `with` block, and its status.
 
-    Raises SnapshotError for what is no regular file, MachineError for what can't be read.
+    Raises SnapshotError for what is no regular file or a link that leads nowhere, MachineError for
+    what can't be read.
     """
     try:
         # A FIFO would block on open, and a device has no length.
@@ -67,11 +86,22 @@ def open_file(
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno())
     except OSError as error:
-        raise unreadable(path, error, "check the file and its permissions") from None
+        if os.path.islink(path) and not os.path.exists(path):
+            raise SnapshotError(str(path), *where_link_leads(path)) from None
+        raise unreadable(path, error, "check the file and its permissions") from error
 
 
 def unreadable(path: Path, error: OSError, remedy: str) -> MachineError:
     return MachineError(str(path), f"cannot be read ({reason(error)})", remedy)
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether a file couldn't be read because it is no longer there."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _GONE
+
+
+_GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 
 
 def already_exists(path: Path) -> UsageError:
@@ -95,6 +125,19 @@ def write_errors(path: Path) -> Iterator[None]:
             errno.ENAMETOOLONG: "choose a shorter name",
         }.get(error.errno or 0, "check the folder and its permissions")
         raise MachineError(str(path), f"cannot be written ({reason(error)})", remedy) from error
+
+
+@contextlib.contextmanager
+def unsupported_is_fine() -> Iterator[None]:
+    """Some network and FUSE file systems can't flush, and say so: the disk has not failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def reason(error: OSError) -> str:

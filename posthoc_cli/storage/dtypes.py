@@ -6,6 +6,7 @@ for the limits of a floating-point format.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,22 @@ BY_NAME = {dtype.name: code for code, dtype in DTYPES.items() if dtype.name}
 def bytes_of(code: str, elements: int) -> int:
     """Bytes that `elements` elements take."""
     return elements * DTYPES[code].bits // 8
+
+
+def widest(codes: Iterable[str]) -> str:
+    """The dtype that holds the values of all of `codes`, which are real floating-point formats or
+    just one."""
+    first, *others = set(codes)
+    if not others:
+        return first
+    formats = [DTYPES[code] for code in (first, *others)]
+    exponent, mantissa = (
+        max(getattr(each, bits) for each in formats) for bits in ("exponent_bits", "mantissa_bits")
+    )
+    return min(
+        (DTYPES[code] for code in OUTPUT_DTYPES.values()),
+        key=lambda to: (to.exponent_bits < exponent or to.mantissa_bits < mantissa, to.bits),
+    ).code
 
 
 def decode(code: str, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import re
+import os
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
 from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.dtypes import DTYPES, bytes_of
+from posthoc_cli.storage.layout import Malformed, parse_tensors, split_metadata
+from posthoc_cli.storage.layout import TensorInfo as TensorInfo
+from posthoc_cli.storage.sniffing import being_downloaded, read_start, sniff, unfilled
 
 MAX_HEADER = 32 << 20
 """Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
@@ -34,20 +35,6 @@ _MAX_ITEMS = 12 * MAX_TENSORS
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file: `start` and `end` are byte offsets within the data section."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,44 +95,68 @@ Cache = dict[Hashable, Mapping[str, TensorInfo]]
 def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
     """Read and check the header of the safetensors file at `path`; none of its data.
 
-    The safetensors library validates the file. `cache` lets calls share `tensors` between files
-    with the same tensors at the same places. Raises IncompleteError for the beginning of a
-    safetensors file, SnapshotError for one that is none, MachineError for one that cannot be read.
+    `cache` lets calls share `tensors` between files with the same tensors at the same places.
+    Raises IncompleteError for the beginning of a safetensors file, SnapshotError for one that is
+    none, MachineError for one that cannot be read.
     """
     with open_file(path) as (file, status):
         start = file.read(_LENGTH.size)
-        if len(start) < _LENGTH.size:
-            raise _incomplete(path)
-        (length,) = _LENGTH.unpack(start)
-        if length > MAX_HEADER:
-            raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
-        header = file.read(length)
-        check_items(path, header)
+        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
+        header = file.read(length) if length <= MAX_HEADER else b""
         try:
-            with safetensors.safe_open(path, framework="np"):
-                pass
-        except (safetensors.SafetensorError, UnicodeError) as error:
-            if _ends_early(header, length, status.st_size):
-                raise _incomplete(path) from None
-            raise _corrupt(path, str(error)) from None
-    try:
-        metadata, rest = _split_metadata(header)
-        tensors = cache.get(rest) if cache is not None else None
-        if tensors is None:
-            tensors = _parse_tensors(rest)
-            if cache is not None:
-                cache[rest] = tensors
-    except _NOT_A_HEADER:  # then the library has seen another file
-        raise _corrupt(path, "it changed while it was read") from None
-    data_start, data_length = _LENGTH.size + length, _data_length(tensors)
-    if len(header) != length or data_start + data_length != status.st_size:
-        raise _corrupt(path, "its length changed while it was read")
+            metadata, tensors = _parse(path, start, header, length, cache)
+            data_start, data_length = _LENGTH.size + length, _data_length(tensors)
+            if data_start + data_length > status.st_size:
+                raise _incomplete(path)
+            if rest := status.st_size - data_start - data_length:
+                raise _corrupt(path, f"{rest:,} bytes follow its last tensor")
+            if control := being_downloaded(path):
+                raise _unfinished(path, f"its download goes on: '{control}' lies beside it")
+        except SnapshotError as error:
+            raise _what_it_is(path, read_start(file), status) or error from None
     part = Part(path, 0, data_length, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
     return TensorIndex(path, tensors, metadata, (part,))
 
 
-_NOT_A_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What parsing a header raises that the library has not validated."""
+def _parse(
+    path: Path, start: bytes, header: bytes, length: int, cache: Cache | None
+) -> tuple[dict[str, str], Mapping[str, TensorInfo]]:
+    """Metadata and tensors of a `header` that shall have `length` bytes, after `start`."""
+    if length > MAX_HEADER:
+        raise _corrupt(path, f"a header of {in_bytes(length)}, above {in_bytes(MAX_HEADER)}")
+    if len(start) < _LENGTH.size or len(header) < length:
+        if header[:1] in (b"", b"{"):
+            raise _incomplete(path)
+        raise _corrupt(path, "its header is no JSON object")
+    check_items(path, header)
+    try:
+        metadata, rest = split_metadata(header)
+        tensors = cache.get(rest) if cache is not None else None
+        if tensors is None:
+            tensors = parse_tensors(rest)
+            if cache is not None:
+                cache[rest] = tensors
+    except Malformed as error:
+        raise _corrupt(path, str(error)) from None
+    return metadata, tensors
+
+
+def _what_it_is(path: Path, start: bytes, status: os.stat_result) -> SnapshotError | None:
+    """The error that says what a file really is which is no whole safetensors file."""
+    blocks = getattr(status, "st_blocks", None)
+    if not status.st_size:
+        return _unfinished(path, "not a whole safetensors file (its end is missing): it is empty")
+    if unfilled(start, status.st_size, None if blocks is None else 512 * blocks):
+        return _unfinished(
+            path,
+            "zeros in place of a header, not a safetensors file: a download that never came",
+        )
+    if len(start) < _LENGTH.size:
+        return None
+    found = sniff(start, status.st_size)
+    if found is None:
+        return None
+    return SnapshotError(str(path), f"{found[0]}, not a safetensors file", found[1])
 
 
 def check_items(path: Path, header: bytes) -> None:
@@ -159,20 +170,6 @@ def check_items(path: Path, header: bytes) -> None:
         )
 
 
-def _ends_early(header: bytes, length: int, size: int) -> bool:
-    """Whether a file that is not valid may be the beginning of one that is.
-
-    `header` is what the file has of it, `length` what it should have, `size` the file's own.
-    """
-    if len(header) < length:
-        return header[:1] in (b"", b"{")
-    try:
-        tensors = _parse_tensors(_split_metadata(header)[1])
-        return bool(_LENGTH.size + length + _data_length(tensors) > size)
-    except _NOT_A_HEADER:
-        return False
-
-
 def _incomplete(path: Path) -> IncompleteError:
     return IncompleteError(
         str(path),
@@ -181,33 +178,14 @@ def _incomplete(path: Path) -> IncompleteError:
     )
 
 
+def _unfinished(path: Path, problem: str) -> IncompleteError:
+    return IncompleteError(str(path), problem, "wait for it, download it again, or leave it out")
+
+
 def _corrupt(path: Path, detail: str) -> SnapshotError:
     return SnapshotError(
         str(path), f"not a whole safetensors file ({detail})", "copy it again or leave it out"
     )
-
-
-def _split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:
-    """The `__metadata__` of a header, and the rest of the header as bytes that ignore it.
-
-    Snapshots of one run differ in their metadata only; every writer puts it first, so what follows
-    it can be compared between files without being parsed.
-    """
-    opening = re.match(rb'\s*\{\s*"__metadata__"\s*:\s*', header)
-    if opening:
-        text = header[opening.end() :].decode()
-        metadata, end = json.JSONDecoder().raw_decode(text)
-        return metadata or {}, b"{" + text[end:].strip(" ,\t\r\n").encode()
-    parsed = json.loads(header)
-    metadata = parsed.pop("__metadata__", None)
-    return metadata or {}, json.dumps(parsed).encode()
-
-
-def _parse_tensors(header: bytes) -> dict[str, TensorInfo]:
-    return {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-        for name, entry in json.loads(header).items()
-    }
 
 
 def _data_length(tensors: Mapping[str, TensorInfo]) -> int:

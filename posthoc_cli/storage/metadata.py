@@ -16,6 +16,12 @@ STEP, GAMMA, SIGMA_REL = "step", "gamma", "sigma_rel"
 RUN = "run"
 """The training run that a snapshot is of."""
 
+SESSION, NAME = "ss_session_id", "ss_output_name"
+"""kohya's: a number drawn at each start of a training, and what its files are called after."""
+
+STARTED, SAVED = "ss_training_started_at", "ss_training_finished_at"
+"""kohya's, in seconds: when the session of a file began, and when the file was saved."""
+
 CONVERTED = "converted"
 """What `convert` made a snapshot of, as JSON."""
 

@@ -16,7 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import IncompleteError, PosthocError, SnapshotError, printable
+from posthoc_cli.errors import (
+    IncompleteError,
+    PosthocError,
+    SnapshotError,
+    UsageError,
+    printable,
+)
 from posthoc_cli.storage.disk import already_exists, list_folder, open_file
 from posthoc_cli.storage.header import (
     MAX_HEADER,
@@ -28,6 +34,7 @@ from posthoc_cli.storage.header import (
     read_header,
 )
 from posthoc_cli.storage.metadata import read_recipe
+from posthoc_cli.storage.temporary import clean_up
 
 ENDING = ".safetensors"
 """Of safetensors files, in capitals too."""
@@ -36,6 +43,19 @@ INDEX_ENDING = ".safetensors.index.json"
 
 _NUMBER = "-[0-9]{5}-of-[0-9]{5}"
 """What the name of a shard has before its ending."""
+
+_SHARD = re.compile(r"(?is)(.*)-[0-9]{5}-of-([0-9]{5})\.safetensors")
+
+_WELL_KNOWN = re.compile(
+    r"(?i)(?:model(?:_[0-9]+)?|pytorch_model|diffusion_pytorch_model|pytorch_lora_weights"
+    r"|adapter_model)\.safetensors(?:\.index\.json)?"
+)
+"""What Hugging Face's libraries call a network in a folder; accelerate counts several."""
+
+_TRAINING_STATE = re.compile(
+    r"(?i)(?:optim(?:izer)?|(?:lr[-_]?)?scheduler|random[-_]states?|rng|(?:grad[-_]?)?scaler"
+    r"|train(?:ing|er)[-_]state|custom_checkpoint|sampler|dl_state_dict)(?:[-_]?states?)?(?:[-_.]?(?:rank|of|[0-9]+))*"
+)
 
 
 def is_index(name: str) -> bool:
@@ -59,7 +79,7 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     that doesn't hold one network.
     """
     if os.path.isdir(path):
-        inside, _ = find_network(path)
+        inside = find_network(path)
         if inside is None:
             raise SnapshotError(
                 str(path),
@@ -68,22 +88,69 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
             )
         return dataclasses.replace(open_tensors(path / inside, cache), path=path)
     if is_index(path.name):
+        if not os.path.lexists(path) and path.name in list_networks(path.parent)[1]:
+            raise IncompleteError(
+                str(path),
+                "there are shards, but the index that lists them isn't",
+                "wait until it is written, copy it too, or leave the shards out",
+            )
         return _read_index(path, cache)
     return read_header(path, cache)
 
 
-def find_network(folder: Path) -> tuple[str | None, int]:
-    """The name of the one index in `folder`, or of the one safetensors file; and the files' number.
+def find_network(folder: Path) -> str | None:
+    """The name of the one network in `folder`: of its file, or of its index, there or not yet.
 
-    The name is None where there isn't exactly one. Raises what list_folder does.
+    None where there isn't exactly one, not even by well-known names. Raises what list_folder does.
     """
-    names = [name for name in list_folder(folder) if not name.startswith(".")]
+    found = preferred([name for names in list_networks(folder) for name in names])
+    return found[0] if len(found) == 1 else None
+
+
+def list_networks(folder: Path, names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """Which of `names` in `folder`, by default all, are a network each: files and indexes.
+
+    An index stands for its shards; the second list has those that should be there, as shards are,
+    but aren't. Training states are no networks. Raises what list_folder does.
+    """
+    if names is None:
+        names = [name for name in list_folder(folder) if not name.startswith(".")]
     indexes = [name for name in names if is_index(name)]
-    files = [name for name in names if name.lower().endswith(ENDING)]
-    found = indexes or files
-    # With a whole file beside its shards, either could be meant.
-    both = indexes and indexes[0][: -len(".index.json")] in files
-    return (found[0] if len(found) == 1 and not both else None), len(files)
+    missing: dict[str, None] = {}
+    files = []
+    for name in names:
+        if not name.lower().endswith(ENDING) or is_training_state(name):
+            continue
+        shard = _SHARD.fullmatch(name)
+        if shard is None or int(shard[2]) == 1:  # the only one needs no index
+            files.append(name)
+        elif shard[1] + INDEX_ENDING not in indexes:
+            missing[shard[1] + INDEX_ENDING] = None
+    listed: set[str] = set()
+    if indexes and (files or missing):  # whose shards may have names of another kind
+        for index in indexes:
+            with contextlib.suppress(PosthocError):  # raised again when it is opened
+                listed |= shard_names(folder / index)
+    known = {match[1] + INDEX_ENDING for name in listed if (match := _SHARD.fullmatch(name))}
+    taken = {*indexes, *files} - listed
+    networks = [name for name in names if name in taken]
+    return networks, [index for index in missing if index not in known]
+
+
+def preferred(names: Sequence[str]) -> list[str]:
+    """Those of `names`, of networks in one folder, that Hugging Face's libraries give; else all."""
+    return [name for name in names if _WELL_KNOWN.fullmatch(name)] or list(names)
+
+
+def stem_of_shard(name: str) -> str:
+    """`a-00001-of-00003.safetensors` -> `a`; of another name, the name."""
+    match = _SHARD.fullmatch(name)
+    return match[1] if match else name
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a file is by its name an optimizer's, a scheduler's or a generator's state."""
+    return _TRAINING_STATE.fullmatch(os.path.splitext(name)[0]) is not None
 
 
 def shard_names(index: Path) -> set[str]:
@@ -138,7 +205,12 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             raise IncompleteError(
                 str(path), f"its shard '{name}' is missing", "copy it again or leave it out"
             )
-        shards.append(read_header(path.with_name(name), cache))
+        try:
+            shards.append(read_header(path.with_name(name), cache))
+        except SnapshotError as error:
+            # The index is what a user has listed: it is named, and which of its shards is wrong.
+            problem = f"its shard '{printable(name)}' is no shard: {error.problem}"
+            raise type(error)(str(path), problem, error.remedy) from None
     firsts = accumulate((shard.parts[0].length for shard in shards), initial=0)
     parts = [
         dataclasses.replace(shard.parts[0], first=first)
@@ -236,32 +308,76 @@ def make_index(shards: Sequence[tuple[Path, Sequence[str]]], size: int) -> bytes
 
 
 def existing_output(path: Path) -> list[Path]:
-    """What exists of an output `path`: the file itself, or the index of its shards."""
+    """What exists of an output `path`: the file itself, or the index of its shards.
+
+    What a killed run was replacing there is finished or undone before.
+    """
+    clean_up(path.parent)
+    return _existing(path)
+
+
+def _existing(path: Path) -> list[Path]:
     return [name for name in (path, index_path(path)) if os.path.lexists(name)]
 
 
 def made_by_posthoc(path: Path) -> bool:
     """Whether `path` is an output of ours, a shard or an index of one."""
     try:
-        return read_recipe(open_tensors(path).metadata) is not None
+        return _has_recipe(path)
     except PosthocError:
         return False
 
 
-def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
-    """The files that go when output `path` is written as `files`.
+def _has_recipe(path: Path) -> bool:
+    """The same, but raises MachineError where it can't be read."""
+    try:
+        return read_recipe(open_tensors(path).metadata) is not None
+    except SnapshotError:
+        return False
 
-    These are the output before it, a file or an index with its shards, unless it is among `files`;
-    and shards of ours without an index, which a killed run has left. Raises UsageError when there
-    is an output and `overwrite` is false.
+
+def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[Path]:
+    """The files that go when output `path` is written as `files`; that which makes it one first.
+
+    These are the output before it, a file or an index; its shards; and shards of ours that no
+    index lists. Others of such names stay. Raises UsageError when there is an output and
+    `overwrite` is false, or when a shard would take the place of a file that isn't one of these;
+    MachineError when an index or a shard can't be read.
     """
-    found = existing_output(path)
-    if found and not overwrite:
-        raise already_exists(found[0])
-    old = [name for name in found if name not in files]
-    shard = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + ENDING)
-    with contextlib.suppress(OSError):
-        for name in os.listdir(path.parent):
-            if shard.fullmatch(name) and made_by_posthoc(path.with_name(name)):
-                old.append(path.with_name(name))
-    return old
+    found = _existing(path)
+    if not overwrite:
+        if found:
+            raise already_exists(found[0])
+        return []
+    main, folder = index_path(path), path.parent
+    pattern = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + re.escape(path.suffix))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # told when it is written
+        return found
+    shards = [name for name in names if pattern.fullmatch(name)]
+    indexes = [name for name in names if is_index(name) or name == main.name] if shards else []
+    listed = {name: _listed(folder / name) for name in indexes}
+    of_this = listed.pop(main.name, set())
+    of_others = set().union(*listed.values())
+    ours = [
+        folder / name
+        for name in shards
+        if name not in of_others and (name in of_this or _has_recipe(folder / name))
+    ]
+    for place in files:
+        if place.name in shards and place not in ours and not os.path.isdir(place):
+            raise UsageError(
+                str(place),
+                "exists already, and is no shard of the output to be replaced",
+                "move it or choose another output",
+            )
+    return found + ours
+
+
+def _listed(index: Path) -> set[str]:
+    """The shards that an index lists, if it is one."""
+    try:
+        return shard_names(index)
+    except SnapshotError:
+        return set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,19 @@ from typing import Any
 
 from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS
-from posthoc_cli.snapshots import Identity, Pattern, check_profiles, choose_by_globs, identify
+from posthoc_cli.snapshots import (
+    Identity,
+    Pattern,
+    check_profiles,
+    doubted_profiles,
+    identify,
+    read_name,
+)
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
-from posthoc_cli.storage.disk import file_status, list_folder
+from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import CONVERTED, STEP
-
-ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
-"""Of the files in a folder that count, in capitals too."""
+from posthoc_cli.storage.temporary import clean_up
+from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
 
 MAX_UPDATE_EVERY = 1_000_000
 
@@ -44,6 +51,7 @@ class Options:
 class Converted:
     """A snapshot that was made of a checkpoint, or, with `seconds` None, had been before.
 
+    `name` is that below the folder, and `indexed` whether it has an index that profiles= are for.
     `identity` is what was written: None where nothing says step and profile. `trained` is what the
     tool that wrote the checkpoint was asked for, where that is another profile.
     """
@@ -59,6 +67,8 @@ class Converted:
     bytes: int
     seconds: float | None
     warnings: tuple[str, ...] = ()
+    name: str = ""
+    indexed: bool = False
 
     @property
     def tensors(self) -> int:
@@ -67,12 +77,39 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made."""
+    """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made.
 
-    source: Path
+    `source` is its file, or the first of its shards; `doubt` is why its name can't be believed,
+    where those of all the others say so.
+    """
+
+    found: Found
     output: Path
     bytes: int
+    modified: int
     done: Converted | None = None
+    doubt: SnapshotError | None = None
+
+    @property
+    def source(self) -> Path:
+        return self.found.paths[0]
+
+    @property
+    def name(self) -> str:
+        return self.found.name
+
+    @property
+    def numbered(self) -> bool:
+        return has_number(self.name)
+
+
+def has_number(name: str) -> bool:
+    """Whether a checkpoint's name may say its step: `last.ckpt` and `model_best.pth.tar` do not."""
+    return re.search("[0-9]", name) is not None
+
+
+class LeftOutError(SnapshotError):
+    """A file of the run's folder that is no checkpoint: to be named, but no mistake."""
 
 
 def find_jobs(
@@ -81,39 +118,50 @@ def find_jobs(
     options: Options,
     *,
     only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     overwrite: bool = False,
+    left_out: list[tuple[str, str]] | None = None,
 ) -> list[Job]:
     """The checkpoints in the folder `source`, or the file `source`, and what becomes of each.
 
-    They go by name. Raises UsageError when an option doesn't fit, when two checkpoints would become
-    the same snapshot, or when an output exists that is not what its checkpoint would become and
-    `overwrite` is false; SnapshotError when there is no checkpoint; MachineError when the folder
-    can't be listed.
+    They go by name; what else the folder holds is added to `left_out`, with the reason.
+
+    Raises UsageError when an option doesn't fit, when two checkpoints would become the same
+    snapshot, or when an output exists that is not what its checkpoint would become and `overwrite`
+    is false; SnapshotError when there is no checkpoint; MachineError when the folder can't be
+    listed.
     """
     _check(options)
-    paths = _list(source, only)
-    if options.pattern and not any(options.pattern.greedy.fullmatch(path.name) for path in paths):
+    rest = left_out if left_out is not None else []
+    found = find_checkpoints(source, only, exclude, options.pattern, folder, rest)
+    if options.pattern and not any(options.pattern.greedy.fullmatch(one.name) for one in found):
         raise UsageError(
             "pattern=",
-            f"'{options.pattern.text}' fits none of {len(paths)} files, such as '{paths[0].name}'",
+            f"'{options.pattern.text}' fits none of {len(found)} files, such as '{found[0].name}'",
             "write it for the whole name of the checkpoint, its ending included",
         )
-    outputs = _outputs(paths, folder)
-    inputs = {(status.st_dev, status.st_ino) for status in filter(None, map(file_status, paths))}
+    outputs = _outputs(found, folder)
+    clean_up(folder)
+    statuses = [[file_status(path) for path in one.paths] for one in found]
+    inputs = {(one.st_dev, one.st_ino) for several in statuses for one in several if one}
+    doubts = doubted_profiles([f"{one.stem}{ENDING}" for one in found])
     jobs = []
-    for path, output in zip(paths, outputs, strict=True):
+    for one, output, several in zip(found, outputs, statuses, strict=True):
         there = file_status(output)
         if there is not None and (there.st_dev, there.st_ino) in inputs and there.st_ino:
             raise UsageError(str(output), "is one of the checkpoints", "choose another folder")
-        status = file_status(path)
-        done = _done(path, output, status, options) if there and status else None
+        size = sum(status.st_size for status in several if status)
+        modified = max((status.st_mtime_ns for status in several if status), default=0)
+        job = Job(one, output, size, modified)
+        done, differs = _done(job, options) if there and all(several) else (None, "")
         if done is None and not overwrite and os.path.lexists(output):
             raise UsageError(
                 str(output),
-                f"exists already, and is not what this makes of '{path.name}'",
+                f"exists already, and is not what this makes of '{one.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )
-        jobs.append(Job(path, output, status.st_size if status else 0, done))
+        doubt = doubts.get(f"{one.stem}{ENDING}")
+        jobs.append(Job(one, output, size, modified, done, doubt))
     return jobs
 
 
@@ -131,73 +179,63 @@ def _check(options: Options) -> None:
             raise UsageError(
                 "update_every=", f"doesn't go with tool='{options.kind}'", "leave it out"
             )
-    if options.key is not None and options.kind not in ("auto", "torch"):
+    if options.key is not None and options.kind == "edm2":
         raise UsageError("key=", f"doesn't go with tool='{options.kind}'", "leave it out")
 
 
-def _list(source: Path, only: Sequence[str]) -> list[Path]:
-    if source.is_file():
-        folder, names = source.parent, [source.name]
-    else:
-        folder, names = source, _names(source)
-    names = choose_by_globs(names, only, f"{len(names)} files")
-    return [folder / name for name in names]
-
-
-def _names(folder: Path) -> list[str]:
-    listed = list_folder(folder, "give the folder of checkpoints")
-    found = [name for name in listed if not os.path.isdir(folder / name)]
-    names = [name for name in found if name.lower().endswith(ENDINGS) and name[0] != "."]
-    if not names:
-        snapshots = sum(name.lower().endswith(ENDING) for name in found)
-        raise SnapshotError(
-            str(folder),
-            f"holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files",
-            f"its {snapshots} {ENDING} files can be used as they are"
-            if snapshots
-            else "give the folder that they lie in: folders below it are not searched",
-        )
-    return names
-
-
-def _outputs(paths: Sequence[Path], folder: Path) -> list[Path]:
+def _outputs(found: Sequence[Found], folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise UsageError(str(folder), "is not a folder", "give the folder to write to")
-    outputs = [folder / f"{path.stem}{ENDING}" for path in paths]
-    taken: dict[str, Path] = {}
-    for path, output in zip(paths, outputs, strict=True):
+    outputs = [folder / f"{one.stem}{ENDING}" for one in found]
+    taken: dict[str, Found] = {}
+    for one, output in zip(found, outputs, strict=True):
         place = os.path.normcase(output)
         if place in taken:
             raise UsageError(
-                str(path),
+                str(one.paths[0]),
                 f"would become '{output.name}', as '{taken[place].name}' would",
                 "leave one of the two out with only=",
             )
-        taken[place] = path
+        taken[place] = one
         if output.is_dir():
             raise UsageError(str(output), "is a folder", "choose another folder to write to")
     return outputs
 
 
-def _done(source: Path, output: Path, status: os.stat_result, options: Options) -> Converted | None:
-    """What is at `output`, if it is what `source` would become."""
+def _done(job: Job, options: Options) -> tuple[Converted | None, str]:
+    """What is at the output, if it is what the checkpoint would become; else how it differs."""
     try:
-        layout = read_header(output)
+        layout = read_header(job.output)
         entry = json.loads(layout.metadata[CONVERTED])
         kind, made_with = entry["from"], dict(entry["options"])
-        same = (
-            [entry["file"], entry["bytes"], entry["modified"]]
-            == [source.name, status.st_size, status.st_mtime_ns]
-            and options.kind in (made_with.pop("from"), kind)
-            and made_with == options_used(kind, options)
-            and kind in KINDS
-        )
-        return _describe(source, layout, kind) if same else None
+        asked = options_used(kind, job.found, options)
+        if [entry["file"], entry["bytes"]] != [job.name, job.bytes] or kind not in KINDS:
+            return None, ""
+        if entry["modified"] != job.modified:
+            return None, ", which has changed since"
+        tool = made_with.pop("from")
+        if tool != options.kind and options.kind not in ("auto", kind):
+            asked, made_with = asked | {"tool": options.kind}, made_with | {"tool": kind}
+        elif tool != options.kind and options.kind == "auto":
+            asked, made_with = asked | {"tool": "auto"}, made_with | {"tool": tool}
+        if made_with == asked:
+            return _describe(job, layout, kind, options), ""
+        keys = sorted(key for key in asked | made_with if asked.get(key) != made_with.get(key))
+        told = [_option(key, made_with.get(key)) for key in keys]
+        return None, f" (it was made {' and '.join(told)})"
     except (PosthocError, KeyError, TypeError, ValueError, RecursionError):
-        return None  # nobody's, or meddled with
+        return None, ""  # nobody's, or meddled with
 
 
-def _describe(source: Path, layout: TensorIndex, kind: str) -> Converted:
+def _option(key: str, value: object) -> str:
+    if value is None:
+        return f"without {key}="
+    if isinstance(value, list):
+        return f"with {key}=[{', '.join(f'{one:g}' for one in value)}]"
+    return f"with {key}='{value}'" if isinstance(value, str) else f"with {key}={value}"
+
+
+def _describe(job: Job, layout: TensorIndex, kind: str, options: Options) -> Converted:
     try:
         identity: Identity | None = identify("", layout.metadata)[0]
     except SnapshotError:
@@ -206,7 +244,7 @@ def _describe(source: Path, layout: TensorIndex, kind: str) -> Converted:
     dtypes = Counter(info.dtype for info in layout.tensors.values())
     elements = sum(info.elements for info in layout.tensors.values())
     return Converted(
-        source,
+        job.source,
         layout.path,
         kind,
         step,
@@ -216,18 +254,30 @@ def _describe(source: Path, layout: TensorIndex, kind: str) -> Converted:
         elements,
         layout.size,
         None,
+        name=job.name,
+        indexed=uses_profiles(job.found, options),
     )
 
 
-def options_used(kind: str, options: Options) -> dict[str, Any]:
+def options_used(kind: str, found: Found, options: Options) -> dict[str, Any]:
     """The options that make a difference to a checkpoint of this kind, as JSON has them."""
     made: dict[str, Any] = {"dtype": options.dtype}
     if options.pattern is not None:
         made["pattern"] = options.pattern.text
-    if options.profiles and (kind in DEFAULT_UPDATE_EVERY or options.pattern is not None):
+    if options.profiles and uses_profiles(found, options):
         made["profiles"] = list(options.profiles)
     if options.update_every is not None and kind in DEFAULT_UPDATE_EVERY:
         made["update_every"] = options.update_every
-    if options.key is not None and kind == "torch":
+    if options.key is not None:
         made["key"] = options.key
     return made
+
+
+def uses_profiles(found: Found, options: Options) -> bool:
+    """Whether a checkpoint's name has an index, which profiles= says the width of."""
+    title = found.name if options.pattern else f"{found.stem}{ENDING}"
+    try:
+        named = read_name(title, options.pattern)
+    except SnapshotError:
+        return False
+    return named is not None and named.index is not None

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from posthoc_cli.storage import Reader
-from posthoc_cli.storage.dtypes import AVERAGED, DTYPES
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of, decode
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
@@ -27,6 +27,7 @@ from posthoc_cli.synthesis.accumulators import (
 from posthoc_cli.synthesis.kernels import STRIDE
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
+from posthoc_cli.synthesis.rounding import round_to
 
 GROUP = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
@@ -161,8 +162,16 @@ class Engine:
         self._varies[id(segment)][tensor] = True
 
     def read(self, chunk: Chunk, source: int, into: memoryview) -> None:
-        """Fill `into` with a chunk's bytes in one of the snapshots."""
-        self._readers[source].read(self.plan.start_of(chunk, source), into)
+        """Fill `into` with a chunk's bytes in one of the snapshots, in the segment's dtype."""
+        start, stored = self.plan.start_of(chunk, source), self.plan.stored(chunk.segment, source)
+        if stored == chunk.segment.dtype:
+            self._readers[source].read(start, into)
+            return
+        narrow = np.empty(bytes_of(stored, chunk.elements), np.uint8)
+        self._readers[source].read(start, narrow.data)
+        wide = np.frombuffer(into, DTYPES[chunk.segment.dtype].numpy(), chunk.elements)
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            wide[:] = decode(stored, narrow)
 
     def _elements(self, segment: Segment) -> int:
         """Elements of a chunk: as many as fit in a row, and in all that a worker may take."""
@@ -213,23 +222,18 @@ class Engine:
     def _copy(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Hand a chunk of the newest snapshot to the sink, in the dtype of the output."""
         segment, size = chunk.segment, chunk.bytes_each
-        converted = segment.dtype != segment.out_dtype
-        if converted:
-            accumulator.begin(segment.dtype, segment.out_dtype, chunk.elements)
         row = accumulator.staging()[0][:size]
         self.read(chunk, self.plan.newest, row)
-        if converted:
-            accumulator.add(np.ones((1, self._targets)), last=True)
-            sink.take_copies(chunk, accumulator.result)
-        else:
-            sink.take_copies(chunk, lambda target: row)
-        if segment.averaged:
-            return  # counted when it was read for the sums
-        if converted:
-            self._report_results(chunk, accumulator)
-        elif self._report is not None and segment.dtype in AVERAGED:
-            self._report.look(chunk, [np.asarray(row)], self.read)
-        self._count(size)
+        copied = np.asarray(row)
+        if segment.dtype != segment.out_dtype:  # not by a sum, which has no negative zero
+            stored = copied.view(DTYPES[segment.dtype].unsigned())
+            copied = np.empty(chunk.elements * DTYPES[segment.out_dtype].bits // 8, np.uint8)
+            round_to(copied, segment.out_dtype, stored, segment.dtype)
+        sink.take_copies(chunk, lambda target: copied.data)
+        if self._report is not None and segment.dtype in AVERAGED:
+            self._report.look_copied(chunk, copied, self.read)
+        if not segment.averaged:  # counted when it was read for the sums
+            self._count(size)
 
     def _report_results(self, chunk: Chunk, accumulator: Accumulator) -> None:
         if self._report is not None and accumulator.maybe_nonfinite:

@@ -6,6 +6,7 @@ kernels do on the way. Only where one may not be are the snapshots looked at, on
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class NonfiniteReport:
         self._weights = weights  # [targets, snapshots]
         self._lock = threading.Lock()
         self._found: dict[tuple[int, int], NonfiniteTensor] = {}
+        self._copies: dict[tuple[int, int], NonfiniteTensor] = {}
         self._order = {id(segment): at for at, segment in enumerate(plan.segments)}
 
     def look(self, chunk: Chunk, results: Sequence[npt.NDArray[np.uint8]], read: Read) -> None:
@@ -65,6 +67,31 @@ class NonfiniteReport:
             inside = slice(block.first - chunk.first, block.last - chunk.first)
             if any(mask[inside].any() for mask in odd):
                 self._look_closer(block, [mask[inside] for mask in odd], read)
+
+    def look_copied(self, chunk: Chunk, copied: npt.NDArray[np.uint8], read: Read) -> None:
+        """The same where all results are `copied`, the newest snapshot's values as the output has
+        them. In place of sums, as those of a tensor that never varies, they may overflow again.
+        """
+        segment = chunk.segment
+        if not segment.averaged:
+            self.look(chunk, [copied] * len(self._weights), read)
+        elif segment.dtype != segment.out_dtype:
+            with np.errstate(all="ignore"):
+                infinite = np.isinf(decode(segment.out_dtype, copied))
+            for block in chunk.cut(_BLOCK) if infinite.any() else ():
+                mask = infinite[block.first - chunk.first : block.last - chunk.first]
+                self._look_for_overflow(block, mask, read)
+
+    def _look_for_overflow(self, chunk: Chunk, infinite: BoolArray, read: Read) -> None:
+        raw = np.empty(chunk.bytes_each, np.uint8)
+        read(chunk, self._plan.newest, raw.data)
+        with np.errstate(invalid="ignore"):
+            values = np.abs(decode(chunk.segment.dtype, raw).astype(np.float64))
+        with self._lock:
+            mask = infinite & np.isfinite(values)
+            for noted, inside in self._note(chunk, mask, "overflowed", found=self._copies):
+                noted.overflowed += len(inside) * (len(self._weights) - 1)
+                noted.largest = max(noted.largest, float(values[inside].max()))
 
     def _look_closer(self, chunk: Chunk, odd: Sequence[BoolArray], read: Read) -> None:
         """Find which snapshots make the results of a chunk non-finite where `odd` says so."""
@@ -93,7 +120,12 @@ class NonfiniteReport:
                     noted.largest = max(noted.largest, largest)
 
     def _note(
-        self, chunk: Chunk, mask: BoolArray, kind: str, source: int | None = None
+        self,
+        chunk: Chunk,
+        mask: BoolArray,
+        kind: str,
+        source: int | None = None,
+        found: dict[tuple[int, int], NonfiniteTensor] | None = None,
     ) -> list[tuple[NonfiniteTensor, npt.NDArray[np.intp]]]:
         """Count the elements of `mask` to their tensors; returns each one's, with its elements."""
         where = np.flatnonzero(mask)
@@ -104,7 +136,8 @@ class NonfiniteReport:
         noted = []
         for tensor in np.unique(tensors).tolist():
             key = self._order[id(segment)], tensor
-            entry = self._found.setdefault(key, NonfiniteTensor(segment.names[tensor]))
+            entries = self._found if found is None else found
+            entry = entries.setdefault(key, NonfiniteTensor(segment.names[tensor]))
             inside = where[tensors == tensor]
             setattr(entry, kind, getattr(entry, kind) + len(inside))
             if source is not None:
@@ -116,12 +149,18 @@ class NonfiniteReport:
         """What was found, in the order of the outputs.
 
         Infinity in a tensor that is the same in all snapshots (or is copied) is taken to be meant,
-        such as that of an attention mask, and doesn't count; NaN does.
+        such as that of an attention mask, and doesn't count; NaN does. Nor do sums of such a tensor
+        that were too large: copies take their place.
         """
         found = []
-        for (at, tensor), entry in sorted(self._found.items()):
-            if entry.infinite and not varies(self._plan.segments[at], tensor):
+        for key in sorted(self._found.keys() | self._copies.keys()):
+            segment, tensor = self._plan.segments[key[0]], key[1]
+            entry = self._found.get(key) or NonfiniteTensor(segment.names[tensor])
+            if not varies(segment, tensor):
                 entry.infinite = 0
+                if segment.averaged:
+                    copies = self._copies.get(key) or NonfiniteTensor(entry.tensor)
+                    entry.overflowed, entry.largest = copies.overflowed, copies.largest
             if entry.nan or entry.infinite or entry.overflowed:
                 found.append(entry)
         return found
@@ -146,7 +185,9 @@ def summarize(plan: TensorPlan, found: Sequence[NonfiniteTensor]) -> tuple[str, 
         if count
     ]
     files = sorted({at for entry in broken for at in entry.snapshots})
-    where = f"'{printable(plan.sources[files[0]].path.name)}'"
+    path = plan.sources[files[0]].path
+    folder = os.path.commonpath([source.path.parent for source in plan.sources])
+    where = f"'{printable(path.relative_to(folder).as_posix())}'"
     if len(files) > 1:
         where += f" and {len(files) - 1} more snapshot{'s' if len(files) > 2 else ''}"
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from posthoc_cli.storage import (
     spans,
     split,
 )
-from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage.atomic import AtomicFile, Group, commit_together
 from posthoc_cli.storage.metadata import FORMAT, RECIPE, carried_over
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.synthesis.accumulators import Weights
@@ -45,6 +45,22 @@ class Output:
     shards: Sequence[Path]
     bytes: int
     seconds: float | None
+
+
+class Saved(list[Path]):
+    """The path of each target's output; `outputs` tells more of each.
+
+    `nonfinite` are the tensors that hold NaN or infinity, or sums too large for the dtype, and
+    `summary` says so in a line.
+    """
+
+    def __init__(
+        self, outputs: list[Output], nonfinite: list[NonfiniteTensor], summary: str
+    ) -> None:
+        super().__init__(output.path for output in outputs)
+        self.outputs = outputs
+        self.nonfinite = nonfinite
+        self.summary = summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +128,15 @@ def write_outputs(
 class OutputFiles:
     """The files of one output, in the order in which they are committed, and its data's places.
 
-    Of one in shards the index comes last, and has no part. `stale` are files that contradict it.
+    Of one in shards the index comes last, and has no part. `replaced` gives the files that go, as
+    they are when it is called.
     """
 
+    path: Path
     files: Sequence[AtomicFile]
     contents: Sequence[bytes]
     parts: Sequence[FilePart]
-    stale: Sequence[Path]
+    replaced: Callable[[], list[Path]]
 
 
 def output_files(
@@ -140,20 +158,21 @@ def output_files(
     if len(shards) > 1:
         metadata = {FORMAT: "pt", **metadata}  # without it transformers loads no shard
     paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
-    stale = replaced_files(path, paths, overwrite)
+    existing_output(path)  # once what a killed run was replacing is finished or undone
+    replaced_files(path, paths, overwrite)  # refuses before anything is read
     files, contents, parts = [], [], []
     for name, names in zip(paths, shards, strict=True):
         header, _ = make_header({tensor: plan.tensors[tensor] for tensor in names}, metadata)
         first, last = places[names[0]].start, places[names[-1]].end
         size = len(header) + last - first
-        files.append(AtomicFile(name, size, overwrite=overwrite or name in stale))
+        files.append(AtomicFile(name, size, overwrite=overwrite))
         contents.append(header)
         parts.append(FilePart(name, first, last - first, len(header), size))
     if len(shards) > 1:
         index = make_index(list(zip(paths, shards, strict=True)), plan.bytes_to_write)
         files.append(AtomicFile(index_path(path), len(index), overwrite=overwrite))
         contents.append(index)
-    return OutputFiles(files, contents, parts, [old for old in stale if old not in paths])
+    return OutputFiles(path, files, contents, parts, lambda: replaced_files(path, paths, overwrite))
 
 
 class FileSink:
@@ -179,10 +198,17 @@ def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
 
     Raises UsageError when one is a snapshot or lies among them, MachineError when the disk fails.
     """
+
+    def group(output: OutputFiles) -> Group:
+        def old() -> list[Path]:
+            replaced = output.replaced()
+            _refuse_inputs(plan.sources, {*(file.path for file in output.files), *replaced})
+            return replaced
+
+        return Group(output.files, old, output.path)
+
     files = [file for output in outputs for file in output.files]
-    stale = [path for output in outputs for path in output.stale]
-    _refuse_inputs(plan.sources, [*(file.path for file in files), *stale])
-    with commit_together(files, stale):
+    with commit_together([group(output) for output in outputs]):
         for output in outputs:
             for file, content in zip(output.files, output.contents, strict=True):
                 file.write_at(0, content)
@@ -190,7 +216,7 @@ def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
             yield
 
 
-def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Sequence[Path]) -> None:
+def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path]) -> None:
     """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
     inputs = [part.path for source in sources for part in source.parts]
     folders = {source.path.parent for source in sources}

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError, printable
 from posthoc_cli.storage import TensorIndex, TensorInfo, make_header
-from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, OUTPUT_DTYPES, UNAVERAGEABLE
+from posthoc_cli.storage.dtypes import (
+    AVERAGED,
+    DTYPES,
+    FLOATS,
+    OUTPUT_DTYPES,
+    UNAVERAGEABLE,
+    widest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,8 @@ class Segment:
     `bounds[k]` is the first element of tensor `names[k]` within the segment. `starts[l]` is the
     byte at which the segment begins in the data section of the sources with layout `l` (see
     `TensorPlan.layouts`), `out_start` in that of the outputs. A segment that is not `averaged` is
-    copied from the newest source. Complex elements count as two floats.
+    copied from the newest source, and its other `starts` say nothing. Complex elements count as two
+    floats. `stored` has the dtype of each layout, where they differ; `dtype` is the widest.
     """
 
     names: tuple[str, ...]
@@ -33,6 +41,7 @@ class Segment:
     averaged: bool
     starts: tuple[int, ...]
     out_start: int
+    stored: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -110,7 +119,7 @@ class TensorPlan:
         return sum(segment.out_size_of(segment.elements) for segment in self.segments)
 
     def bytes_of(self, chunk: Chunk) -> int:
-        """Bytes that a chunk has in all the sources that it is made of."""
+        """Bytes that a chunk has in all the sources that it is made of, all in the same dtype."""
         return chunk.bytes_each * (len(self.sources) if chunk.segment.averaged else 1)
 
     def whole(self) -> list[Chunk]:
@@ -119,7 +128,12 @@ class TensorPlan:
 
     def start_of(self, chunk: Chunk, source: int) -> int:
         """The byte in a source's data section at which a chunk begins."""
-        return chunk.segment.starts[self.layouts[source]] + chunk.segment.size_of(chunk.first)
+        before = chunk.first * DTYPES[self.stored(chunk.segment, source)].bits // 8
+        return chunk.segment.starts[self.layouts[source]] + before
+
+    def stored(self, segment: Segment, source: int) -> str:
+        """The dtype that a source has a segment in."""
+        return segment.stored[self.layouts[source]] if segment.stored else segment.dtype
 
 
 def make_plan(
@@ -138,14 +152,23 @@ def make_plan(
     """
     tensors = sources[newest].tensors
     check_output_dtype(dtype)
-    dropped = _matching(tensors, drop, "drop")
-    copied = _matching(tensors, copy, "copy")
+    distinct = list({id(each.tensors): each.tensors for each in sources}.values())
+    anywhere = dict.fromkeys(name for each in (tensors, *distinct) for name in each)
+    dropped = _matching(anywhere, drop, "drop")
+    copied = _matching(anywhere, copy, "copy")
     names = [name for name in tensors if name not in dropped]
     for name in names:
         if tensors[name].dtype in UNAVERAGEABLE and name not in copied:
             raise SnapshotError(
                 f"tensor {printable(name)}",
                 f"its dtype {tensors[name].dtype} has no average",
+                "take it from the newest snapshot with copy=, or leave it out with drop=",
+            )
+        averaged = tensors[name].dtype in AVERAGED and name not in copied
+        if averaged and not _can_be_summed([each.get(name) for each in distinct]):
+            raise SnapshotError(
+                f"tensor {printable(name)}",
+                "it is missing, or of another shape or dtype, in some of the snapshots",
                 "take it from the newest snapshot with copy=, or leave it out with drop=",
             )
     if not names:
@@ -188,7 +211,17 @@ def fits_any(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def _matching(tensors: Mapping[str, TensorInfo], globs: Sequence[str], argument: str) -> set[str]:
+def _can_be_summed(there: Sequence[TensorInfo | None]) -> bool:
+    """Whether what the snapshots have of a tensor is of one shape and kind."""
+    forms = {info and (info.dtype, info.shape) for info in there}
+    if len(forms) == 1:
+        return None not in forms
+    infos = [info for info in there if info is not None]
+    floats = all(info.dtype in FLOATS for info in infos)
+    return len(infos) == len(there) and floats and len({info.shape for info in infos}) == 1
+
+
+def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> set[str]:
     """The tensors that one of `globs` fits; raises UsageError for a glob that fits none."""
     matching: set[str] = set()
     for glob in globs:
@@ -214,12 +247,16 @@ def _segments(
 ) -> Iterator[Segment]:
     """Join the output's tensors, in their order, into the longest possible segments."""
     names: list[str] = []
-    kind: tuple[str, str, bool] | None = None
+    kind: tuple[tuple[str, ...], str, bool] | None = None
     ends: list[int] = []
+
+    def places(name: str, averaged: bool) -> list[TensorInfo]:
+        return [(layout if averaged else source)[name] for layout in layouts]
 
     def segment() -> Segment:
         assert kind is not None
-        dtype, out_dtype, averaged = kind
+        stored, out_dtype, averaged = kind
+        dtype = widest(stored)
         bounds = [0]
         for name in names:
             bounds.append(bounds[-1] + _elements(output[name]))
@@ -231,21 +268,23 @@ def _segments(
             dtype=dtype,
             out_dtype=out_dtype,
             averaged=averaged,
-            starts=tuple(layout[names[0]].start for layout in layouts),
+            starts=tuple(info.start for info in places(names[0], averaged)),
             out_start=output[names[0]].start,
+            stored=stored if len(set(stored)) > 1 else (),
         )
 
     for name, info in output.items():
         if info.start == info.end:
             continue  # no elements, nothing to do
-        before = source[name].dtype
-        averaged = before in AVERAGED and name not in copied
-        if kind != (before, info.dtype, averaged) or ends != [o[name].start for o in layouts]:
+        averaged = source[name].dtype in AVERAGED and name not in copied
+        there = places(name, averaged)
+        before = tuple(each.dtype for each in there)
+        if kind != (before, info.dtype, averaged) or ends != [each.start for each in there]:
             if names:
                 yield segment()
             names, kind = [], (before, info.dtype, averaged)
         names.append(name)
-        ends = [layout[name].end for layout in layouts]
+        ends = [each.end for each in there]
     if names:
         yield segment()
 

@@ -82,7 +82,7 @@ class RecipeSources:
 def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
     """The sources of a recipe and what is done with them; raises ValueError if it makes no sense.
 
-    A file name in it is never more than that: no path leads elsewhere.
+    A file's path in it is one below the folder: none leads elsewhere.
     """
     sources = recipe.get("sources")
     if not isinstance(sources, list) or not sources:
@@ -98,8 +98,9 @@ def _source(entry: Any) -> Source:
     file, size, fingerprint = (entry.get(key) for key in ("file", "bytes", "fingerprint"))
     if not isinstance(file, str) or file in ("", ".", "..") or "\0" in file:
         raise ValueError(f"{json.dumps(file)} is no file name")
-    if file != os.path.basename(file):
-        raise ValueError(f"'{file}' is a path, not a file name")
+    # A drive or a backslash, where they mean anything, is not of the last part alone.
+    if any(part in ("", ".", "..") or part != os.path.basename(part) for part in file.split("/")):
+        raise ValueError(f"'{file}' is a path that leads out of the folder")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
         raise ValueError(f"the bytes of '{file}' are no number")
     if fingerprint is not None and not isinstance(fingerprint, str):

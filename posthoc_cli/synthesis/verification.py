@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.snapshots.wrappers import agree_on_names
 from posthoc_cli.storage import (
     Cache,
     TensorIndex,
@@ -19,7 +20,7 @@ from posthoc_cli.storage import (
     index_path,
     open_tensors,
 )
-from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, UNAVERAGEABLE
+from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
@@ -82,8 +83,9 @@ def verify(
     report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems, out.path)
     if problems:
         return report
+    (out, *sources), _ = agree_on_names([out, *sources])
     newest = newest_of([int(source.step) for source in recipe.sources])
-    problems = _other_tensors(sources, sources[newest])
+    problems = _other_tensors(sources, sources[newest], recipe)
     problems = problems or _wrong_tensors(out, sources[newest], recipe)
     if problems:
         return dataclasses.replace(report, problems=problems)
@@ -159,15 +161,27 @@ def _is_same(source: Source, layout: TensorIndex) -> bool:
     return source.fingerprint is None or source.fingerprint == fingerprint(layout)
 
 
-def _other_tensors(sources: Sequence[TensorIndex], newest: TensorIndex) -> list[Problem]:
-    """The sources whose tensors are not those of the newest; they can't be its own any more."""
-    wanted = _described(newest.tensors)
+def _other_tensors(
+    sources: Sequence[TensorIndex], newest: TensorIndex, recipe: RecipeSources
+) -> list[Problem]:
+    """The sources whose tensors are not those of the newest, as far as they were averaged; they
+    can't be its own any more."""
+    settled = (*recipe.copied, *recipe.dropped)
+
+    def averaged(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            name: ("float" if info.dtype in FLOATS else info.dtype, info.shape)
+            for name, info in tensors.items()
+            if not fits_any(name, settled)
+        }
+
+    wanted = averaged(newest.tensors)
     same = {id(newest.tensors): True}
     problems = []
     for source in sources:
         key = id(source.tensors)
         if key not in same:
-            same[key] = _described(source.tensors) == wanted
+            same[key] = averaged(source.tensors) == wanted
         if not same[key]:
             problem = f"has other tensors than '{newest.path.name}'"
             problems.append(Problem(source.path, problem, "put the right file in its place"))

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import UsageError
+from posthoc_cli.storage.disk import set_aside
 from posthoc_cli.storage.locks import FileLock, own_lock, read_note, take_lock
 from posthoc_cli.storage.metadata import RECIPE, RUN
-from posthoc_cli.storage.moving import set_aside
 from posthoc_cli.training.snapshot_files import SnapshotHeader, headers, own_step
 
 LOCK = ".posthoc-tracker.lock"

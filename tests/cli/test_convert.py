@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli.solver.profiles import sigma_rel_to_gamma
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, on_terminal, visible
-from tests.hostile_pickles import CORPUS
+from tests.hostile_pickles import CORPUS, RUNS
 from tests.synthesis.test_conversion import ema_pytorch
 
 CheckJson = Callable[[str, Any], None]
@@ -68,8 +68,12 @@ def test_a_mixed_folder(posthoc: Posthoc, mixed: Path, check_json: CheckJson) ->
     assert lines[8:10] == ["", "Problems"]
     assert lines[10].startswith("  broken.ckpt: not a whole checkpoint (")
     assert "\x1b" not in done.out + done.err
-    warning, error = done.err.splitlines(keepends=True)
+    warning, unused, also, error = done.err.splitlines(keepends=True)
     assert re.fullmatch(TOLD, warning)
+    assert unused == (
+        "posthoc: warning: --update-every isn't used for 'net_500_6.94.pth', of torch\n"
+    )
+    assert also == "posthoc: warning: --profiles isn't used for 'net_500_6.94.pth', of torch\n"
     assert error.startswith("posthoc: run: 1 problem found; ")
     assert sorted(os.listdir(mixed.parent / "out")) == [
         "0.1000.safetensors", "0.2000.safetensors", "1.1000.safetensors", "1.2000.safetensors",
@@ -252,7 +256,11 @@ def test_a_folder_of_hostile_files(
     assert len(done.err.splitlines()) == 1
     check_json("convert", done.json)
     assert [one["file"] for one in done.json["converted"]] == ["net_500_6.94.pth"]
-    assert len(done.json["problems"]) == len(CORPUS)
+    skipped = done.json["skipped"]  # harmless ones without tensors, as a log is
+    assert {one["reason"] for one in skipped} == {"holds no tensors"}
+    assert len(done.json["problems"]) + len(skipped) == len(CORPUS)
+    hostile = [number for number, case in enumerate(CORPUS) if case in RUNS]
+    assert not {one["file"].split("-")[0] for one in skipped} & set(map(str, hostile))
     assert os.listdir(tmp_path / "out") == ["net_500_6.94.safetensors"]
     assert sorted(os.listdir(tmp_path)) == ["out", "run"]
 

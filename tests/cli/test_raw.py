@@ -212,11 +212,11 @@ def test_what_doesnt_go_together(
 
 
 def test_two_of_one_step_are_a_problem(posthoc_here: Posthoc, lora: Path) -> None:
-    write_kohya(lora / "style-step00000600.safetensors", 2, ss_steps="600", ss_epoch="4")
+    write_kohya(lora / "style-step00000600.safetensors", 3, ss_steps="600", ss_epoch="4")
     posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.1").failed(
         3,
         r"lora/style\.safetensors: has the step \(600\) of 'style-step00000600\.safetensors'; "
-        "leave out one of the two with --only, or .*",
+        r"leave out one of the two, as with --exclude style\.safetensors, or .*",
     )
     run = posthoc_here(
         "solve", "lora", "--raw", "--sigma-rel", "0.2", "--only", "style-*", "--json"

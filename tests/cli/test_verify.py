@@ -53,6 +53,7 @@ def test_all_is_well(posthoc: Posthoc, posthoc_here: Posthoc, made: Path, check_
         "values": 17,
         "compared": 17,
         "rounded": 0,
+        "warnings": [],
         "problems": [],
     }
 
@@ -163,7 +164,10 @@ def test_a_recipe_that_leads_elsewhere(posthoc_here: Posthoc, tmp_path: Path) ->
     source = {"file": "../\x1b[2J/passwd", "step": 1, "weight": 1}
     save_file({"w": np.ones(3)}, tmp_path / OUT, {"posthoc": json.dumps({"sources": [source]})})
     run = posthoc_here("verify", OUT)
-    run.failed(3, rf"{OUT}: its recipe doesn't make sense \(.* is a path, not a file name\); .*")
+    run.failed(
+        3,
+        rf"{OUT}: its recipe doesn't make sense \(.* is a path that leads out of the folder\); .*",
+    )
     assert "\x1b" not in run.err
 
 

@@ -17,6 +17,7 @@ from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.metadata import read_recipe
 
 END = ".safetensors"
+OTHER = {"count": np.ones((), np.int64), "layer.bias": np.ones(3, np.float16)}
 NETWORK = {
     "count": np.zeros((), np.int64),
     "layer.bias": np.zeros(3, np.float16),
@@ -193,7 +194,7 @@ def test_a_broken_file_leaves_the_others_to_be_seen(tmp_path: Path) -> None:
     save_run(tmp_path)
     broken = tmp_path / f"run_400_6.94{END}"
     broken.write_bytes(save(broken).read_bytes()[:-1])
-    save(tmp_path / f"final{END}")
+    save(tmp_path / f"final{END}", tensors=NETWORK | OTHER)
     save(tmp_path / f"zero_0_6.94{END}")
     (tmp_path / f"empty_500_6.94{END}").write_bytes(b"")
     inventory = read_folder(tmp_path)
@@ -312,7 +313,9 @@ def test_warnings_are_made_printable(tmp_path: Path) -> None:
 
 def test_two_of_one_step_and_profile_are_a_problem(tmp_path: Path) -> None:
     save_run(tmp_path)
-    save(tmp_path / f"same{END}", {"step": "100", "sigma_rel": "0.1"})  # gamma 6.94 rounded
+    save(
+        tmp_path / f"same{END}", {"step": "100", "sigma_rel": "0.1"}, NETWORK | OTHER
+    )  # gamma 6.94
     inventory = read_folder(tmp_path)
     file, message = only_problem(inventory)
     assert {file, message.split("'")[1]} == {f"run_100_6.94{END}", f"same{END}"}
@@ -332,7 +335,7 @@ def test_close_widths_are_still_two_profiles(tmp_path: Path) -> None:
     ("change", "difference"),
     [
         ({"layer.weight": np.zeros((4, 3), np.float16)}, "'layer.weight' is F16 [4, 3] here and F"),
-        ({"layer.bias": np.zeros(3, np.float32)}, "'layer.bias' is F32 [3] here and F16 [3] in"),
+        ({"layer.bias": np.zeros(3, np.int32)}, "'layer.bias' is I32 [3] here and F16 [3] in"),
         ({"count": None}, "'count' is missing here and I64 [] in the newest"),
         ({"extra": np.zeros(1)}, "'extra' is F64 [1] here and missing in the newest"),
         ({"z": np.zeros(1), "a": np.zeros(1)}, "'a' is F64 [1] here and missing in"),
@@ -351,10 +354,31 @@ def test_another_network_is_a_problem(
     assert f"the newest snapshot, 'run_300_6.94{END}'; " in message
 
 
-def test_the_newest_is_what_the_others_are_compared_with(tmp_path: Path) -> None:
+def test_where_many_agree_the_few_are_named(tmp_path: Path) -> None:
     save_run(tmp_path)
     save(tmp_path / f"odd_400_6.94{END}", tensors={"w": np.zeros(1)})
-    assert len(read_folder(tmp_path).problems) == 6
+    file, message = only_problem(read_folder(tmp_path))
+    assert file == f"odd_400_6.94{END}"
+    assert "and I64 [] in 6 others, such as 'run_300_6.94.safetensors'; " in message
+
+
+def test_where_as_many_agree_the_newest_is_right(tmp_path: Path) -> None:
+    save_run(tmp_path, steps=1)
+    for name in ("even_400_6.94", "even_500_6.94"):
+        save(tmp_path / (name + END), tensors={"w": np.zeros(1)})
+    problems = read_folder(tmp_path).problems
+    assert [file for file, _ in problems] == [f"run_100_16.97{END}", f"run_100_6.94{END}"]
+    assert all("the newest snapshot, 'even_500_6.94" in message for _, message in problems)
+
+
+def test_tensors_that_are_settled_may_differ(tmp_path: Path) -> None:
+    save_run(tmp_path, steps=2)
+    for name, extra in (("a_300_6.94", np.zeros(2)), ("a_400_6.94", np.zeros(3))):
+        save(tmp_path / (name + END), tensors=NETWORK | {"cache.extra": extra})
+    assert len(read_folder(tmp_path).problems) == 2
+    for argument in ("copy", "drop"):
+        assert not read_folder(tmp_path, **{argument: ["cache.*"]}).problems
+        assert len(read_folder(tmp_path, **{argument: ["layer.*"]}).problems) == 2
 
 
 def test_the_order_of_tensors_in_a_file_does_not_matter(tmp_path: Path) -> None:

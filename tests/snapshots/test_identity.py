@@ -53,7 +53,7 @@ def test_gamma_and_sigma_rel_that_contradict_are_a_problem(gamma: str, sigma_rel
 BAD = ["nan", "inf", "-inf", "-1", "0", "0.0", "1e400", "", "abc", "1_000", " 5", "٣", "9" * 5000]
 
 
-@pytest.mark.parametrize("value", [*BAD, "1.5", "1e3", str(2**53 + 1)])
+@pytest.mark.parametrize("value", [*BAD, "1.5", "1e-3", str(2**53 + 1)])
 def test_metadata_step_that_is_none(value: str) -> None:
     # The name could be read; a broken promise of the metadata is said all the same.
     message = refusal(f"a_1000_6.94{END}", {"step": value, "gamma": "6.94"})
@@ -84,7 +84,6 @@ def test_metadata_sigma_rel_that_is_none(value: str) -> None:
     [
         ("a_0_6.94", "step 0"),
         ("a_1000_-1", "gamma -1"),
-        ("a_1000_1e400", "gamma inf"),
         ("a-0000000-0.050", "step 0"),
         ("a-0000134-0.000", "sigma_rel 0"),
         ("a-0000134-0.289", "sigma_rel 0.289"),

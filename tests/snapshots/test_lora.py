@@ -76,9 +76,20 @@ def test_other_differences_are_told_once(tmp_path: Path) -> None:
     write_kohya(tmp_path / "a-000001.safetensors", 1, alpha=np.array(4, np.float16))
     write_kohya(tmp_path / "a-000002.safetensors", 2, alpha=np.array([8], np.float16))
     write_kohya(tmp_path / "a-000003.safetensors", 3, alpha=np.array(8, np.float32))
-    problems = read_folder(tmp_path, raw=True).problems
+    problems = sorted(read_folder(tmp_path, raw=True).problems)
     assert [file for file, _ in problems] == ["a-000001.safetensors", "a-000002.safetensors"]
-    assert all("is F16" in message for _, message in problems)
+    assert "is 4 here and 8 in the newest" in problems[0][1]
+    assert "is F16 [1] here and F32 [] in the newest" in problems[1][1]
+
+
+def test_where_many_agree_the_few_are_named(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        name = f"a-{step:06d}.safetensors"
+        write_kohya(tmp_path / name, step, alpha=np.array(4 if step < 5 else 8, np.float16))
+    ((file, message),) = read_folder(tmp_path, raw=True).problems
+    assert file == "a-000005.safetensors"
+    assert "is 8 here and 4 in 4 others, such as 'a-000004.safetensors'; " in message
+    assert not read_folder(tmp_path, raw=True, copy=["*.alpha"]).problems
 
 
 def test_alphas_of_networks_that_are_none_may_differ(tmp_path: Path) -> None:

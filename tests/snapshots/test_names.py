@@ -8,11 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.names import (
     _CONVENTIONS,
     Reading,
     compile_pattern,
-    read_counts,
     read_name,
     read_number,
 )
@@ -34,7 +34,7 @@ def said(reading: Reading | None) -> tuple[int, float | None, float | None, int 
 # The conventions
 
 
-@given(anything, st.integers(0, 10**12), st.floats(0, 1e300))
+@given(anything, st.integers(0, 10**12), st.floats(0, 400))
 def test_sd_scripts_name_gives_back_what_was_written(prefix: str, step: int, gamma: float) -> None:
     reading = read_name(f"{prefix}_{step}_{gamma}{END}")
     assert reading is not None
@@ -94,7 +94,6 @@ def test_no_name_fits_two_conventions(prefix: str, rest: str) -> None:
         (f"a_0001000-0.050_1000_7{END}", 1000, 7.0),
         ("a_1000_6.94.SafeTensors", 1000, 6.94),
         (f"a\nb\udcff _1000_6.94{END}", 1000, 6.94),
-        (f"a_1000_1e400{END}", 1000, math.inf),
     ],
 )
 def test_unusual_names_that_fit(name: str, step: int, gamma: float) -> None:
@@ -124,6 +123,9 @@ def test_unusual_names_that_fit(name: str, step: int, gamma: float) -> None:
         f"a-00000134-0.050{END}",
         f"a-0000134-0.05{END}",
         f"a-0000134-0.0500{END}",
+        f"a_1000_1e400{END}",
+        f"a_1000_400.5{END}",
+        f"checkpoint_3_1500{END}",
         f"0.1000.1{END}",
         f".1000{END}",
         "",
@@ -270,7 +272,6 @@ def test_all_but_fields_and_stars_is_literal(before: str, after: str) -> None:
         ("a_1000_6.94", 1001, 0.1, False),
         ("a_1000_6.937203937601808", 1000, 0.1, True),
         ("a_1000_6.9100", 1000, 0.1, False),
-        ("a_1000_1e400", 1000, 0.1, False),
         ("a_1000_0", 1000, 12**-0.5, True),
         ("a-0000134-0.100", 134000, 0.1, True),
         ("a-0000134-0.100", 134999, 0.09996, True),

@@ -48,9 +48,9 @@ def make_checkpoints(folder: Path, count: int = 4, megabytes: float = 16, seed: 
 
 @dataclass(frozen=True)
 class Scene:
-    """A command, run in `base` again and again; it writes to the folder `work` there.
+    """A command, run in `base` again and again; it writes to the folder `written` there.
 
-    `old` is what is in `work` before, `new` what a whole run leaves there. An output in shards
+    `old` is what is there before, `new` what a whole run leaves. An output in shards
     stands when its `index` does: until then it is absent, whatever files lie around.
     """
 
@@ -61,14 +61,14 @@ class Scene:
     new: Files = field(default_factory=dict)
     index: str | None = None
     several: bool = False
-    """Whether `work` gets several outputs, each of which appears by itself."""
+    """Whether it gets several outputs, each of which appears by itself."""
     seconds: float = 0.0
     writing: float = 0.0
     """How long the command takes, and how long of that it has something to write."""
 
     @property
     def work(self) -> Path:
-        return self.base / "work"
+        return self.base / "written"
 
     def reset(self, files: Files | None = None) -> None:
         """Put `work` back to what it was."""
@@ -167,22 +167,43 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     rng = np.random.default_rng(seed)
     make_snapshots(base / "snapshots", megabytes=megabytes, seed=seed)
     words = ["synthesize", "../snapshots", "--sigma-rel", "0.07", "-o"]
-    one = "work/x.safetensors"
+    one = "written/x.safetensors"
     shards = ["--max-shard-size", f"{megabytes / 4:g}MB"]
     index = "x.safetensors.index.json"
 
-    def scene(name: str, arguments: Sequence[str], **more: object) -> Scene:
-        folder = base / name.replace(" ", "-")
-        folder.mkdir()
-        return _measured(Scene(name, folder, arguments, **more))  # type: ignore[arg-type]
-
-    yield scene("synthesize", [*words, one])
-    yield scene(
-        "synthesize --force", [*words, one, "--force"], old={"x.safetensors": rng.bytes(99)}
+    yield _scene(base, "synthesize", [*words, one])
+    yield _scene(
+        base, "synthesize --force", [*words, one, "--force"], old={"x.safetensors": rng.bytes(99)}
     )
-    sharded = scene("synthesize in shards", [*words, one, *shards], index=index)
+    sharded = _scene(base, "synthesize in shards", [*words, one, *shards], index=index)
     yield sharded
     other = [*words[:3], "0.06", "-o", one, *shards, "--force"]
-    yield scene("shards over shards", other, old=sharded.new, index=index)
+    yield _scene(base, "shards over shards", other, old=sharded.new, index=index)
     make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
-    yield scene("convert", ["convert", "../checkpoints", "work"], several=True)
+    yield _scene(base, "convert", ["convert", "../checkpoints", "written"], several=True)
+
+
+def scenes_of_several(base: Path, seed: int = 0) -> Iterator[Scene]:
+    """More of them, with the snapshots of `scenes`: several targets, pictures, a file to shards."""
+    rng = np.random.default_rng(seed)
+    words = ["synthesize", "../snapshots", "-o"]
+    four = [*words, "written/{sigma_rel}.safetensors", "--sigma-rel", "0.06,0.07,0.08,0.09"]
+    old = {f"0.0{at}.safetensors": rng.bytes(99) for at in range(6, 10)}
+    yield _scene(base, "four targets", four, several=True)
+    yield _scene(base, "four targets --force", [*four, "--force"], old=old, several=True)
+    shards = [*words, "written/x.safetensors", "--sigma-rel", "0.07", "--max-shard-size", "12kB"]
+    index = "x.safetensors.index.json"
+    one = {"x.safetensors": rng.bytes(99)}
+    more = _scene(base, "more shards", shards, index=index)
+    yield _scene(base, "shards over a file", [*shards, "--force"], old=one, index=index)
+    fewer = [*shards[:-1], "25kB", "--force"]
+    yield _scene(base, "fewer shards", fewer, old=more.new, index=index)
+    plot = ["plot", "../snapshots", "--sigma-rel", "0.07", "-o", "written/x.png"]
+    yield _scene(base, "plot", plot)
+    yield _scene(base, "plot --force", [*plot, "--force"], old={"x.png": rng.bytes(99)})
+
+
+def _scene(base: Path, name: str, arguments: Sequence[str], **more: object) -> Scene:
+    folder = base / name.replace(" ", "-")
+    folder.mkdir()
+    return _measured(Scene(name, folder, arguments, **more))  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from tests.soak.big import big
+from tests.soak.calls import calls
 from tests.soak.changing import changing
 from tests.soak.disk import disk
 from tests.soak.fuzz import fuzz
@@ -23,6 +24,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "heavy": heavy,
     "interrupt": interrupt,
     "kill": kill,
+    "calls": calls,
     "changing": changing,
     "disk": disk,
     "races": races,

@@ -12,15 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.solver.blup import (
-    BLOCK,
     Trajectory,
     _moments,
-    _quadrature,
     blup_weights,
     expected_error,
     fit_trajectory,
 )
 from posthoc_cli.solver.profiles import Average, Profile, decay, sigma_rel_to_gamma
+from posthoc_cli.solver.quadrature import BLOCK, quadrature
 
 WIDTHS = (0.05, 0.10)
 
@@ -134,7 +133,7 @@ def test_panels_hold_few_shares_at_a_time() -> None:
     snapshots = run_of(300)
     edges = np.array([0.0, *sorted({float(each.step) for each in snapshots})])
     length = 0.0
-    for _, weights, shares in _quadrature(snapshots, edges):
+    for _, weights, shares in quadrature(snapshots, edges):
         assert shares.size <= BLOCK
         length += weights.sum()
     assert length == pytest.approx(edges[-1], rel=1e-13)

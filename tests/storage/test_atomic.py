@@ -7,14 +7,16 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage import atomic as atomicfile
-from posthoc_cli.storage.atomic import AtomicFile, commit_together
+from posthoc_cli.storage import temporary
+from posthoc_cli.storage.atomic import AtomicFile, Group, commit_together
 
 
 def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
@@ -124,16 +126,20 @@ def test_a_full_disk_and_a_missing_folder_are_told_in_one_line(
 # Several that land together
 
 
+def each(files: Sequence[AtomicFile]) -> list[Group]:
+    return [Group([file]) for file in files]
+
+
 def test_together_all_land_or_none(tmp_path: Path) -> None:
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with commit_together(files):
+    with commit_together(each(files)):
         for file in files:
             file.write_at(0, b"x")
         assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     assert entries(tmp_path) == ["a", "b", "c"]
 
     files = [AtomicFile(tmp_path / name, 1) for name in "def"]
-    with pytest.raises(UsageError, match="e: exists already"), commit_together(files):
+    with pytest.raises(UsageError, match="e: exists already"), commit_together(each(files)):
         for file in files:
             file.write_at(0, b"x")
         (tmp_path / "e").write_bytes(b"another run was faster")
@@ -152,10 +158,10 @@ def test_together_nothing_lands_before_all_are_on_the_disk(
     monkeypatch.setattr(files[2], "finish", full)
     stale = tmp_path / "stale"
     stale.write_bytes(b"old")
-    with pytest.raises(MachineError), commit_together(files, [stale]):
+    with pytest.raises(MachineError), commit_together([Group(files, lambda: [stale])]):
         pass
     assert entries(tmp_path) == ["stale"]
-    with commit_together([AtomicFile(tmp_path / "new", 0)], [stale, tmp_path / "never there"]):
+    with commit_together([Group([AtomicFile(tmp_path / "new", 0)], lambda: [stale])]):
         assert stale.exists()
     assert entries(tmp_path) == ["new"]
 
@@ -176,7 +182,7 @@ def test_together_an_interrupt_between_two_landings(
         return after
 
     files = [AtomicFile(tmp_path / name, 1) for name in "abc"]
-    with pytest.raises(KeyboardInterrupt), commit_together(files):
+    with pytest.raises(KeyboardInterrupt), commit_together(each(files)):
         monkeypatch.setattr(os, "link", interrupted(os.link))
         monkeypatch.setattr(os, "unlink", interrupted(os.unlink))
     monkeypatch.undo()
@@ -190,7 +196,7 @@ def test_missing_space_is_told_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     files = [AtomicFile(tmp_path / name, 1_000_000) for name in "ab"]
     message = r"500\.0 kB of the 2\.0 MB to be written are missing on its disk; free some space"
-    with pytest.raises(MachineError, match=message), commit_together(files):
+    with pytest.raises(MachineError, match=message), commit_together(each(files)):
         pytest.fail("must not begin")
     assert entries(tmp_path) == []
     with files[0] as file:  # alone it fits
@@ -215,10 +221,10 @@ def abandoned(folder: Path, name: str = "old.safetensors") -> Path:
 def test_the_next_run_removes_what_a_killed_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
-    if locks and atomicfile.fcntl is None:
+    if locks and temporary.fcntl is None:
         pytest.skip("no locks here")
     if not locks:
-        monkeypatch.setattr(atomicfile, "fcntl", None)
+        monkeypatch.setattr(temporary, "fcntl", None)
     left = abandoned(tmp_path)
     others = [tmp_path / ".mine.posthoc-tmp", tmp_path / ".x.0123456789ab.posthoc-tmp.bak"]
     for path in others:
@@ -233,7 +239,7 @@ def test_the_next_run_removes_what_a_killed_one_left(
     assert all(path.exists() for path in others)
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
     with AtomicFile(tmp_path / "one", 3) as one:
         with AtomicFile(tmp_path / "two", 3) as two:
@@ -245,11 +251,11 @@ def test_what_is_still_written_is_left_alone(tmp_path: Path) -> None:
     assert entries(tmp_path) == ["one", "three", "two"]
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock, stolen = atomicfile.fcntl.flock, []
+    lock, stolen = temporary.fcntl.flock, []
 
     def late(fd: int, how: int) -> None:
         if not stolen:
@@ -257,20 +263,194 @@ def test_a_file_that_is_taken_for_abandoned_before_it_is_locked(
             stolen[0].unlink()
         lock(fd, how)
 
-    monkeypatch.setattr(atomicfile.fcntl, "flock", late)
+    monkeypatch.setattr(temporary.fcntl, "flock", late)
     with AtomicFile(tmp_path / "out", 1) as file:
         file.write_at(0, b"x")
     assert entries(tmp_path) == ["out"]
     assert len(stolen) == 1
 
 
-@pytest.mark.skipif(atomicfile.fcntl is None, reason="no locks here")
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(atomicfile.fcntl, "flock", none)
+    monkeypatch.setattr(temporary.fcntl, "flock", none)
     left = abandoned(tmp_path)
     with AtomicFile(tmp_path / "out", 1) as file:
         file.write_at(0, b"x")
     assert left.exists()
+
+
+@pytest.mark.parametrize("name", [".x.0123456789ab.posthoc-tmp", ".0123456789ab.posthoc-tmp"])
+def test_all_kinds_of_names_of_temporaries_are_known(tmp_path: Path, name: str) -> None:
+    if temporary.fcntl is None:
+        pytest.skip("no locks here")
+    (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "out").write_bytes(b"old")
+    with pytest.raises(UsageError, match="exists already"), AtomicFile(tmp_path / "out", 0):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("call", ["fstat", "stat"])
+def test_no_temporary_is_left_when_it_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def broken(what: object, *arguments: object, **named: object) -> object:
+        if call == "fstat" or str(what).endswith(".posthoc-tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(what, *arguments, **named)
+
+    monkeypatch.setattr(os, call, broken)
+    with (
+        pytest.raises(MachineError, match="out: cannot be written"),
+        AtomicFile(tmp_path / "out", 1),
+    ):
+        pytest.fail("must not begin")
+    monkeypatch.undo()
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_lock_that_cannot_be_had_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A run never takes its own files for abandoned, nor those of another that has no lock."""
+    lock, calls = temporary.fcntl.flock, iter(range(100))
+
+    def busy(fd: int, how: int) -> None:
+        if next(calls) < times:
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(fd, how)
+
+    monkeypatch.setattr(temporary.fcntl, "flock", busy)
+    files = [AtomicFile(tmp_path / name, 1) for name in "abcd"]
+    with commit_together(each(files)):
+        for file in files:
+            file.write_at(0, b"x")
+        temporary.clean_up(tmp_path)
+    assert entries(tmp_path) == ["a", "b", "c", "d"]
+    left = tmp_path / ".x.0123456789ab.unlocked.posthoc-tmp"
+    left.write_bytes(b"half")
+    temporary.clean_up(tmp_path)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    temporary.clean_up(tmp_path)
+    assert not left.exists()
+
+
+# Old files, set aside
+
+
+def group(folder: Path, new: str, old: str) -> Group:
+    """An output in parts: a letter each, the last of which is the index."""
+    files = [AtomicFile(folder / name, 4, overwrite=True) for name in new]
+    return Group(files, lambda: [folder / name for name in old if (folder / name).exists()])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files, but for unfinished ones."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")
+    }
+
+
+NEW_AND_OLD = [
+    ("abi", "iab"),
+    ("abi", "iabc"),
+    ("abi", "icd"),
+    ("abi", "f"),
+    ("f", "iab"),
+    ("f", "f"),
+]
+
+
+def attempt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, new: str, old: str, how: str, call: str, at: int
+) -> tuple[int, bool]:
+    """Replace `old` by `new` while a call fails; how many there were, and whether it failed."""
+    real, calls = getattr(os, call), 0
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= at or (calls > at + 1 and how != "errors"):
+            return real(*arguments, **named)
+        if how == "interrupt":
+            real(*arguments, **named)
+            raise KeyboardInterrupt
+        raise OSError(errno.EIO, "Input/output error")
+
+    groups = [group(folder, new, old), group(folder, "y", ""), group(folder, "z", "z")]
+    try:
+        with commit_together(groups):
+            for file in (file for group in groups for file in group.files):
+                file.write_at(0, b"new ")
+            monkeypatch.setattr(os, call, broken)
+    except (MachineError, KeyboardInterrupt):
+        return calls, True
+    finally:
+        monkeypatch.undo()
+    return calls, False
+
+
+@pytest.mark.parametrize(("new", "old"), NEW_AND_OLD)
+@pytest.mark.parametrize("how", ["error", "errors", "interrupt"])
+@pytest.mark.parametrize("call", ["rename", "replace", "link", "unlink", "mkdir", "fsync", "open"])
+def test_all_is_as_before_after_an_error_at_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: str, old: str, how: str, call: str
+) -> None:
+    before = dict.fromkeys((*old, "z"), b"old ")
+    after = dict.fromkeys((*new, "y", "z"), b"new ")
+    for at in range(100):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        calls, failed = attempt(folder, monkeypatch, new, old, how, call, at)
+        wanted = [before, after] if how == "interrupt" else [before if failed else after]
+        if how != "errors" and call != "unlink":  # else the rest is for the next run
+            assert contents(folder) in wanted, at
+        temporary.clean_up(folder)
+        assert contents(folder) in (wanted if call != "unlink" else [before, after]), at
+        assert entries(folder) == sorted(contents(folder)), at
+        if calls <= at:
+            break
+    assert contents(folder) == after
+    assert at < 99
+
+
+@pytest.mark.parametrize("place", ["a", "b", "i"])
+def test_a_folder_in_the_place_of_a_part(tmp_path: Path, place: str) -> None:
+    (tmp_path / "i").write_bytes(b"old ") if place != "i" else None
+    (tmp_path / place).mkdir()
+    before = entries(tmp_path)
+    with (
+        pytest.raises(UsageError, match=f"{place}: is a folder; move it"),
+        commit_together([group(tmp_path, "abi", "i")]),
+    ):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+def test_one_run_at_a_time_puts_its_files_in_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomicfile, "LONGEST_WAIT", 0.05)
+    with temporary.locked_output(tmp_path / "i", 0) as locked:
+        assert locked
+        with (
+            pytest.raises(MachineError, match="i: another run is writing it; wait"),
+            commit_together([group(tmp_path, "abi", "")]),
+        ):
+            pass
+    assert entries(tmp_path) == []
+    with commit_together([group(tmp_path, "abi", "")]):
+        pass
+    assert entries(tmp_path) == ["a", "b", "i"]

@@ -273,7 +273,7 @@ def test_an_output_in_shards_is_replaced_only_by_force_and_then_wholly(tmp_path:
     assert "ema.safetensors" not in {path.name for path in folder.iterdir()}
 
 
-def test_shards_that_a_killed_run_left_without_an_index(tmp_path: Path) -> None:
+def test_shards_without_an_index_go_only_by_force_and_only_ours(tmp_path: Path) -> None:
     snapshots = three_snapshots(tmp_path / "in")
     folder = tmp_path / "out"
     folder.mkdir()
@@ -283,35 +283,57 @@ def test_shards_that_a_killed_run_left_without_an_index(tmp_path: Path) -> None:
     (folder / "ema-00003-of-00004.safetensors").unlink()
     foreign = folder / "ema-00001-of-00009.safetensors"
     shutil.copy(tmp_path / "in" / "1.safetensors", foreign)
-    write(snapshots, out, shard_bytes=900)
+    of_another = folder / "ema-00002-of-00009.safetensors"
+    shutil.copy(folder / "ema-00001-of-00004.safetensors", of_another)
+    other = folder / "other.safetensors.index.json"
+    other.write_text(json.dumps({"weight_map": {"a": of_another.name}}))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UsageError, match=r"ema-00001-of-00004\.safetensors: exists already"):
+        write(snapshots, out, shard_bytes=200)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write(snapshots, out)
+    out.unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write(snapshots, out, shard_bytes=900, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == [
         "ema-00001-of-00002.safetensors",
         foreign.name,
         "ema-00002-of-00002.safetensors",
+        of_another.name,
         "ema.safetensors.index.json",
+        other.name,
     ]
     assert open_tensors(folder / "ema.safetensors.index.json").tensors.keys() == {*some_tensors(1)}
 
 
-def test_a_run_that_was_faster_keeps_its_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even one that was landing its shards, without an index as yet, when the other began."""
+def test_a_shard_takes_no_other_files_place_even_by_force(tmp_path: Path) -> None:
+    snapshots = three_snapshots(tmp_path / "in")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    out = folder / "ema.safetensors"
+    write(snapshots, out)
+    shutil.copy(tmp_path / "in" / "1.safetensors", folder / "ema-00002-of-00002.safetensors")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UsageError, match=r"00002\.safetensors: exists already, and is no shard"):
+        write(snapshots, out, shard_bytes=900, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_that_was_faster_keeps_its_shards(tmp_path: Path) -> None:
     snapshots = three_snapshots(tmp_path / "in")
     folder = tmp_path / "out"
     folder.mkdir()
     write(snapshots, folder / "ema.safetensors", shard_bytes=900)
-    index = folder / "ema.safetensors.index.json"
-    index.rename(tmp_path / "index")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.rename(tmp_path / "faster")
+    folder.mkdir()
 
     def the_other_is_done(_: object) -> None:
-        shutil.copy(tmp_path / "index", index)
+        shutil.copytree(tmp_path / "faster", folder, dirs_exist_ok=True)
 
     snapshots[0], snapshots[2] = snapshots[2], snapshots[0]  # other sums
     with pytest.raises(UsageError, match=r"index\.json: exists already"):
         write(snapshots, folder / "ema.safetensors", shard_bytes=900, progress=the_other_is_done)
-    index.unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

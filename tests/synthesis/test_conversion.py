@@ -198,13 +198,17 @@ def test_a_tool_that_is_said_to_have_written_it(tmp_path: Path) -> None:
     assert (one.kind, one.step) == ("posthoc-ema", 1000)
 
 
-def test_a_network_beside_an_ordinary_average_of_it_is_a_plain_state_dict(tmp_path: Path) -> None:
+def test_a_network_beside_an_ordinary_average_of_it_asks_for_the_tool(tmp_path: Path) -> None:
     state = {"online_model.w": torch.ones(1), "ema_model.w": torch.zeros(1)}
     counters = {"initted": torch.tensor(True), "step": torch.tensor(5)}
     torch.save(state | counters, tmp_path / "x.pt")
-    (one,) = run(tmp_path, tmp_path / "a", Options())
-    assert one.kind == "torch"
+    with pytest.raises(SnapshotError, match=r"ema-pytorch, but it holds the network too .*tool="):
+        run(tmp_path, tmp_path / "a", Options())
+    (one,) = run(tmp_path, tmp_path / "a", Options("torch"))
     assert_same(one.output, state | counters)
+    (one,) = run(tmp_path, tmp_path / "b", Options("ema-pytorch"))
+    assert_same(one.output, {"w": torch.zeros(1)})
+    assert "nothing says its profile" in one.warnings[0]
 
 
 # Where the step and the profile come from

@@ -17,7 +17,7 @@ from posthoc_cli.synthesis.nonfinite import NonfiniteTensor, summarize
 from posthoc_cli.synthesis.outputs import write_outputs
 from posthoc_cli.synthesis.plan import TensorPlan
 from tests.command import Posthoc
-from tests.support import STORED, plan_of, snapshot_of, write_tensors
+from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
 
 def made(folder: Path, contents: list[dict[str, npt.NDArray]], **options: Any) -> TensorPlan:
@@ -184,3 +184,49 @@ def test_the_command_warns_or_refuses(
          "files": [broken.name]}
     ]  # fmt: skip
     assert posthoc(*arguments, "--force", "-q").err == ""
+
+
+# Tensors that are the same in all snapshots
+
+
+@pytest.mark.parametrize("copy", [[], ["c"]])
+def test_sums_that_copies_replace_may_be_too_large(tmp_path: Path, copy: list[str]) -> None:
+    """`algorithm3`'s weights sum to more than one, but nobody gets these sums."""
+    contents = varied("F16", 3)
+    for each in contents:
+        each["c"][:] = -65504
+    plan = made(tmp_path, contents, copy=copy)
+    weights = [[0.4, 0.3, 0.35], [0.1, 0.1, 0.7]]
+    assert run(plan, tmp_path, weights, strict=True) == []
+    for target in range(2):
+        written = read_tensors(tmp_path / f"out{target}.safetensors")
+        assert (written["c"] == -65504).all()
+
+
+@pytest.mark.parametrize("copy", [[], ["c"]])
+def test_copies_that_are_too_large_count(tmp_path: Path, copy: list[str]) -> None:
+    contents = varied("F32", 3)
+    for each in contents:
+        each["c"][:] = 7
+        each["c"][[5, 2900]] = [65519, -1e6]
+    plan = made(tmp_path, contents, dtype="float16", copy=copy)
+    weights = [[0.4, 0.3, 0.35], [0.1, 0.1, 0.7]]
+    assert run(plan, tmp_path, weights) == [NonfiniteTensor("c", overflowed=2, largest=1e6)]
+    with pytest.raises(SnapshotError, match="1e\\+06, are too large for float16"):
+        run(plan, tmp_path, weights, strict=True)
+
+
+@pytest.mark.parametrize("copy", [[], ["c"]])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_negative_zeros_of_copies_stay_negative(
+    tmp_path: Path, copy: list[str], dtype: str
+) -> None:
+    contents = varied("F32", 20)
+    for each in contents:
+        each["c"][:] = -0.0
+        each["c"][1::2] = 0.0
+    plan = made(tmp_path, contents, dtype=dtype, copy=copy)
+    run(plan, tmp_path)
+    signs = np.signbit(read_tensors(tmp_path / "out0.safetensors")["c"])
+    assert signs[::2].all()
+    assert not signs[1::2].any()

@@ -1,0 +1,84 @@
+"""Integrals of products of shares over the intervals between steps, whatever the profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.profiles import Average
+
+IntArray = npt.NDArray[np.intp]
+
+NODES = 12
+"""Of each panel. What the shares are between them is a polynomial, and products of two of those
+are integrated exactly."""
+
+TOLERANCE = 1e-17
+"""What a panel may add to the error of an integral of squares over its interval, in units of the
+interval's length times the square of the largest share in it."""
+
+DEPTH = 60
+"""How often an interval may be halved."""
+
+BLOCK = 2**19
+"""About how many values of shares are held at a time."""
+
+
+def _gauss_legendre() -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Nodes on [0, 2], with 2 itself as one more; weights; and what finds a misfit.
+
+    From the shares at the nodes the matrix [NODES + 1, 3] makes the last two Legendre coefficients
+    of the polynomial through them, and how far it misses the share at the end.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    degrees = np.arange(NODES)
+    basis = np.polynomial.legendre.legvander(nodes, NODES - 1)
+    coefficients = basis * weights[:, None] * (degrees + 0.5)
+    misfit = np.zeros((NODES + 1, 3))
+    misfit[:-1, :2] = coefficients[:, -2:]
+    misfit[:, 2] = [*-coefficients.sum(axis=1), 1.0]  # each Legendre polynomial is 1 at the end
+    return np.append(nodes, 1.0) + 1, weights, misfit
+
+
+_POINTS, _WEIGHTS, _MISFIT = _gauss_legendre()
+
+
+def quadrature(
+    profiles: Sequence[Average], edges: FloatArray
+) -> Iterator[tuple[IntArray, FloatArray, FloatArray]]:
+    """Nodes to integrate products of two shares with, over the intervals between `edges`.
+
+    Yields panels: the interval [n] each lies in, the weights of its nodes [n, NODES], and the
+    shares there [profiles, n, NODES]. No profile's step lies within an interval. A panel is halved
+    until the polynomials through its nodes have converged and meet the share at its end, so that no
+    kink, no steep end and no root at 0 is passed over: a share never falls.
+    """
+    size = max(1, BLOCK // (len(profiles) * len(_POINTS)))
+    for first in range(0, len(edges) - 1, size):
+        interval = np.arange(first, min(first + size, len(edges) - 1))
+        low, high = edges[interval], edges[interval + 1]
+        part, top = np.ones(len(interval)), None
+        for depth in range(DEPTH):
+            half = (high - low) / 2
+            # A share jumps at its step: the end is just before it, and nothing is rounded to it.
+            nodes = np.minimum(
+                low[:, None] + half[:, None] * _POINTS, np.nextafter(high, 0)[:, None]
+            )
+            shares = np.stack([each.share(nodes) for each in profiles])
+            if top is None:
+                top = np.maximum(shares[:, :, -1], 1e-30)
+            misfit = np.abs(shares.reshape(-1, len(_POINTS)) @ _MISFIT).max(axis=1)
+            off = (misfit.reshape(top.shape) / top).max(axis=0)
+            bad = part * off**2 > TOLERANCE if depth < DEPTH - 1 else np.zeros(len(part), bool)
+            good = ~bad
+            yield interval[good], half[good, None] * _WEIGHTS, shares[:, good, :-1]
+            if not bad.any():
+                break
+            middle = (low + half)[bad]
+            low = np.column_stack([low[bad], middle]).ravel()
+            high = np.column_stack([middle, high[bad]]).ravel()
+            interval, part = np.repeat(interval[bad], 2), np.repeat(part[bad] / 2, 2)
+            top = np.repeat(top[:, bad], 2, axis=1)

@@ -1,0 +1,203 @@
+"""Temporary files: their names, the locks that say which are still written, and their end.
+
+One that is being written is locked; one that isn't has been abandoned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from posthoc_cli.errors import MachineError
+from posthoc_cli.storage.aside import Aside, discard
+from posthoc_cli.storage.disk import write_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_ENDING = ".posthoc-tmp"
+_ASIDE = ".aside"
+_UNLOCKED = ".unlocked"
+
+_TEMPORARY = re.compile(
+    rf"\.(.*\.)?[0-9a-f]{{12}}(?P<kind>{re.escape(_ASIDE)}|{re.escape(_UNLOCKED)})?"
+    + re.escape(_ENDING),
+    re.DOTALL,
+)
+
+_ABANDONED_AFTER = 60.0
+"""Seconds without a write after which a temporary file counts as abandoned, without locks."""
+
+_UNLOCKED_ABANDONED_AFTER = 3600.0
+"""The same for one that could not be locked, where others can be."""
+
+
+def locks_exist() -> bool:
+    """Whether the system has locks; a file system may still have none."""
+    return fcntl is not None
+
+
+def make_temporary(path: Path) -> tuple[int, Path]:
+    """Make a file beside `path` under a temporary name, open and locked."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    kind = ""
+    while True:
+        name = f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}"
+        fd = os.open(path.with_name(name), flags, 0o666)
+        keep = False
+        try:
+            if fcntl is None or kind:
+                keep = True
+            elif _lock(fd, fcntl.LOCK_EX):
+                # Another run may have taken it for abandoned before.
+                keep = _has_name(fd, path.with_name(name))
+            else:  # so that no other run takes it for abandoned
+                kind = _UNLOCKED
+            if keep:
+                return fd, path.with_name(name)
+        finally:
+            if not keep:
+                os.close(fd)
+                with contextlib.suppress(OSError):
+                    os.unlink(path.with_name(name))
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what killed runs have left in `folder`, and finish or undo what they had begun.
+
+    What a run still writes is left alone.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        if found := _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(OSError, MachineError):  # then the next run may be able to
+                if found["kind"] == _ASIDE:
+                    lock = folder / (name.removesuffix(_ASIDE + _ENDING) + _ENDING)
+                    with _locked(lock, lock, 0) as locked:
+                        recover(folder / name, lock, locked=locked)
+                else:
+                    _remove_if_abandoned(folder / name, unlocked=bool(found["kind"]))
+
+
+def recover(aside: Path, output: Path, *, locked: bool) -> None:
+    """Finish or undo what a killed run has left at `aside` of an output, if there is something.
+
+    Raises MachineError when it can't be, or, where there are no locks, when a run may still be at
+    it.
+    """
+    if not os.path.lexists(aside):
+        return
+    if not locked and _age(aside) < _ABANDONED_AFTER:
+        raise busy(output)
+    with write_errors(aside):
+        found = Aside.load(aside)
+        if found is None:
+            discard(aside)
+        else:
+            found.recover()
+
+
+def busy(output: Path) -> MachineError:
+    return MachineError(str(output), "another run is writing it", "wait until that is done")
+
+
+def aside_name(path: Path) -> Path:
+    """Where the old files of the output `path` are set aside: one place for all runs."""
+    return path.with_name(_stem(path) + _ASIDE + _ENDING)
+
+
+def _stem(path: Path) -> str:
+    return f".{path.name[:40]}.{hashlib.blake2s(os.fsencode(path.name)).hexdigest()[:12]}"
+
+
+def locked_output(path: Path, wait: float) -> contextlib.AbstractContextManager[bool]:
+    """Hold the lock of the output `path`, for runs that would put their files in its place.
+
+    It gives whether it is held: not where the system has no locks. Raises MachineError when another
+    run holds it for longer than `wait` seconds.
+    """
+    return _locked(path.with_name(_stem(path) + _ENDING), path, wait)
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, output: Path, wait: float) -> Iterator[bool]:
+    fd, held, locked = -1, False, None
+    until = time.monotonic() + wait
+    try:
+        while fcntl is not None:
+            with write_errors(output):
+                fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                locked = _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last holder may have removed it before it was locked.
+                held = bool(locked) and _has_name(fd, lock)
+            if held:
+                break
+            os.close(fd)
+            fd = -1
+            if locked is None:  # there are none
+                with contextlib.suppress(OSError):
+                    os.unlink(lock)
+                break
+            if not locked:
+                if time.monotonic() >= until:
+                    raise busy(output)
+                time.sleep(0.01)
+        yield held
+    finally:
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                if held or (locked and _has_name(fd, lock)):
+                    os.unlink(lock)
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _lock(fd: int, how: int) -> bool | None:
+    """Lock an open file; False when another has it, None where there are no locks."""
+    for _ in range(5):
+        try:
+            fcntl.flock(fd, how)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # it may be for a moment only, as when a server has too many
+            time.sleep(0.01)
+    return None
+
+
+def _has_name(fd: int, path: Path) -> bool:
+    """Whether an open file is (still) the one at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _age(path: Path) -> float:
+    return time.time() - os.lstat(path).st_mtime
+
+
+def _remove_if_abandoned(path: Path, *, unlocked: bool) -> None:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return
+    if fcntl is None or unlocked:
+        if _age(path) > (_UNLOCKED_ABANDONED_AFTER if unlocked else _ABANDONED_AFTER):
+            os.unlink(path)  # on Windows it fails while it is open
+        return
+    fd = os.open(path, os.O_RDWR)
+    try:
+        if _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _has_name(fd, path):
+            os.unlink(path)
+    finally:
+        os.close(fd)
