@@ -46,12 +46,12 @@ class FolderClaim:
         return self.folder is folder and (self._lock is None or self._lock.held)
 
     def look_again(self) -> None:
-        """`doubt`, unless the lock is sure and still where others look for it."""
+        """Have everything checked anew, unless the lock is sure and where others look for it."""
         if not self.sure or (self._lock is not None and not self._lock.in_place):
-            self.doubt()
+            self.folder = None
 
-    def doubt(self) -> None:
-        """Have everything checked anew, before anything else is written."""
+    def begin_anew(self) -> None:
+        """Have everything checked anew, for the run that goes on here from now on."""
         self.folder = None
         if self._lock is not None and not self._lock.held:
             self._lock = None

@@ -357,7 +357,7 @@ class PostHocEMA:
             for averages in state["averages"]
         ]
         self._update = None
-        self._claim.doubt()
+        self._claim.begin_anew()
 
     # Synthesis
 

@@ -97,9 +97,9 @@ def test_of_two_of_one_run_in_a_process_the_newer_goes_on(tmp_path: Path) -> Non
     new = tracker(tmp_path)
     new.load_state_dict(old.state_dict())
     new.update()
-    for _ in range(2):
+    for forbidden in (old.update, old.checkpoint, old.update):
         with pytest.raises(UsageError, match="another tracker in this process"):
-            old.update()
+            forbidden()
     new.update()
     old.load_state_dict(new.state_dict())
     old.update()
