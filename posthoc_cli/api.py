@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots import FolderContents, read_folder, select
-from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
 from posthoc_cli.solver import METHODS, choose_method, solve
 from posthoc_cli.solver import Profile as Profile
 from posthoc_cli.solver.arrays import resolve_device
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
-    from posthoc_cli.synthesis.nonfinite import NonfiniteTensor
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.synthesis.outputs import Saved
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.verification import Report
 
@@ -207,11 +206,7 @@ class Run:
         profiles = [snapshot.profile for snapshot in snapshots]
         wanted = [target.profile(step) for target in targets]
         if not METHODS[method].needs_values and not self.raw:
-            for snapshot in snapshots:
-                if snapshot.gamma <= -0.5:  # it has no norm to go by
-                    problem = f"'{method}' has no weights for its gamma, {snapshot.gamma:g}"
-                    remedy = "use method='blup', or leave it out with only="
-                    raise SnapshotError(str(snapshot.index.path), problem, remedy)
+            check_norms(snapshots, method)
         moments = trajectory = expected = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots
@@ -229,22 +224,6 @@ class Run:
         return Solution(
             self, snapshots, targets, step, device, solved, moments, trajectory, expected
         )
-
-
-class Saved(list[Path]):
-    """The path of each target's output; `outputs` tells more of each.
-
-    `nonfinite` are the tensors that hold NaN or infinity, or sums too large for the dtype, and
-    `summary` says so in a line.
-    """
-
-    def __init__(
-        self, outputs: list[Output], nonfinite: list[NonfiniteTensor], summary: str
-    ) -> None:
-        super().__init__(output.path for output in outputs)
-        self.outputs = outputs
-        self.nonfinite = nonfinite
-        self.summary = summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,16 +252,6 @@ class Solution:
     def found(self) -> int:
         """How many snapshots there are up to the target step; `snapshots` may be fewer."""
         return sum(snapshot.step <= self.step for snapshot in self.run.snapshots)
-
-    @property
-    def newest(self) -> Snapshot:
-        """The snapshot that copied tensors and the outputs' metadata are of.
-
-        It is the first, by sigma_rel and name, of those of the last step.
-        """
-        from posthoc_cli.synthesis.plan import newest_of
-
-        return self.snapshots[newest_of([snapshot.step for snapshot in self.snapshots])]
 
     @property
     def weights(self) -> FloatArray:
@@ -365,7 +334,7 @@ class Solution:
         """
         from posthoc_cli.storage import existing_output, fingerprint
         from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import Output, kept_output, write_outputs
+        from posthoc_cli.synthesis.outputs import Output, Saved, kept_output, write_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 

@@ -21,6 +21,9 @@ FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, which all kinds of eyes can tell apart.
 _METHODS = {"algorithm3": "#009E73", "edm2": "#0072B2", "share": "#0072B2", "blup": "#D55E00"}
 _WIDTHS = ("#56B4E9", "#E69F00", "#CC79A7", "#000000", "#F0E442")
+_TOGETHER = 64
+"""Snapshots whose curves are held at a time."""
+
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -128,15 +131,19 @@ def _draw_profiles(
         ]
     )
     if any(each.raw for each in snapshots):
-        wanted = share_before(target, at)
-        basis = np.stack([share_before(each, at) for each in snapshots])
+        curve, unit = share_before, 1.0
     else:
-        wanted = density(target, at) * target.step
-        basis = np.stack([density(each, at) for each in snapshots]) * target.step
+        curve, unit = density, float(target.step)
+    wanted = curve(target, at) * unit
+    rows = np.stack(list(weights.values()))
+    sums = np.zeros((len(rows), len(at)))
+    for first in range(0, len(snapshots), _TOGETHER):
+        some = snapshots[first : first + _TOGETHER]
+        basis = np.stack([curve(each, at) for each in some]) * unit
+        sums += rows[:, first : first + _TOGETHER] @ basis
     above.plot(at, wanted, color="0.1", linewidth=2.4, alpha=0.25, label="wanted")
-    for method, row in weights.items():
+    for method, given in zip(weights, sums, strict=True):
         colour = _METHODS.get(method, "0.5")
-        given = row @ basis
         # Mostly one lies over the other: the first is wider, so that it can be seen below it.
         wide = 1.5 if method == next(iter(weights)) else 0.7
         above.plot(at, given, color=colour, linewidth=wide, label=method)

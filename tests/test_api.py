@@ -33,7 +33,7 @@ def test_problems_are_collected_and_solving_raises_the_first(snapshots: Path) ->
         "a_500_6.94.safetensors",
         "b_600_6.94.safetensors",
     ]
-    with pytest.raises(posthoc_cli.SnapshotError, match=r"a_500_6\.94\.safetensors: not a whole"):
+    with pytest.raises(posthoc_cli.SnapshotError, match=r"a_500_6\.94\.safetensors: plain text"):
         run.solve(sigma_rel=0.07)
 
 

@@ -16,11 +16,13 @@ from safetensors.numpy import load_file
 from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import readers as reading
 from posthoc_cli.synthesis import engine as synthesis
-from tests.command import Posthoc
+from tests.command import ROOT, Posthoc
+from tests.soak.calls import ERRORS, SYSCALLS, unhooked
+from tests.soak.calls import calls as calls_section
 from tests.soak.changing import CHANGES, _changed, _reads
 from tests.soak.disk import _too_large
 from tests.soak.kill import interrupt, kill
-from tests.soak.races import _race
+from tests.soak.races import _race, replacing
 from tests.soak.scenes import make_snapshots, scenes
 from tests.soak.special import special
 from tests.soak.tally import Tally
@@ -57,6 +59,40 @@ def test_runs_at_once_and_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
         tally.count("races", _race(scene, rng, runners))
     _too_large(scene, 2, rng, tally)
     assert tally.total == 4
+    assert tally.losses == []
+
+
+@linux
+@pytest.mark.usefixtures("unmeasured")
+def test_every_call_may_be_the_last_or_fail() -> None:
+    """Some calls of some commands; the soak takes every one."""
+    tally = Tally("few")
+    chosen = {"synthesize --force", "shards over shards"}
+    calls_section(SEED, tally, most=4, only=chosen)
+    if tally.skipped:
+        pytest.skip(tally.skipped[0])
+    assert tally.losses == []
+    assert tally.tried["kills"] == 4 * len(chosen)
+    assert tally.tried["failing calls"] > 20
+
+
+@linux
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_every_system_call_on_an_output_is_one_that_the_soak_lets_fail(tmp_path: Path) -> None:
+    scene = next(scenes(tmp_path, 0.1, SEED))
+    assert unhooked(scene) == []
+    source = (ROOT / "tests" / "soak" / "failing.c").read_text(encoding="utf-8")
+    for kind in {*SYSCALLS.values(), *ERRORS} - {"read", "write"}:
+        assert f'"{kind}"' in source, kind
+    assert {*SYSCALLS.values()} <= ERRORS.keys()
+
+
+@posix
+def test_two_runs_that_replace_one_output(tmp_path: Path) -> None:
+    tally = Tally("few")
+    replacing(random.Random(SEED), tally, tmp_path, rounds=2, megabytes=0.2)
+    assert tally.total == 2
     assert tally.losses == []
 
 

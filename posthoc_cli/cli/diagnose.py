@@ -92,7 +92,7 @@ def draw_estimates(
     console.print(
         "expected: approximation and rounding together, relative to how far the EMA is\n"
         f"from the network of its step; by {solution.moments.values:,} values of each of "
-        f"{counted(len(solution.snapshots), 'snapshot')}",
+        f"{counted(len(solution.moments.rounding), 'snapshot')}",
         style="dim",
         soft_wrap=True,
     )

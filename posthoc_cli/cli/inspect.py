@@ -92,8 +92,8 @@ def inspect(
             else:
                 _draw_recipe(stdout_console(), layout, recipe, everything)
             return
-    where = str(opened.folder)
-    suggestion = suggest(where, reading, opened, partial(options.open_folder, [where]))
+    read = partial(options.open_folder, folder)
+    suggestion = suggest(folder[0], reading, opened, read) if len(folder) == 1 else None
     warn(warning_lines(opened.warnings), quiet)
     if as_json:
         document = describe(opened) | {"suggestion": suggestion}

@@ -21,8 +21,8 @@ from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.api import Saved, Solution
-    from posthoc_cli.synthesis.outputs import Output
+    from posthoc_cli.api import Solution
+    from posthoc_cli.synthesis.outputs import Output, Saved
 
 _OUTPUT = "Output"
 
@@ -169,12 +169,6 @@ def synthesize(
     )
     warn_of_sample(solution, quiet)
     note_large_errors(solution, quiet)
-    if copy and len([each for each in solution.snapshots if each.step == solution.newest.step]) > 1:
-        note(
-            f"--copy: the newest snapshot is '{solution.newest.file}', the first of those of step "
-            f"{solution.newest.step}",
-            quiet,
-        )
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(
             output,
@@ -207,7 +201,10 @@ def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[s
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
-    document["newest"] = solution.newest.file
+    from posthoc_cli.synthesis.plan import newest_of
+
+    newest = newest_of([snapshot.step for snapshot in solution.snapshots])
+    document["newest"] = solution.snapshots[newest].file
     document["nonfinite"] = [
         {
             "tensor": entry.tensor,

@@ -401,11 +401,11 @@ def _pattern(names: Sequence[_Name], step: _Column, tail: str) -> str | None:
 
 def _same_text(texts: Sequence[str], ends: bool = False) -> str:
     """What texts have in common, as a part of a pattern: all or nothing, or also their end."""
-    first = texts[0]
+    first, common = texts[0], ""
     if len(set(texts)) == 1 and not set(first) & set("{}*"):
         return first
-    common = ""
-    while ends and len({text[-len(common) - 1 :] for text in texts}) == 1:
-        common = first[-len(common) - 1 :]
-    common = re.split(r"[{}*]", common)[-1]
-    return "*" + re.sub("^[0-9.]+", "", common)
+    for length in range(1, len(first) + 1) if ends else ():
+        if len({text[-length:] for text in texts}) > 1:
+            break
+        common = first[-length:]
+    return "*" + re.sub("^[0-9.]+", "", re.split("[{}*]", common)[-1])

@@ -148,6 +148,7 @@ def read_folder(
         contents.problems = [each for each in contents.problems if each[0] not in others]
         counts = {name: each for name, each in counts.items() if name not in others}
         found = {name: each for name, each in found.items() if name not in others}
+        unsaid = {name: each for name, each in unsaid.items() if name not in others}
     for name, outcome in agree_on_unit(counts, written).items():
         if isinstance(outcome, SnapshotError):
             unsaid[name] = opened[name]

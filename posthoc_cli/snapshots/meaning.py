@@ -52,7 +52,10 @@ _BESIDE = re.compile(_SCALE)
 _OF_TENSOR = re.compile(rf"[._:]{_SCALE}|[.:]quant_state[.:].*")
 """What follows the name of a quantized tensor in that of its scales."""
 
-_STATISTICS = re.compile(r"(?:.*\.)?running_(?:mean|var)")
+_STATISTICS = {"running_mean", "running_var"}
+
+_LONGEST = 1000
+"""Characters of a name beyond which it is none that a tool gives, and would be slow to search."""
 
 
 def meaningless(snapshots: Sequence[Snapshot], settled: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -98,7 +101,7 @@ def misfitting(snapshots: Sequence[Snapshot], settled: Sequence[str]) -> Iterato
     found = [
         name
         for name, info in tensors.items()
-        if info.dtype in AVERAGED and _STATISTICS.fullmatch(name)
+        if info.dtype in AVERAGED and _split(name)[1] in _STATISTICS
     ]
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
@@ -137,7 +140,7 @@ def _quantized(
         return []
     inside: dict[str, list[str]] = {}  # by module: the scales that are called by their own name
     after: dict[str, list[str]] = {}  # by tensor: those that are called by its name
-    for name in sorted(beside):
+    for name in sorted(name for name in beside if len(name) <= _LONGEST):
         module, last = _split(name)
         if _BESIDE.fullmatch(last.lower()):
             inside.setdefault(module, []).append(name)
@@ -147,7 +150,9 @@ def _quantized(
     found = []
     for name in sorted(tensors):
         info = tensors[name]
-        if info.dtype not in _LOW_BIT or info.elements < 2 or _is_scale(name):
+        if info.dtype not in _LOW_BIT or info.elements < 2 or len(name) > _LONGEST:
+            continue
+        if _is_scale(name):
             continue
         module, last = _split(name)
         whole = re.sub(r"(?:[.:]_data)+\Z|_blocks\Z", "", name)

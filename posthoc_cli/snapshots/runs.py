@@ -139,6 +139,9 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
             f"step {later.step}, but {_duration(seconds)} older than '{earlier.file}' of step "
             f"{earlier.step}: of two runs? (copies lose times)",
         )
+    if not sure and (kinds := _kinds_of_names(snapshots)):
+        listed = " and ".join(_some([each.file for each in group]) for group in kinds)
+        yield "", f"steps of files that are named in two ways overlap: {listed}: of two runs?"
 
 
 def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[str, str]]:
@@ -240,6 +243,19 @@ def _back_in_time(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, Snapshot, fl
         if newest is None or written(snapshot) > written(newest):
             newest = snapshot
     return None
+
+
+def _kinds_of_names(snapshots: Sequence[Snapshot]) -> list[list[Snapshot]]:
+    """Two kinds of names, but for their numbers, of files that are of one profile and overlap."""
+    for series in _series(snapshots):
+        kinds: dict[str, list[Snapshot]] = {}
+        for at in series:
+            kinds.setdefault(re.sub(r"[0-9]+", "0", snapshots[at].file), []).append(snapshots[at])
+        several = [group for group in kinds.values() if len(group) > 1]
+        for one, other in pairwise(several):
+            if other[0].step <= one[-1].step:
+                return [one, other]
+    return []
 
 
 def _duration(seconds: float) -> str:

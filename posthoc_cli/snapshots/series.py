@@ -26,7 +26,7 @@ def missing_steps(snapshots: Sequence[Snapshot]) -> list[str]:
     return [
         f"no snapshot of step {step}"
         + (f" and sigma_rel {' or '.join(widths)}" if len(widths) < len(steps) else "")
-        + f": all others are {usual} steps apart"
+        + f": all others are {usual} apart"
         for (step, usual), widths in sorted(lacking.items())
     ]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from posthoc_cli.errors import SnapshotError
 from posthoc_cli.solver import Profile
 from posthoc_cli.storage import TensorIndex, TensorInfo
 
@@ -69,3 +70,14 @@ class Snapshot:
     @property
     def profile(self) -> Profile:
         return Profile(self.step, self.gamma)
+
+
+def check_norms(snapshots: Sequence[Snapshot], method: str) -> None:
+    """Raise SnapshotError for a snapshot whose profile has no norm, which `method` goes by."""
+    for snapshot in snapshots:
+        if snapshot.gamma <= -0.5:
+            raise SnapshotError(
+                str(snapshot.index.path),
+                f"'{method}' has no weights for its gamma, {snapshot.gamma:g}",
+                "use method='blup', or leave it out with only=",
+            )

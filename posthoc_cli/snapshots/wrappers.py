@@ -21,6 +21,9 @@ _ANYWHERE = re.compile(
 _AROUND = "module."
 """What DistributedDataParallel and DataParallel put before all names."""
 
+_MOST_AROUND = 3
+"""How often they may do so."""
+
 
 def agree_on_names(indexes: Sequence[TensorIndex]) -> tuple[list[TensorIndex], list[int]]:
     """The indexes, those of a wrapped network with its own names if other indexes have those.
@@ -53,8 +56,9 @@ def describe_wrappers(names: Sequence[str]) -> str:
 def _own_names(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Each tensor's name without what wraps it."""
     names = {name: _ANYWHERE.sub("", name) for name in tensors}
-    while names and all(name.startswith(_AROUND) for name in names.values()):
-        names = {name: own.removeprefix(_AROUND) for name, own in names.items()}
+    for _ in range(_MOST_AROUND):
+        if names and all(own.startswith(_AROUND) for own in names.values()):
+            names = {name: own.removeprefix(_AROUND) for name, own in names.items()}
     return names
 
 

@@ -35,8 +35,8 @@ class SolvedWeights:
     much independent rounding noise of the snapshots is amplified) and `profile_error` (L2 distance
     between the wanted profile and the one the weights give, relative to the wanted one's norm) are
     [targets]; the last is NaN where a profile has no norm (gamma <= -1/2, or a raw checkpoint's).
-    `condition_number` is that of the matrix solved, scaled to a unit diagonal; 1 for `share`, which
-    solves none.
+    `condition_number` is that of the matrix solved, scaled to a unit diagonal (an estimate for a
+    band, as chains.py solves); 1 for `share`, which solves none.
     """
 
     snapshots: tuple[Profile, ...]
@@ -90,7 +90,8 @@ def solve(
 ) -> SolvedWeights:
     """Weights, [targets, snapshots], that rebuild each target from the snapshots.
 
-    `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either.
+    `device` is where the system is solved: "cpu" (NumPy) or a torch device; float64 on either. That
+    of very many snapshots is small, and always solved on the CPU.
     `trajectory` is what blup.fit_trajectory gives, for a method that needs values.
 
     Raises ValueError when the method is unknown, a snapshot was taken after a target's step or

@@ -149,7 +149,7 @@ def _what_it_is(path: Path, start: bytes, status: os.stat_result) -> SnapshotErr
     if unfilled(start, status.st_size, None if blocks is None else 512 * blocks):
         return _unfinished(
             path,
-            "nothing but zeros, not a safetensors file: space for a download that never came",
+            "zeros in place of a header, not a safetensors file: a download that never came",
         )
     if len(start) < _LENGTH.size:
         return None

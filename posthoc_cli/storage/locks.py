@@ -48,6 +48,11 @@ class FileLock:
         """Not after `release` or `pass_on`, nor in a process forked from the one that has it."""
         return self.fd >= 0
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it is still this file that others find, and not removed with its folder."""
+        return _same(self.path, self.fd)
+
     def release(self) -> None:
         """End the lock, and remove its file."""
         self.fd = -1
@@ -95,9 +100,8 @@ def take_lock(path: Path) -> FileLock | None:
         if sure is False:
             os.close(fd)
             return None
-        with contextlib.suppress(OSError):
-            if _key(os.stat(path)) == _key(os.fstat(fd)):
-                return FileLock(path, fd, bool(sure))
+        if _same(path, fd):
+            return FileLock(path, fd, bool(sure))
         os.close(fd)  # who had it has just removed it
 
 
@@ -133,14 +137,22 @@ def _key(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _same(path: Path, fd: int) -> bool:
+    try:
+        return _key(os.stat(path)) == _key(os.fstat(fd))
+    except OSError:
+        return False
+
+
 def _release(path: Path, fd: int, sure: bool) -> None:
+    own = sure and _same(path, fd)
     with contextlib.suppress(OSError):
-        if sure and os.name != "nt":
+        if own and os.name != "nt":
             os.unlink(path)  # while it is locked: nobody else has it
     with contextlib.suppress(OSError):
         os.close(fd)
     with contextlib.suppress(OSError):
-        if sure and os.name == "nt":
+        if own and os.name == "nt":
             os.unlink(path)  # fails where another has it open by now
 
 

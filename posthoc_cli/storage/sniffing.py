@@ -19,6 +19,7 @@ READ = 1 << 16
 """Bytes of the beginning that are looked at."""
 
 _AGAIN = "download it again"
+_AGAIN_BY_LIBRARY = "write it again with the safetensors library"
 _DOWNLOAD = f"the download failed: log in, or check the address, and {_AGAIN}"
 _UNPACK = "unpack it first"
 _CONVERT = "rename it to .pt and make a snapshot of it with posthoc convert"
@@ -70,6 +71,8 @@ def sniff(start: bytes, size: int) -> tuple[str, str] | None:
             return what, remedy
     if start.startswith(b"PK\x03\x04"):
         return _zip(start)
+    if start[:1] == b"{" and b'"data_offsets"' in start:
+        return "a header without its length before it", _AGAIN_BY_LIBRARY
     if start[257:262] == b"ustar":
         return "a tar archive", _UNPACK
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -131,7 +134,7 @@ def _wrong_length(start: bytes) -> tuple[str, str] | None:
         return None
     return (
         f"one whose first 8 bytes say that its header has {said} bytes, where it has {end}",
-        "write it again with the safetensors library",
+        _AGAIN_BY_LIBRARY,
     )
 
 
@@ -166,7 +169,8 @@ def _text(start: bytes, size: int) -> tuple[str, str] | None:
     text = head.decode(encoding, "replace" if len(head) == 4096 else "ignore")
     if not text.strip() or any(char < " " and char not in "\t\r\n\f" for char in text):
         return None
-    if text.count("\ufffd") > 1 or len(text.encode()) < len(head) - 3:
+    lost = encoding == "utf-8" and len(text.encode()) < len(head) - 3  # what is no UTF-8
+    if text.count("\ufffd") > 1 or lost:
         return None
     text = text.strip()
     low = text[:4096].lower()
@@ -177,10 +181,6 @@ def _text(start: bytes, size: int) -> tuple[str, str] | None:
     if low.startswith(("{", "[")):
         if '"weight_map"' in text:
             return "an index of shards (JSON)", "let its name end in .safetensors.index.json"
-        if '"data_offsets"' in text:
-            return "a header without its length before it", (
-                "write it again with the safetensors library"
-            )
         return f"JSON text ({_quoted(text)})", _DOWNLOAD
     if low.startswith(("oid sha256:", "outs:", "md5:")):
         return "a pointer to data that is kept elsewhere", "fetch the data itself"

@@ -47,6 +47,22 @@ class Output:
     seconds: float | None
 
 
+class Saved(list[Path]):
+    """The path of each target's output; `outputs` tells more of each.
+
+    `nonfinite` are the tensors that hold NaN or infinity, or sums too large for the dtype, and
+    `summary` says so in a line.
+    """
+
+    def __init__(
+        self, outputs: list[Output], nonfinite: list[NonfiniteTensor], summary: str
+    ) -> None:
+        super().__init__(output.path for output in outputs)
+        self.outputs = outputs
+        self.nonfinite = nonfinite
+        self.summary = summary
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """What was written: for each target its `files`, an index last, and their bytes together."""

@@ -164,8 +164,8 @@ def make_plan(
                 f"its dtype {tensors[name].dtype} has no average",
                 "take it from the newest snapshot with copy=, or leave it out with drop=",
             )
-        there = [each.get(name) for each in distinct]
-        if name not in copied and not _can_be_summed(there):
+        averaged = tensors[name].dtype in AVERAGED and name not in copied
+        if averaged and not _can_be_summed([each.get(name) for each in distinct]):
             raise SnapshotError(
                 f"tensor {printable(name)}",
                 "it is missing, or of another shape or dtype, in some of the snapshots",

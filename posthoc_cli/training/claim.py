@@ -45,6 +45,11 @@ class FolderClaim:
     def covers(self, folder: Path) -> bool:
         return self.folder is folder and (self._lock is None or self._lock.held)
 
+    def look_again(self) -> None:
+        """`doubt`, unless the lock is sure and still where others look for it."""
+        if not self.sure or (self._lock is not None and not self._lock.in_place):
+            self.doubt()
+
     def doubt(self) -> None:
         """Have everything checked anew, before anything else is written."""
         self.folder = None
@@ -82,7 +87,7 @@ class FolderClaim:
         """The lock; None where its file can't be made. Raises UsageError when another has it."""
         lock = self._lock
         if lock is not None and lock.held:
-            if lock.path == path:
+            if lock.path == path and lock.in_place:
                 if not lock.sure and (not lock.retry() or read_note(path) not in (b"", lock.note)):
                     raise _taken(path)
                 return lock

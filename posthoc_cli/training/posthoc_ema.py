@@ -250,8 +250,7 @@ class PostHocEMA:
         self._writer.wait()
         if not self.step:
             raise ValueError("nothing to save yet: call update() first")
-        if not self._claim.sure:
-            self._claim.doubt()
+        self._claim.look_again()
         self._check_can_save()
         if self._updated < self.step:
             self._average(self.step)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import torch
-
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.training.averaging import is_first_process
 
@@ -42,7 +40,7 @@ def agree(subject: str, check: Callable[[], bool]) -> bool:
     try:
         store.wait([key], _PATIENCE)
         verdict = json.loads(store.get(key))
-        if isinstance(verdict, list) and store.add(f"{key}/heard", 1) == _others():
+        if isinstance(verdict, list) and store.add(f"{key}/heard", 1) == others():
             store.set(f"{key}/heard by all", "")
     except RuntimeError:  # no verdict in time, or no first process any more
         return True
@@ -78,14 +76,18 @@ def _next_key(subject: str) -> str:
     return f"posthoc/{subject}/{_asked[subject]}"
 
 
-def _others() -> int:
-    return torch.distributed.get_world_size() - 1
+def others() -> int:
+    """How many processes train together with this one."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0
+    return distributed.get_world_size() - 1
 
 
 def _store() -> Any:
     """The store of the processes that train together; None where there is but one, or no store."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and _others()):
+    if not others():
         return None
     try:
         from torch.distributed.distributed_c10d import _get_default_store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
 from pathlib import Path
@@ -143,6 +144,38 @@ def test_plot_refuses(
 ) -> None:
     pytest.importorskip("matplotlib")
     posthoc_here("plot", "snapshots", *arguments).failed(2, line)
+
+
+def test_a_picture_appears_whole_and_in_no_other_files_place(
+    posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["plot", "snapshots", "--gamma", "3", "-o", "x.png"]
+    snapshot = sorted(snapshots.iterdir())[0]
+    before = snapshot.read_bytes()
+    (tmp_path / "x.png").symlink_to(snapshot)
+    posthoc_here(*arguments).failed(2, "x.png: exists already; use --force to replace it")
+    assert posthoc_here(*arguments, "--force").code == 0
+    assert snapshot.read_bytes() == before
+    assert not (tmp_path / "x.png").is_symlink()
+    (tmp_path / "x.png").unlink()
+    (tmp_path / "x.png").symlink_to("nowhere")
+    posthoc_here(*arguments).failed(2, "x.png: exists already; use --force to replace it")
+    (tmp_path / "x.png").unlink()
+    (tmp_path / "x.png").write_bytes(b"an older picture")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("posthoc_cli.storage.atomic._reserve", full)
+    posthoc_here(*arguments, "--force").failed(
+        1, r"x\.png: cannot be written \(No space.*; free .*"
+    )
+    monkeypatch.undo()
+    assert (tmp_path / "x.png").read_bytes() == b"an older picture"
+    (tmp_path / "folder.png").mkdir()
+    posthoc_here(*arguments[:-1], "folder.png", "--force").failed(2, "folder.png: is a folder; .*")
+    assert {path.name for path in tmp_path.iterdir()} == {"snapshots", "x.png", "folder.png"}
 
 
 def test_without_matplotlib(

@@ -231,8 +231,7 @@ def test_two_trainings_whose_steps_alternate(posthoc_here: Posthoc, tmp_path: Pa
             tensors[file] = each
     line = (
         "loras/bert-step00001150.safetensors: not of the same run as the others: 2 output names "
-        "are mixed here, and their steps overlap: 'anna' (steps 1000 to 4000: "
-        "'anna-step00001000.saf"
+        "are mixed here, and their steps overlap: 'anna' (steps 1000 to 4000: 'anna-step00001000"
     )
     refused(posthoc_here("synthesize", "loras", *OUT), line, "'bert' (steps 1150 to", "--run anna")
     refused(posthoc_here("solve", "loras", *AT_LAST), line)

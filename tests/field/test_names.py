@@ -203,6 +203,11 @@ DATED = [
             {"a_*_{step}.safetensors": [100, 200]},
         ),
         (
+            ["{a}*b_9_10", "{a}*b_8_20"],
+            "8 or 20",
+            {"*b_{step}_*.safetensors": [8, 9], "*b_*_{step}.safetensors": [10, 20]},
+        ),
+        (
             ["net-1k-7", "net-2k-6", "net-3k-5"],
             "1000 or 7",
             {"net-*-{step}.safetensors": [5, 6, 7]},
@@ -404,4 +409,43 @@ def test_a_gap_of_one_width_is_told(posthoc_here: Posthoc, folder: Path) -> None
             if (step, gamma) != (300, "6.94"):
                 write(folder, [f"ema_{step}_{gamma}"])
     run = posthoc_here("inspect", "run")
-    assert "no snapshot of step 300 and sigma_rel 0.09997: all others are 100 steps" in run.err
+    assert "no snapshot of step 300 and sigma_rel 0.09997: all others are 100 apart" in run.err
+
+
+# convert
+
+
+def checkpoints(folder: Path, names: Sequence[str]) -> None:
+    torch = pytest.importorskip("torch")
+    for value, name in enumerate(names, start=1):
+        torch.save({"body.weight": torch.full((3, 4), float(value))}, folder / name)
+        os.utime(folder / name, times=(1.7e9 + 60 * value,) * 2)
+
+
+def test_convert_takes_two_counts_for_no_profile(posthoc_here: Posthoc, folder: Path) -> None:
+    checkpoints(folder, ["ckpt_1_30.pt", "ckpt_2_60.pt", "checkpoint_3_1500.pt"])
+    run = posthoc_here("convert", "run", "out", "--json")
+    assert run.code == 0
+    assert [(each["step"], each["gamma"]) for each in run.json["converted"]] == [(None, None)] * 3
+    assert "nothing says its profile, so it is only good for --raw" in run.err
+
+
+def test_convert_refuses_what_can_be_read_in_two_ways(posthoc_here: Posthoc, folder: Path) -> None:
+    names = ["ema_1500_3_6.94.pt", "ema_2000_5_6.94.pt", "ema_4000_9_6.94.pt"]
+    checkpoints(folder, names)
+    run = posthoc_here("convert", "run", "out", "--json")
+    assert run.code == 3
+    message = run.json["problems"][0]["message"]
+    assert "can be read in two ways, 1500 or 3" in message
+    assert "give --pattern 'ema_{step}_*_{gamma}.pt' or" in message
+    run = posthoc_here("convert", "run", "out", "--json", "--pattern", "ema_{step}_*_{gamma}.pt")
+    assert [each["step"] for each in run.json["converted"]] == [1500, 2000, 4000]
+
+
+def test_what_was_converted_keeps_its_time(
+    posthoc_here: Posthoc, folder: Path, tmp_path: Path
+) -> None:
+    checkpoints(folder, ["net_9_1000.pt", "net_4_2000.pt", "net_7_5000.pt"])
+    assert posthoc_here("convert", "run", "out").code == 0
+    run = posthoc_here("inspect", "out", "--raw", "--json")
+    assert [each["step"] for each in run.json["snapshots"]] == [1000, 2000, 5000]

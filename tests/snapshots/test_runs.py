@@ -161,16 +161,38 @@ def test_many_runs_are_said_in_short(tmp_path: Path) -> None:
         read_folder(tmp_path, run="y")
 
 
-# Told by nothing but times
+# Told by nothing but names or times
+
+
+def test_names_of_two_kinds(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        save(tmp_path, f"anna-{step}", step)
+        save(tmp_path, f"bert-{step + 50}", step + 50)
+    ((file, warning),) = read_folder(tmp_path).warnings
+    assert file == ""
+    assert warning.startswith("steps of files that are named in two ways overlap: 'anna-100.saf")
+    assert "and 'bert-150.safetensors', 'bert-250" in warning
+    assert not read_folder(tmp_path, only=["anna*"]).warnings
+
+
+@pytest.mark.parametrize("other", [(350, 6.94), (150, 16.97)])
+def test_names_of_two_kinds_that_may_be(tmp_path: Path, other: tuple[int, float]) -> None:
+    """Called otherwise from some step on, or of another width."""
+    step, gamma = other
+    for at in (0, 100, 200):
+        save(tmp_path, f"anna-{100 + at}", 100 + at)
+        save(tmp_path, f"bert-{step + at}", step + at, gamma=gamma)
+    save(tmp_path, "best-120", 120)
+    assert not read_folder(tmp_path).warnings
 
 
 def test_steps_that_go_back_in_time(tmp_path: Path) -> None:
     for at in range(3):
-        save(tmp_path, f"a-{at}", 100 + 100 * at, at=(10 + at) * HOUR)
-        save(tmp_path, f"b-{at}", 150 + 100 * at, at=(20 + at) * HOUR)
+        save(tmp_path, f"1-{at}", 100 + 100 * at, at=(20 + at) * HOUR)
+        save(tmp_path, f"2-{at}", 150 + 100 * at, at=(10 + at) * HOUR)
     ((file, warning),) = read_folder(tmp_path).warnings
-    assert file == "a-1.safetensors"
-    assert warning.startswith("step 200, but 9 hours older than 'b-0.safetensors' of step 150: ")
+    assert file == "2-0.safetensors"
+    assert warning.startswith("step 150, but 10 hours older than '1-0.safetensors' of step 100: ")
 
 
 def test_times_that_say_nothing(tmp_path: Path) -> None:

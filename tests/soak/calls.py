@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +96,7 @@ ERRORS = {
 LOOKING = {"fstat", "list", "pread", "read", "stat"}
 """Calls that change nothing: a kill at one is a kill at the next that does."""
 
-NOT_CLEANED = {"unlink", "rmdir", "list", "open", "stat"}
+NOT_CLEANED = {"unlink", "rmdir", "list", "open", "stat", "fstat"}
 """Where these fail, what is unfinished can't be removed, or not be seen: the next run does it."""
 
 NO_UNDOING = {"unlink", "rename", "stat"}
@@ -152,8 +152,14 @@ class Stage:
         return losses + [f"the next run left {name}" for name in scene.left_behind()]
 
 
-def calls(seed: int, tally: Tally, most: int | None = None, megabytes: float = 0.05) -> None:
-    """Every call of every scene, or `most` of each scene by chance."""
+def calls(
+    seed: int,
+    tally: Tally,
+    most: int | None = None,
+    megabytes: float = 0.05,
+    only: Collection[str] = (),
+) -> None:
+    """Every call of every scene, or `most` of each scene by chance; or those named `only`."""
     rng = random.Random(f"calls/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
@@ -161,12 +167,18 @@ def calls(seed: int, tally: Tally, most: int | None = None, megabytes: float = 0
         if made is None:
             tally.skip("calls", "no C compiler, or not Linux")
             return
+        played = 0
         for scene in all_scenes(base, megabytes, seed):
+            if only and scene.name not in only:
+                continue
+            played += 1
             scene.reset()
             with Server(made, (scene.base, scene.arguments)) as server:
                 stage = Stage(server, base / "log")
                 for losses, kind in play_all(stage, scene, rng, most):
                     tally.count(kind, [f"{scene.name}, {loss}" for loss in losses])
+            if played == len(only):
+                break
 
 
 def all_scenes(base: Path, megabytes: float, seed: int) -> Iterator[Scene]:
@@ -188,7 +200,7 @@ def play_all(
         yield [f"{where}: {loss}" for loss in kill_at(stage, scene, at)], "kills"
     for kind, count in sorted(Counter(kind for kind, _ in log.calls).items()):
         for after in _some(range(count), rng, most and max(most // 10, 1)):
-            for times in (1, 10**6):
+            for times in (1, 10**6) if not most or most > 9 else (rng.choice((1, 10**6)),):
                 where = f"{kind} failed after {after}, {'once' if times == 1 else 'for good'}"
                 found = fail_at(stage, scene, kind, after, times)
                 yield [f"{where}: {loss}" for loss in found], "failing calls"

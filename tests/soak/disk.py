@@ -8,13 +8,14 @@ import random
 import resource
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.command import COMMAND, ENVIRONMENT, Run
-from tests.soak.calls import library
+from tests.soak.calls import Log, library, read_log
 from tests.soak.fuzz import harm_of
 from tests.soak.scenes import Scene, scenes
 from tests.soak.tally import Tally
@@ -27,8 +28,8 @@ ROUNDS = 5
 class Fault:
     """What the preloaded library does to the calls of one kind on some files.
 
-    `most`: it lets up to so many calls succeed first. `codes`: how a command may then end; 0: as if
-    nothing was.
+    `most`: it lets up to so many calls succeed first, but always makes one fail. `codes`: how a
+    command may then end; 0: as if nothing was.
     """
 
     name: str
@@ -42,22 +43,22 @@ class Fault:
 _OUTPUT = "posthoc-tmp"
 
 FAULTS = (
-    Fault("I/O errors on read", "pread", errno.EIO, most=40, codes=(0, 1)),
-    Fault("I/O errors in headers", "read", errno.EIO, "000", most=8, codes=(0, 1)),
-    Fault("short reads", "pread", 0, most=10, codes=(0,)),
+    Fault("I/O errors on read", "pread", errno.EIO, "000", most=40),
+    Fault("I/O errors in headers", "read", errno.EIO, "000", most=8),
+    Fault("short reads", "pread", 0, "000", most=10, codes=(0,)),
     Fault("short reads of headers", "read", 0, "000", most=4, codes=(0,)),
     Fault("short writes", "pwrite", 0, _OUTPUT, most=10, codes=(0,)),
     Fault("disks full at once", "fallocate", errno.ENOSPC, _OUTPUT),
-    Fault("disks full in the middle", "pwrite", errno.ENOSPC, _OUTPUT, most=20, codes=(0, 1)),
+    Fault("disks full in the middle", "pwrite", errno.ENOSPC, _OUTPUT, most=20),
     Fault("quotas met at once", "fallocate", errno.EDQUOT, _OUTPUT),
-    Fault("quotas met in the middle", "pwrite", errno.EDQUOT, _OUTPUT, most=20, codes=(0, 1)),
-    Fault("I/O errors on write", "pwrite", errno.EIO, _OUTPUT, most=20, codes=(0, 1)),
+    Fault("quotas met in the middle", "pwrite", errno.EDQUOT, _OUTPUT, most=20),
+    Fault("I/O errors on write", "pwrite", errno.EIO, _OUTPUT, most=20),
     Fault("I/O errors on flush", "fsync", errno.EIO, _OUTPUT, most=1, codes=(0, 1)),
     Fault("disks that can't reserve", "fallocate", errno.EOPNOTSUPP, _OUTPUT, codes=(0,)),
     Fault("disks without hard links", "link", errno.EPERM, "written", codes=(0,)),
     Fault("I/O errors on rename", "rename", errno.EIO, "written", codes=(0, 1)),
     Fault("permissions lost", "open", errno.EACCES, _OUTPUT),
-    Fault("inputs not to be opened", "open", errno.EACCES, "000", most=4, codes=(0, 1)),
+    Fault("inputs not to be opened", "open", errno.EACCES, "000", most=4),
 )
 
 
@@ -67,15 +68,18 @@ def disk(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16) -
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
         failing = library(base)
+        fired: Counter[str] = Counter()
         for scene in scenes(base, megabytes, seed):
             if failing is None:
                 tally.skip("faults by LD_PRELOAD", "no C compiler, or not Linux")
             else:
-                _broken(scene, failing, rounds, rng, tally)
+                _broken(scene, failing, rounds, rng, tally, fired)
             _too_large(scene, rounds, rng, tally)
             _nowhere_to_write(scene, tally)
             _mounted(scene, rounds, rng, tally)
         _full_stdout(base, tally)
+        never = [fault.name for fault in FAULTS if failing and not fired[fault.name]]
+        tally.count("faults that never fired", never, times=len(never))
     tally.skip("quotas of a real file system", "a preloaded library gives EDQUOT instead")
 
 
@@ -96,20 +100,30 @@ def _harm(scene: Scene, run: Run, codes: Sequence[int], *, renaming: bool = Fals
     return losses
 
 
-def _broken(scene: Scene, failing: Path, rounds: int, rng: random.Random, tally: Tally) -> None:
+def _broken(
+    scene: Scene, failing: Path, rounds: int, rng: random.Random, tally: Tally, fired: Counter[str]
+) -> None:
+    """Every fault that the scene has a call for; `fired` counts those that did, by name."""
+    log = scene.base / "log"
+
+    def run(fault: Fault, **more: str | int) -> tuple[Run, Log]:
+        log.unlink(missing_ok=True)
+        scene.reset()
+        wanted = {"LOG": log, "CALL": fault.call, "NAME": fault.files, **more}
+        environment = {f"FAIL_{name}": str(value) for name, value in wanted.items()}
+        done = scene.run(env=ENVIRONMENT | {"LD_PRELOAD": str(failing)} | environment)
+        return done, read_log(log)
+
+    calls = run(FAULTS[0], CALL="none", NAME="")[1].calls
     for fault in FAULTS:
-        for _ in range(rounds if fault.most else 1):
-            scene.reset()
-            after = rng.randint(0, fault.most)
-            wanted = {
-                "LD_PRELOAD": str(failing),
-                "FAIL_CALL": fault.call,
-                "FAIL_NAME": fault.files,
-                "FAIL_AFTER": str(after),
-                "FAIL_ERRNO": str(fault.error),
-            }
-            run = scene.run(env=ENVIRONMENT | wanted)
-            losses = _harm(scene, run, fault.codes, renaming=fault.call == "rename")
+        made = sum(kind == fault.call and fault.files in path for kind, path in calls)
+        for _ in range(rounds if fault.most else 1) if made else ():
+            # How often the background flushes is for the clock to say.
+            after = rng.randint(0, min(fault.most, made - 1)) if fault.call != "fsync" else 0
+            done, seen = run(fault, AFTER=after, ERRNO=fault.error)
+            fired[fault.name] += bool(seen.fired)
+            losses = [] if seen.fired else ["it did not fire"]
+            losses += _harm(scene, done, fault.codes, renaming=fault.call == "rename")
             tally.count(fault.name, [f"{scene.name}, after {after}: {one}" for one in losses])
 
 

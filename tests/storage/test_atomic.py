@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -279,3 +280,177 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with AtomicFile(tmp_path / "out", 1) as file:
         file.write_at(0, b"x")
     assert left.exists()
+
+
+@pytest.mark.parametrize("name", [".x.0123456789ab.posthoc-tmp", ".0123456789ab.posthoc-tmp"])
+def test_all_kinds_of_names_of_temporaries_are_known(tmp_path: Path, name: str) -> None:
+    if temporary.fcntl is None:
+        pytest.skip("no locks here")
+    (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "out").write_bytes(b"old")
+    with pytest.raises(UsageError, match="exists already"), AtomicFile(tmp_path / "out", 0):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("call", ["fstat", "stat"])
+def test_no_temporary_is_left_when_it_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def broken(what: object, *arguments: object, **named: object) -> object:
+        if call == "fstat" or str(what).endswith(".posthoc-tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(what, *arguments, **named)
+
+    monkeypatch.setattr(os, call, broken)
+    with (
+        pytest.raises(MachineError, match="out: cannot be written"),
+        AtomicFile(tmp_path / "out", 1),
+    ):
+        pytest.fail("must not begin")
+    monkeypatch.undo()
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_lock_that_cannot_be_had_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A run never takes its own files for abandoned, nor those of another that has no lock."""
+    lock, calls = temporary.fcntl.flock, iter(range(100))
+
+    def busy(fd: int, how: int) -> None:
+        if next(calls) < times:
+            raise OSError(errno.ENOLCK, "No locks available")
+        lock(fd, how)
+
+    monkeypatch.setattr(temporary.fcntl, "flock", busy)
+    files = [AtomicFile(tmp_path / name, 1) for name in "abcd"]
+    with commit_together(each(files)):
+        for file in files:
+            file.write_at(0, b"x")
+        temporary.clean_up(tmp_path)
+    assert entries(tmp_path) == ["a", "b", "c", "d"]
+    left = tmp_path / ".x.0123456789ab.unlocked.posthoc-tmp"
+    left.write_bytes(b"half")
+    temporary.clean_up(tmp_path)
+    assert left.exists()
+    os.utime(left, (0, 0))
+    temporary.clean_up(tmp_path)
+    assert not left.exists()
+
+
+# Old files, set aside
+
+
+def group(folder: Path, new: str, old: str) -> Group:
+    """An output in parts: a letter each, the last of which is the index."""
+    files = [AtomicFile(folder / name, 4, overwrite=True) for name in new]
+    return Group(files, lambda: [folder / name for name in old if (folder / name).exists()])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files, but for unfinished ones."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")
+    }
+
+
+NEW_AND_OLD = [
+    ("abi", "iab"),
+    ("abi", "iabc"),
+    ("abi", "icd"),
+    ("abi", "f"),
+    ("f", "iab"),
+    ("f", "f"),
+]
+
+
+def attempt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, new: str, old: str, how: str, call: str, at: int
+) -> tuple[int, bool]:
+    """Replace `old` by `new` while a call fails; how many there were, and whether it failed."""
+    real, calls = getattr(os, call), 0
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= at or (calls > at + 1 and how != "errors"):
+            return real(*arguments, **named)
+        if how == "interrupt":
+            real(*arguments, **named)
+            raise KeyboardInterrupt
+        raise OSError(errno.EIO, "Input/output error")
+
+    groups = [group(folder, new, old), group(folder, "y", ""), group(folder, "z", "z")]
+    try:
+        with commit_together(groups):
+            for file in (file for group in groups for file in group.files):
+                file.write_at(0, b"new ")
+            monkeypatch.setattr(os, call, broken)
+    except (MachineError, KeyboardInterrupt):
+        return calls, True
+    finally:
+        monkeypatch.undo()
+    return calls, False
+
+
+@pytest.mark.parametrize(("new", "old"), NEW_AND_OLD)
+@pytest.mark.parametrize("how", ["error", "errors", "interrupt"])
+@pytest.mark.parametrize("call", ["rename", "replace", "link", "unlink", "mkdir", "fsync", "open"])
+def test_all_is_as_before_after_an_error_at_any_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: str, old: str, how: str, call: str
+) -> None:
+    before = dict.fromkeys((*old, "z"), b"old ")
+    after = dict.fromkeys((*new, "y", "z"), b"new ")
+    for at in range(100):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        calls, failed = attempt(folder, monkeypatch, new, old, how, call, at)
+        wanted = [before, after] if how == "interrupt" else [before if failed else after]
+        if how != "errors" and call != "unlink":  # else the rest is for the next run
+            assert contents(folder) in wanted, at
+        temporary.clean_up(folder)
+        assert contents(folder) in (wanted if call != "unlink" else [before, after]), at
+        assert entries(folder) == sorted(contents(folder)), at
+        if calls <= at:
+            break
+    assert contents(folder) == after
+    assert at < 99
+
+
+@pytest.mark.parametrize("place", ["a", "b", "i"])
+def test_a_folder_in_the_place_of_a_part(tmp_path: Path, place: str) -> None:
+    (tmp_path / "i").write_bytes(b"old ") if place != "i" else None
+    (tmp_path / place).mkdir()
+    before = entries(tmp_path)
+    with (
+        pytest.raises(UsageError, match=f"{place}: is a folder; move it"),
+        commit_together([group(tmp_path, "abi", "i")]),
+    ):
+        pytest.fail("must not begin")
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.skipif(temporary.fcntl is None, reason="no locks here")
+def test_one_run_at_a_time_puts_its_files_in_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomicfile, "LONGEST_WAIT", 0.05)
+    with temporary.locked_output(tmp_path / "i", 0) as locked:
+        assert locked
+        with (
+            pytest.raises(MachineError, match="i: another run is writing it; wait"),
+            commit_together([group(tmp_path, "abi", "")]),
+        ):
+            pass
+    assert entries(tmp_path) == []
+    with commit_together([group(tmp_path, "abi", "")]):
+        pass
+    assert entries(tmp_path) == ["a", "b", "i"]

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -110,12 +111,10 @@ def test_of_two_of_one_run_in_a_process_the_newer_goes_on(tmp_path: Path) -> Non
 def test_copies_have_no_claim(tmp_path: Path) -> None:
     ema = tracker(tmp_path, background=True)
     ema.update()
-    pickled = pickle.dumps(ema)
+    assert pickle.dumps(ema)
     copied = copy.deepcopy(ema)
     ema.update()
     del copied
-    again = pickle.loads(pickled)
-    del again
     stranger = tracker(tmp_path, overwrite=True)
     with pytest.raises(UsageError, match="another tracker"):
         stranger.update()
@@ -179,6 +178,23 @@ def test_the_claim_lasts_until_the_thread_has_written(
     thread.join()
     with pytest.raises(UsageError, match="another run's"):
         stranger.update()
+
+
+def test_a_folder_that_is_removed_and_begun_anew_is_the_newer_ones(tmp_path: Path) -> None:
+    """As by someone who takes a training for dead that is not."""
+    folder = tmp_path / "snapshots"
+    old = tracker(folder)
+    old.update()
+    shutil.rmtree(folder)
+    new = tracker(folder)
+    new.update()
+    locks._HELD.clear()  # as if in another process
+    with pytest.raises(UsageError, match="another training"):
+        old.update()
+    old.close()
+    assert (folder / LOCK).exists()
+    new.update()
+    assert runs(folder) == {new.run}
 
 
 def no_locks(_: int) -> None:
