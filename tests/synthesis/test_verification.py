@@ -389,7 +389,7 @@ def test_sources_that_are_others(tmp_path: Path, folder: Path) -> None:
     ]
     found = [problem.problem for problem in report.problems]
     assert found[:2] == ["is not the file that the output was made of", "is not there"]
-    assert found[2].startswith("not a whole safetensors file")
+    assert found[2] == "plain text ('nothing of the kind'), not a safetensors file"
 
 
 def test_sources_of_an_old_recipe_that_are_others(tmp_path: Path, folder: Path) -> None:
