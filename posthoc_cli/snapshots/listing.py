@@ -131,6 +131,9 @@ def list_candidates(
         (name, "a folder without a network") for name in empty if _shape(name) in shapes
     ]
     if not listing.networks and not listing.left_out:
+        if given is not None and not any(map(_is_other, there)):
+            problem = f"no {ENDING} file, nor a folder that holds any"
+            raise SnapshotError(str(folder / min(given)), problem, "give the snapshots' files")
         raise _none_found(folder, [*there, *(path for path in listing.others if "/" in path)])
     return listing
 

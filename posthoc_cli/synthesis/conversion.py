@@ -32,7 +32,7 @@ from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES
 from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
-from posthoc_cli.synthesis.conversion_files import Found, index_of
+from posthoc_cli.synthesis.conversion_files import Found, index_of, may_be_other
 from posthoc_cli.synthesis.conversion_jobs import (
     Converted,
     Job,
@@ -65,7 +65,12 @@ def convert(
     (then the error's subject is its path) or the snapshot can't be written.
     """
     begin = time.perf_counter()
-    parts = [read_checkpoint(path) for path in job.found.paths]
+    try:
+        parts = [read_checkpoint(path) for path in job.found.paths]
+    except SnapshotError as error:
+        if may_be_other(job.found) and error.problem.startswith(("neither a", "is a tar archive")):
+            raise LeftOutError(str(job.source), error.problem, "leave it out") from None
+        raise
     if not job.found.given and all(auxiliary(part) for part in parts):
         raise LeftOutError(str(job.source), auxiliary(parts[0]) or "", "leave it out")
     checkpoint = parts[0]

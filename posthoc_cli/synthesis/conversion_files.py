@@ -150,6 +150,14 @@ def without_ending(name: str) -> str | None:
     return bare if bare != name else None  # `name.tar`, as torch's tutorials have it
 
 
+def may_be_other(one: Found) -> bool:
+    """Whether a file's name is as usual for quite other things: `vocab.bin`, `images.tar`."""
+    name = one.paths[0].name.lower()
+    bare = os.path.splitext(name)[0]
+    other = name.endswith(".bin") or (name.endswith(".tar") and not bare.endswith(ENDINGS))
+    return other and not one.given and bare not in _KNOWN and len(one.paths) == 1
+
+
 def _given(one: Found) -> Found:
     return Found(one.name, one.stem, one.paths, one.index, True)
 

@@ -108,6 +108,11 @@ def has_number(name: str) -> bool:
     return re.search("[0-9]", name) is not None
 
 
+def _title(found: Found) -> str:
+    """The name that says what a checkpoint is, and that pattern= is for where it is a file's."""
+    return found.name if found.name.startswith(f"{found.stem}.") else f"{found.stem}{ENDING}"
+
+
 class LeftOutError(SnapshotError):
     """A file of the run's folder that is no checkpoint: to be named, but no mistake."""
 
@@ -144,7 +149,7 @@ def find_jobs(
     clean_up(folder)
     statuses = [[file_status(path) for path in one.paths] for one in found]
     inputs = {(one.st_dev, one.st_ino) for several in statuses for one in several if one}
-    doubts = doubted_profiles([f"{one.stem}{ENDING}" for one in found])
+    doubts = doubted_profiles([_title(one) for one in found])
     jobs = []
     for one, output, several in zip(found, outputs, statuses, strict=True):
         there = file_status(output)
@@ -160,7 +165,7 @@ def find_jobs(
                 f"exists already, and is not what this makes of '{one.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )
-        doubt = doubts.get(f"{one.stem}{ENDING}")
+        doubt = doubts.get(_title(one))
         jobs.append(Job(one, output, size, modified, done, doubt))
     return jobs
 

@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,18 @@ def test_logs_and_random_states_among_checkpoints(posthoc_here: Posthoc, tmp_pat
     }
 
 
+def test_other_files_of_such_endings(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    save(tmp_path / "run" / "net_500_6.94.pt", weights())
+    (tmp_path / "run" / "vocab.bin").write_bytes(b"hello world" * 99)
+    with tarfile.open(tmp_path / "run" / "images.tar", "w") as archive:
+        archive.add(tmp_path / "run" / "vocab.bin", "a")
+    done = posthoc_here("convert", "run", "out", "--json")
+    assert done.code == 0
+    assert skipped(done).keys() == {"vocab.bin", "images.tar"}
+    (tmp_path / "run" / "pytorch_model.bin").write_bytes(bytes(999))  # a broken network is another
+    assert posthoc_here("convert", "run", "out").code == 3
+
+
 # Objects beside the weights
 
 
@@ -187,6 +200,18 @@ def test_objects_beside_the_weights_do_not_matter(
     done = posthoc_here("convert", "a_500_6.94.pt", "out")
     assert done.code == 0, done.err
     assert_same(made(tmp_path, "a_500_6.94"), weights())
+
+
+def test_random_states_and_a_module_beside_the_weights(
+    posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    content = {"model": weights(), "rng": torch.get_rng_state(), "net": torch.nn.Linear(2, 2)}
+    save(tmp_path / "a_500_6.94.pt", content)
+    assert posthoc_here("convert", "a_500_6.94.pt", "out").code == 0
+    save(tmp_path / "b_500_6.94.pt", {"model": torch.nn.Linear(2, 2), "ema": None})
+    posthoc_here("convert", "b_500_6.94.pt", "out").failed(
+        3, ".*needs 'torch.nn.modules.linear.Linear', which isn't data; .*"
+    )
 
 
 def test_a_state_dict_of_a_class_of_its_own(posthoc_here: Posthoc, tmp_path: Path) -> None:

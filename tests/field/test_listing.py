@@ -466,7 +466,7 @@ def test_folders_and_shards_by_shell_glob(posthoc_here: Posthoc, run: Path) -> N
     assert done.code == 3  # nothing in this folder says the step
     assert done.json["problems"][0]["file"] == f"{MODEL}.index.json"
     (run / "notes.txt").write_text("")
-    refused(posthoc_here("inspect", run / "notes.txt"), "holds no .safetensors files")
+    refused(posthoc_here("inspect", run / "notes.txt"), "notes.txt: no .safetensors file, nor")
     done = posthoc_here("solve", *given, "run/nowhere", "--raw", "--sigma-rel", "0.1")
     refused(done, "run/nowhere: there is no such file or folder; check the path", code=2)
 

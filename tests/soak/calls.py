@@ -24,6 +24,9 @@ from tests.soak.scenes import Files, Scene, scenes, scenes_of_several
 from tests.soak.server import Server
 from tests.soak.tally import Tally
 
+EACH = 6
+"""Calls of each kind that are made to fail in each scene; each is the last of a killed process."""
+
 OUTPUT = "written/"
 """What the paths of all outputs have in them, unfinished ones included."""
 
@@ -159,7 +162,7 @@ def calls(
     megabytes: float = 0.05,
     only: Collection[str] = (),
 ) -> None:
-    """Every call of every scene, or `most` of each scene by chance; or those named `only`."""
+    """Kill at every call of every scene, or of those named `only`, or at `most` of each."""
     rng = random.Random(f"calls/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
@@ -199,7 +202,7 @@ def play_all(
         where = f"killed at {at} ({' '.join(log.calls[at])})"
         yield [f"{where}: {loss}" for loss in kill_at(stage, scene, at)], "kills"
     for kind, count in sorted(Counter(kind for kind, _ in log.calls).items()):
-        for after in _some(range(count), rng, most and max(most // 10, 1)):
+        for after in _some(range(count), rng, max(most // 10, 1) if most else EACH):
             for times in (1, 10**6) if not most or most > 9 else (rng.choice((1, 10**6)),):
                 where = f"{kind} failed after {after}, {'once' if times == 1 else 'for good'}"
                 found = fail_at(stage, scene, kind, after, times)
