@@ -7,8 +7,6 @@ import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
     plain_table,
@@ -36,38 +34,33 @@ TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
 
 
+@options.reads_folder
 def solve(
+    reading: options.Reading,
     folder: options.FolderArgument,
     sigma_rel: options.SigmaRelOption = None,
     gamma: options.GammaOption = None,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
-    pattern: options.PatternOption = None,
-    profiles: options.ProfilesOption = None,
-    only: options.OnlyOption = None,
-    exclude: options.ExcludeOption = None,
-    run: options.RunOption = None,
-    raw: options.RawOption = False,
-    skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
         bool,
-        typer.Option(
+        options.flag(
             "--all",
-            help="Show negligible weights too, and a table for each target however many there are.",
+            "Show negligible weights too, and a table for each target however many there are.",
         ),
     ] = False,
     diagnose: Annotated[
         bool,
-        typer.Option(
+        options.flag(
             "--diagnose",
-            help="Read a sample of the values, and show how far off each method's EMA is to be "
+            "Read a sample of the values, and show how far off each method's EMA is to be "
             "expected.",
         ),
     ] = False,
     as_json: options.JsonOption = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print the weights as CSV, a line for each.")
+        bool, options.flag("--csv", "Print the weights as CSV, a line for each.")
     ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -91,14 +84,12 @@ def solve(
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
     if diagnose and as_csv:
         raise UsageError("--csv", "doesn't go with --diagnose", "use --json, which has all")
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
     solution = open_and_warn(folder, reading, quiet).solve(
-        sigma_rel=options.read_numbers("--sigma-rel", sigma_rel),
-        gamma=options.read_numbers("--gamma", gamma),
         step=step,
         method=method,
         device=device,
         sample=diagnose,
+        **options.read_targets(sigma_rel, gamma),
     )
     warn_of_sample(solution, quiet)
     if diagnose:
