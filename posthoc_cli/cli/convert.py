@@ -11,6 +11,7 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
+    by_text,
     counted,
     describe_warnings,
     print_json,
@@ -271,25 +272,17 @@ def _quoted(name: str) -> str:
 
 def _left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
     """One line that names what was left out; many files of one kind are counted."""
-    if not left_out:
-        return []
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out:
-        reasons.setdefault(reason, []).append(name)
     parts = []
-    for reason, names in reasons.items():
+    for reason, names in by_text(left_out).items():
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         parts.append(f"{', '.join(map(_quoted, names[:2]))}{more} ({reason})")
-    return [f"left out: {'; '.join(parts)}"]
+    return [f"left out: {'; '.join(parts)}"] if parts else []
 
 
 def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
     """`file: message` lines: what is the same of several files is said once."""
-    files: dict[str, list[str]] = {}
-    for file, message in entries:
-        files.setdefault(message, []).append(file)
     lines = []
-    for text, names in files.items():
+    for text, names in by_text(entries).items():
         more = f" and {counted(len(names) - 1, 'more file')}" if names[1:] else ""
         lines.append(f"{_quoted(names[0])}{more}: {text}")
     return lines

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 import typer
 
 from posthoc_cli.cli.helptext import METHODS_HERE
-from posthoc_cli.errors import UsageError
+from posthoc_cli.errors import UsageError, either
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
@@ -237,8 +237,7 @@ def read_size(option: str, text: str) -> int:
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Raises UsageError unless `value` is one of `choices`."""
     if value not in choices:
-        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise UsageError(option, f"'{value}' is not known", f"choose {listed}")
+        raise UsageError(option, f"'{value}' is not known", f"choose {either(choices)}")
 
 
 @dataclass(frozen=True, slots=True)

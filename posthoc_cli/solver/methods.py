@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import SnapshotError, UsageError, either
 from posthoc_cli.solver.arrays import Array, FloatArray, namespace, on_device, to_numpy
 from posthoc_cli.solver.chains import algorithm3_weights, closest, find_chains, profile_error
 from posthoc_cli.solver.profiles import Profile, cosine, norm
@@ -125,9 +125,7 @@ def choose_method(method: str | None, raw: bool) -> str:
     if method is None:
         return default_method(raw)
     if method not in METHODS:
-        *names, last = METHODS
-        remedy = f"choose {', '.join(names)} or {last}"
-        raise UsageError("method=", f"'{method}' is not known", remedy)
+        raise UsageError("method=", f"'{method}' is not known", f"choose {either(METHODS)}")
     check_method(method, raw, raw)
     return method
 

@@ -227,7 +227,7 @@ class Engine:
         copied = np.asarray(row)
         if segment.dtype != segment.out_dtype:  # not by a sum, which has no negative zero
             stored = copied.view(DTYPES[segment.dtype].unsigned())
-            copied = np.empty(chunk.elements * DTYPES[segment.out_dtype].bits // 8, np.uint8)
+            copied = np.empty(segment.out_size_of(chunk.elements), np.uint8)
             round_to(copied, segment.out_dtype, stored, segment.dtype)
         sink.take_copies(chunk, lambda target: copied.data)
         if self._report is not None and segment.dtype in AVERAGED:

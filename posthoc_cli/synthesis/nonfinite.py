@@ -132,7 +132,7 @@ class NonfiniteReport:
         if not len(where):
             return []
         segment = chunk.segment
-        tensors = np.searchsorted(segment.bounds, where + chunk.first, side="right") - 1
+        tensors = segment.tensors_of(where + chunk.first)
         noted = []
         for tensor in np.unique(tensors).tolist():
             key = self._order[id(segment)], tensor
