@@ -38,11 +38,19 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def plain_table() -> Table:
-    """A table without borders: columns two spaces apart, headings above."""
+def plain_table(left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """A table without borders: columns two spaces apart, headings above.
+
+    Those headed `left` are for words, then those headed `right` for numbers; no line is broken.
+    """
     from rich.table import Table
 
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def print_table(console: Console, table: Table) -> None:

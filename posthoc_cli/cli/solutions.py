@@ -52,7 +52,6 @@ def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def warn_of_sample(solution: Solution, quiet: bool) -> None:
-    """Warn of sampled values that are not finite."""
     warn(warning_lines(_of_sample(solution)), quiet)
 
 

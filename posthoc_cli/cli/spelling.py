@@ -34,7 +34,6 @@ def spelled(text: str) -> str:
 
 
 def spelled_error(error: PosthocError) -> PosthocError:
-    """The same error in the words of the command line."""
     subject = error.subject
     if match := _ARGUMENT.fullmatch(subject):
         subject = _option(match)

@@ -266,7 +266,6 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
 
 
 def _too_alike(snapshots: Profiles, pair: tuple[int, int]) -> SnapshotError:
-    """The error that names the two snapshots whose profiles are nearest to each other."""
     a, b = (
         f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}" for i in sorted(pair)
     )

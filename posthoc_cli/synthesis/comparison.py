@@ -73,7 +73,6 @@ class Compared:
 
 
 def names_in_order(layout: TensorIndex) -> list[str]:
-    """The names of the tensors, as they lie in the file."""
     return sorted(layout.tensors, key=lambda name: (layout.tensors[name].start, name))
 
 
@@ -339,7 +338,6 @@ def allowed(
 
 
 def _values(dtype: str, data: Bytes, elements: npt.NDArray[Any]) -> FloatArray:
-    """Some of the elements in `data`, as numbers."""
     return decode(dtype, _elements(dtype, data)[elements].view(np.uint8)).astype(np.float64)
 
 

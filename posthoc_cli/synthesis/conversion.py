@@ -218,7 +218,6 @@ def _metadata(
     identity: Identity | None,
     options: Options,
 ) -> dict[str, str]:
-    """The snapshot's metadata: its step and profile, and what it was made of."""
     metadata = {} if step is None else {STEP: str(step)}
     if identity is not None:
         # As whichever of the two is shorter, which is the one that was given; below gamma 0 there

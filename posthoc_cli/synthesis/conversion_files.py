@@ -122,7 +122,6 @@ def find_checkpoints(
 
 
 def nothing_left(source: Path, left_out: Sequence[tuple[str, str]]) -> SnapshotError:
-    """The error for a folder of which nothing is a checkpoint."""
     name, reason = left_out[0]
     return SnapshotError(
         str(source),

@@ -197,7 +197,6 @@ def summarize(plan: TensorPlan, found: Sequence[NonfiniteTensor]) -> tuple[str, 
 
 
 def _asked_for(code: str) -> str:
-    """The name that a user gives an output's dtype."""
     return next((name for name, stored in OUTPUT_DTYPES.items() if stored == code), code)
 
 

@@ -141,7 +141,6 @@ class TensorPlan:
         return chunk.segment.starts[self.layouts[source]] + before
 
     def stored(self, segment: Segment, source: int) -> str:
-        """The dtype that a source has a segment in."""
         return segment.stored[self.layouts[source]] if segment.stored else segment.dtype
 
 
@@ -167,19 +166,17 @@ def make_plan(
     copied = _matching(anywhere, copy, "copy")
     names = [name for name in tensors if name not in dropped]
     for name in names:
-        if tensors[name].dtype in UNAVERAGEABLE and name not in copied:
-            raise SnapshotError(
-                f"tensor {printable(name)}",
-                f"its dtype {tensors[name].dtype} has no average",
-                "take it from the newest snapshot with copy=, or leave it out with drop=",
-            )
-        averaged = tensors[name].dtype in AVERAGED and name not in copied
-        if averaged and not _can_be_summed([each.get(name) for each in distinct]):
-            raise SnapshotError(
-                f"tensor {printable(name)}",
-                "it is missing, or of another shape or dtype, in some of the snapshots",
-                "take it from the newest snapshot with copy=, or leave it out with drop=",
-            )
+        code = tensors[name].dtype
+        if name in copied:
+            continue
+        if code in UNAVERAGEABLE:
+            problem = f"its dtype {code} has no average"
+        elif code in AVERAGED and not _can_be_summed([each.get(name) for each in distinct]):
+            problem = "it is missing, or of another shape or dtype, in some of the snapshots"
+        else:
+            continue
+        remedy = "take it from the newest snapshot with copy=, or leave it out with drop="
+        raise SnapshotError(f"tensor {printable(name)}", problem, remedy)
     if not names:
         raise UsageError("drop=", "leaves no tensor to write", "drop fewer")
     return plan_tensors(sources, newest, names, copied, dtype)
@@ -240,8 +237,8 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
     for glob in globs:
         found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
         if not found:
-            remedy = "see the names with inspect"
-            raise UsageError(f"{argument}='{glob}'", "matches no tensor", remedy)
+            subject = f"{argument}='{glob}'"
+            raise UsageError(subject, "matches no tensor", "see the names with inspect")
         matching |= found
     return matching
 

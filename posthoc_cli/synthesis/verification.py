@@ -196,7 +196,6 @@ def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[
 
 
 def _wrong_tensors(out: TensorIndex, newest: TensorIndex, recipe: RecipeSources) -> list[Problem]:
-    """The tensors that the output has and should not have, and the other way round."""
     source = newest.tensors
     problems = [
         Problem(out.path, "is not in its snapshots", ANEW, name)
