@@ -248,7 +248,7 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
             continue
         match = _SHARD.fullmatch(stem)
         if match is None:
-            found.append(Found(below + name, _title(below, stem), (folder / name,)))
+            found.append(Found(below + name, below.removesuffix("/") or stem, (folder / name,)))
         else:
             ending = name[len(stem) :]
             group = shards.setdefault((match["stem"], ending, int(match["count"])), {})
@@ -259,7 +259,7 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
         found.append(
             Found(
                 f"{below}{stem}{ending}",
-                _title(below, stem),
+                below.removesuffix("/") or stem,
                 paths,
                 folder / index if index in there or (folder / index).is_file() else None,
             )
@@ -277,10 +277,6 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
                 "wait until it is written, copy it again, or leave it out with exclude=",
             )
     return found
-
-
-def _title(below: str, stem: str) -> str:
-    return below.removesuffix("/") or stem
 
 
 def _of_training(one: Found) -> str | None:
