@@ -12,7 +12,7 @@ PosthocError
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def printable(text: str) -> str:
@@ -42,11 +42,22 @@ def in_line(text: str) -> str:
 
 def in_bytes(count: float) -> str:
     """`count` bytes for people: `512.0 MB`."""
-    power, units = 0, ("B", "kB", "MB", "GB", "TB", "PB")
+    return in_units(count, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def in_units(count: float, units: Sequence[str]) -> str:
+    """`count` in that one of `units`, each 1000 times the one before, that has up to 3 digits."""
+    power = 0
     while count >= 999.95 and power < len(units) - 1:
         count /= 1000
         power += 1
-    return f"{count:.{1 if power else 0}f} {units[power]}"
+    return f"{count:.{1 if power else 0}f}{units[power]}"
+
+
+def either(choices: Iterable[str]) -> str:
+    """`cpu, cuda or auto`."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}"
 
 
 def percent(fraction: float) -> str:

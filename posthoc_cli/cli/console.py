@@ -6,11 +6,11 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli.spelling import spelled
-from posthoc_cli.errors import printable
+from posthoc_cli.errors import in_units, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +38,19 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def plain_table() -> Table:
-    """A table without borders: columns two spaces apart, headings above."""
+def plain_table(left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """A table without borders: columns two spaces apart, headings above.
+
+    Those headed `left` are for words, then those headed `right` for numbers; no line is broken.
+    """
     from rich.table import Table
 
-    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -100,11 +108,15 @@ def describe_warnings(warnings: Sequence[tuple[str, str]]) -> list[dict[str, str
 
 def in_short(count: float) -> str:
     """A large number for people: `268.4M`."""
-    power, units = 0, ("", "k", "M", "G", "T", "P")
-    while count >= 999.95 and power < len(units) - 1:
-        count /= 1000
-        power += 1
-    return f"{count:.{1 if power else 0}f}{units[power]}"
+    return in_units(count, ("", "k", "M", "G", "T", "P"))
+
+
+def by_text(entries: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The files of (file, text) pairs by what is said of them."""
+    files: dict[str, list[str]] = {}
+    for file, text in entries:
+        files.setdefault(text, []).append(file)
+    return files
 
 
 def counted(count: int, noun: str) -> str:

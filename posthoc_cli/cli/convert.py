@@ -11,16 +11,16 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import (
+    by_text,
     counted,
     describe_warnings,
-    plain_table,
     print_json,
-    print_table,
     progress_bar,
     stdout_console,
     warn,
 )
 from posthoc_cli.cli.spelling import spelled
+from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
@@ -28,19 +28,13 @@ if TYPE_CHECKING:
 
     from posthoc_cli.synthesis.conversion_jobs import Converted, Job, Options
 
-_OUTPUT = "Output"
+_READING = "Reading the checkpoints"
 
 
 def _kinds() -> list[str]:
     from posthoc_cli.formats import KINDS
 
     return ["auto", *KINDS]
-
-
-def _dtypes() -> list[str]:
-    from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
-
-    return ["same", *OUTPUT_DTYPES]
 
 
 def convert(
@@ -65,7 +59,7 @@ def convert(
         typer.Option(
             "--from",
             metavar="TOOL",
-            rich_help_panel="Reading the checkpoints",
+            rich_help_panel=_READING,
             autocompletion=_kinds,
             help="What wrote them: ema-pytorch, posthoc-ema (pytorch-posthoc-ema), edm2, torch for "
             "any other state dict, or auto: by the contents of each.",
@@ -73,63 +67,51 @@ def convert(
     ] = "auto",
     update_every: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            rich_help_panel="Reading the checkpoints",
-            show_default=False,
-            help="The update_every of training with ema-pytorch (100 if it wasn't set) or "
+        options.in_panel(
+            _READING,
+            "N",
+            "The update_every of training with ema-pytorch (100 if it wasn't set) or "
             "posthoc-ema (10), taken to be 1 without this. Above 1 their averages have another "
             "width than was asked for, and that is what is written.",
+            show_default=False,
         ),
     ] = None,
     profiles: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="LIST",
-            rich_help_panel="Reading the checkpoints",
-            help="The sigma_rel values that the index in the names counts, from 0 on, as they were "
+        options.in_panel(
+            _READING,
+            "LIST",
+            "The sigma_rel values that the index in the names counts, from 0 on, as they were "
             "asked for in training, such as 0.05,0.10.",
         ),
     ] = None,
     pattern: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATTERN",
-            rich_help_panel="Reading the checkpoints",
-            help="File-name pattern, such as 'run7_{step}_{sigma_rel}.pt', with the fields {step} "
+        options.in_panel(
+            _READING,
+            "PATTERN",
+            "File-name pattern, such as 'run7_{step}_{sigma_rel}.pt', with the fields {step} "
             "or {kimg}, one of {sigma_rel}, {gamma} and {index}, and * for anything.",
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            rich_help_panel="Reading the checkpoints",
-            help="Use only the files whose names fit; repeat it to add more.",
+        options.in_panel(
+            _READING, "GLOB", "Use only the files whose names fit; repeat it to add more."
         ),
     ] = None,
     exclude: options.ExcludeOption = None,
     key: Annotated[
         str | None,
-        typer.Option(
-            metavar="KEY",
-            rich_help_panel="Reading the checkpoints",
+        options.in_panel(
+            _READING,
+            "KEY",
+            "Where in a checkpoint the state dict is: ema, or outer.inner.",
             show_default=False,
-            help="Where in a checkpoint the state dict is: ema, or outer.inner.",
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            rich_help_panel=_OUTPUT,
-            autocompletion=_dtypes,
-            help="Of the tensors written: same, float64, float32, float16 or bfloat16.",
-        ),
-    ] = "same",
-    force: Annotated[
-        bool, typer.Option("--force", rich_help_panel=_OUTPUT, help="Replace outputs that exist.")
-    ] = False,
+    dtype: options.DtypeOption = "same",
+    force: options.ForceOption = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -146,19 +128,18 @@ def convert(
       posthoc convert ema_12000_6.94.pt . --dtype float16
     """
     options.check_choice("--from", kind, _kinds())
-    options.check_choice("--dtype", dtype, _dtypes())
+    options.check_choice("--dtype", dtype, options.dtypes())
 
     from posthoc_cli.snapshots import compile_pattern
     from posthoc_cli.synthesis.conversion import explanations
     from posthoc_cli.synthesis.conversion_files import nothing_left
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 
-    indexed = tuple(float(value) for value in options.read_list("--profiles", profiles or ()))
     chosen = Options(
         kind,
         dtype,
         update_every,
-        indexed,
+        tuple(options.read_numbers("--profiles", profiles)),
         compile_pattern(pattern) if pattern is not None else None,
         key,
     )
@@ -291,42 +272,23 @@ def _quoted(name: str) -> str:
 
 def _left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
     """One line that names what was left out; many files of one kind are counted."""
-    if not left_out:
-        return []
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out:
-        reasons.setdefault(reason, []).append(name)
     parts = []
-    for reason, names in reasons.items():
+    for reason, names in by_text(left_out).items():
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         parts.append(f"{', '.join(map(_quoted, names[:2]))}{more} ({reason})")
-    return [f"left out: {'; '.join(parts)}"]
+    return [f"left out: {'; '.join(parts)}"] if parts else []
 
 
 def _grouped(entries: Sequence[tuple[str, str]]) -> list[str]:
     """`file: message` lines: what is the same of several files is said once."""
-    files: dict[str, list[str]] = {}
-    for file, message in entries:
-        files.setdefault(message, []).append(file)
     lines = []
-    for text, names in files.items():
+    for text, names in by_text(entries).items():
         more = f" and {counted(len(names) - 1, 'more file')}" if names[1:] else ""
         lines.append(f"{_quoted(names[0])}{more}: {text}")
     return lines
 
 
 # The table
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    heading: str
-    cells: list[str]
-    right: bool = True
-
-    @property
-    def width(self) -> int:
-        return max(map(len, (self.heading, *self.cells)))
 
 
 def _draw(console: Console, outcome: _Outcome) -> None:
@@ -344,31 +306,29 @@ def _draw(console: Console, outcome: _Outcome) -> None:
 
 
 def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
-    from rich.text import Text
-
     widths = [one.identity.sigma_rel if one.identity else None for one in converted]
     exponents = [one.identity.gamma if one.identity else None for one in converted]
     columns = [
-        _Column("file", [printable(one.name) for one in converted], right=False),
-        _Column("from", [one.kind for one in converted], right=False),
-        _Column("step", [_or_dash(one.step, "d") for one in converted]),
-        _Column("sigma_rel", [_or_dash(width, ".4f") for width in widths]),
-        _Column("gamma", [_or_dash(gamma, ".2f") for gamma in exponents]),
-        _Column("dtype", [_dtypes_in_short(one) for one in converted], right=False),
-        _Column("tensors", [f"{one.tensors:,}" for one in converted]),
-        _Column("size", [in_bytes(one.bytes) for one in converted]),
-        _Column("time", [_time(one) for one in converted]),
+        Column("file", [printable(one.name) for one in converted], right=False),
+        Column("from", [one.kind for one in converted], right=False),
+        Column("step", [_or_dash(one.step, "d") for one in converted]),
+        Column("sigma_rel", [_or_dash(width, ".4f") for width in widths]),
+        Column("gamma", [_or_dash(gamma, ".2f") for gamma in exponents]),
+        Column("dtype", [_dtypes_in_short(one) for one in converted], right=False),
+        Column("tensors", [f"{one.tensors:,}" for one in converted]),
+        Column("size", [in_bytes(one.bytes) for one in converted]),
+        Column("time", [_time(one) for one in converted]),
     ]
-    columns, common = _fitted(columns, console.width)
-    table = plain_table()
-    for column in columns:
-        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
-    print_table(console, table)
-    console.print()
-    if common:
-        console.print("each: " + ", ".join(common), soft_wrap=True)
+    table = Columns(columns, console.width)
+    common = table.leave_out_common(
+        {"from": "from {}", "tensors": "{} tensors", "dtype": "{}", "size": "{}"}
+    )
+    for heading in ("tensors", "dtype", "from", "size", "gamma"):
+        if table.too_wide and table.room < 24:
+            table.leave_out(heading)
+    if table.too_wide:
+        table.set_names(shortened(columns[0].cells, max(table.room, 12)))
+    table.draw(console, list(common.values()))
     made = [one for one in converted if one.seconds is not None]
     there = len(converted) - len(made)
     parts = []
@@ -396,37 +356,3 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _time(one: Converted) -> str:
     return "done" if one.seconds is None else f"{one.seconds:.1f} s"
-
-
-def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], list[str]]:
-    """Those columns that fit into `width`, and in words what is left out as it is the same for all.
-
-    Then file names are cut short, and only then the least important columns go.
-    """
-    common = []
-
-    def too_wide() -> bool:
-        return sum(column.width + 2 for column in columns) - 2 > width
-
-    for heading, phrase in (
-        ("from", "from {}"),
-        ("tensors", "{} tensors"),
-        ("dtype", "{}"),
-        ("size", "{}"),
-    ):
-        column = next(column for column in columns if column.heading == heading)
-        if too_wide() and len(set(column.cells)) == 1:
-            columns.remove(column)
-            common.append(phrase.format(column.cells[0]))
-    for heading in ("tensors", "dtype", "from", "size", "gamma"):
-        room = width - sum(column.width + 2 for column in columns[1:])
-        if too_wide() and room < 24:
-            columns = [column for column in columns if column.heading != heading]
-    if too_wide():
-        room = max(width - sum(column.width + 2 for column in columns[1:]), 12)
-        names = [
-            name if len(name) <= room else name[: room // 3] + "…" + name[room // 3 + 1 - room :]
-            for name in columns[0].cells
-        ]
-        columns = [_Column("file", names, right=False), *columns[1:]]
-    return columns, common

@@ -63,13 +63,10 @@ def draw_estimates(
     raw = solution.run.raw
     for at, target in enumerate(solution.targets):
         console.print(f"{title(target)} at step {solution.step}", style="bold")
-        table = plain_table()
-        table.add_column("method", no_wrap=True)
         headings = ["expected", "approximation", "rounding", "sum", "noise gain", "profile"]
         if raw:
             headings.pop()  # raw checkpoints have no profile to be off by
-        for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = plain_table(["method"], headings)
         problems = []
         scale = float(solution.expected.distance[at]) or math.nan
         for estimate in estimates:

@@ -41,19 +41,17 @@ def draw_readings(console: Console, error: AmbiguousError) -> None:
     """Draw the steps of files whose names can be read in several ways, and the option for each."""
     from rich.text import Text
 
-    table = plain_table()
-    table.add_column("file", no_wrap=True)
-    for number in range(1, len(error.patterns) + 1):
-        table.add_column(f"reading {number}", justify="right", no_wrap=True)
+    readings = [f"reading {number}" for number in range(1, len(error.patterns) + 1)]
+    table = plain_table(["file"], readings)
     for file, steps in error.rows[:_READINGS]:
         table.add_row(*(Text(text) for text in (printable(file), *map(str, steps))))
     console.print()
     print_table(console, table)
     if (more := len(error.rows) - _READINGS) > 0:
         console.print(f"and {more} more")
-    for number, pattern in enumerate(error.patterns, start=1):
+    for reading, pattern in zip(readings, error.patterns, strict=True):
         text = spelled(f"pattern='{pattern}'") if pattern else "no pattern can say it"
-        console.print(f"reading {number}: {printable(text)}", soft_wrap=True)
+        console.print(f"{reading}: {printable(text)}", soft_wrap=True)
 
 
 def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = False) -> None:
@@ -74,9 +72,7 @@ def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = Fa
         columns["sigma_rel"] = [width_of(row.sigma_rel, row.gamma) for row in shown]
         columns["gamma"] = ["" if math.isinf(row.gamma) else f"{row.gamma:.2f}" for row in shown]
     columns["weight"] = [signed(row.weight) for row in shown]
-    table = plain_table()
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table(right=list(columns))
     left = console.width - sum(
         max(len(text) for text in (heading, *texts)) + 2 for heading, texts in columns.items()
     )

@@ -36,7 +36,6 @@ def _format_options(command: Any, context: Any, formatter: Any, rest: str = _RES
 
 
 def _methods() -> str:
-    """What the registry says of each method."""
     from posthoc_cli.solver import METHODS, default_method
 
     said = []

@@ -27,6 +27,7 @@ from posthoc_cli.cli.console import (
 from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest, with_conversion
+from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from posthoc_cli.storage import TensorIndex
 
 
+@options.reads_folder
 def inspect(
+    reading: options.Reading,
     folder: Annotated[
         list[str],
         typer.Argument(
@@ -47,13 +50,6 @@ def inspect(
             show_default=False,
         ),
     ],
-    pattern: options.PatternOption = None,
-    profiles: options.ProfilesOption = None,
-    only: options.OnlyOption = None,
-    exclude: options.ExcludeOption = None,
-    run: options.RunOption = None,
-    raw: options.RawOption = False,
-    skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Of a file's recipe, show negligible weights too.")
     ] = False,
@@ -73,7 +69,6 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
     try:
         opened = options.open_folder(folder, reading)
     except SnapshotError as error:
@@ -139,21 +134,6 @@ def describe(run: Run) -> dict[str, Any]:
 # A folder
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    heading: str
-    cells: list[str]
-    right: bool = True
-
-    @property
-    def width(self) -> int:
-        return max(map(len, (self.heading, *self.cells)))
-
-    @property
-    def constant(self) -> bool:
-        return len(set(self.cells)) == 1
-
-
 def _draw(console: Console, run: Run) -> None:
     if run.snapshots:
         _draw_snapshots(console, run.snapshots)
@@ -173,77 +153,42 @@ def _draw(console: Console, run: Run) -> None:
 
 def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
     columns = [
-        _Column("file", [printable(snapshot.file) for snapshot in snapshots], right=False),
-        _Column("step", [str(snapshot.step) for snapshot in snapshots]),
-        _Column("sigma_rel", [width_of(each.sigma_rel, each.gamma) for each in snapshots]),
-        _Column("gamma", [f"{snapshot.gamma:.2f}" for snapshot in snapshots]),
-        _Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
-        _Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
-        _Column("parameters", [in_short(snapshot.parameters) for snapshot in snapshots]),
-        _Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
-        _Column("source", [snapshot.source for snapshot in snapshots], right=False),
+        Column("file", [printable(snapshot.file) for snapshot in snapshots], right=False),
+        Column("step", [str(snapshot.step) for snapshot in snapshots]),
+        Column("sigma_rel", [width_of(each.sigma_rel, each.gamma) for each in snapshots]),
+        Column("gamma", [f"{snapshot.gamma:.2f}" for snapshot in snapshots]),
+        Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
+        Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
+        Column("parameters", [in_short(snapshot.parameters) for snapshot in snapshots]),
+        Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
+        Column("source", [snapshot.source for snapshot in snapshots], right=False),
     ]
     raw = snapshots[0].profile.raw
     if raw:  # they have no profile
         columns = [each for each in columns if each.heading not in ("sigma_rel", "gamma")]
-    columns, common = _fitted(columns, console.width)
-    if raw:
-        common = [text.replace("step and profile", "step") for text in common]
-    table = plain_table()
-    for column in columns:
-        table.add_column(column.heading, justify="right" if column.right else "left", no_wrap=True)
-    from rich.text import Text
-
-    for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
-    print_table(console, table)
-    console.print()
-    if common:
-        console.print("each: " + ", ".join(common), soft_wrap=True)
+    table = Columns(columns, console.width)
+    common = table.leave_out_common(
+        {
+            "source": "step from {}" if raw else "step and profile from {}",
+            "tensors": "{} tensors",
+            "parameters": "{} parameters",
+            "dtype": "{}",
+            "size": "{}",
+        }
+    )
+    # Then names lose their common beginning, and then the least important columns go.
+    droppable = ("source", "tensors", "dtype", "parameters", "size", "gamma")
+    for heading in droppable[:-1]:
+        if table.too_wide and columns[0].width > 40:
+            table.leave_out(heading)
+    if table.too_wide:
+        table.set_names(_abbreviated(columns[0].cells, max(table.room, 16)))
+    for heading in droppable:
+        if table.too_wide:
+            table.leave_out(heading)
+    order = ("tensors", "parameters", "dtype", "size", "source")
+    table.draw(console, [common[heading] for heading in order if heading in common])
     console.print(_totals(snapshots), style="bold", soft_wrap=True)
-
-
-def _fitted(columns: list[_Column], width: int) -> tuple[list[_Column], list[str]]:
-    """Those columns that fit into `width`, and in words what the columns left out have in common.
-
-    What is the same for all snapshots goes first, then file names lose their common beginning,
-    then the least important columns go.
-    """
-    common: dict[str, str] = {}
-
-    def too_wide() -> bool:
-        return sum(column.width + 2 for column in columns) - 2 > width
-
-    def leave_out(heading: str) -> _Column | None:
-        for column in columns:
-            if column.heading == heading:
-                columns.remove(column)
-                return column
-        return None
-
-    words = {
-        "source": "step and profile from {}",
-        "tensors": "{} tensors",
-        "parameters": "{} parameters",
-        "dtype": "{}",
-        "size": "{}",
-    }
-    for heading, phrase in words.items():
-        column = next(column for column in columns if column.heading == heading)
-        if too_wide() and column.constant:
-            leave_out(heading)
-            common[heading] = phrase.format(column.cells[0])
-    for heading in ("source", "tensors", "dtype", "parameters", "size"):
-        if too_wide() and columns[0].width > 40:
-            leave_out(heading)
-    if too_wide():
-        room = width - sum(column.width + 2 for column in columns[1:])
-        columns[0] = _Column("file", _abbreviated(columns[0].cells, max(room, 16)), right=False)
-    for heading in ("source", "tensors", "dtype", "parameters", "size", "gamma"):
-        if too_wide():
-            leave_out(heading)
-    order = ["tensors", "parameters", "dtype", "size", "source"]
-    return columns, [common[heading] for heading in order if heading in common]
 
 
 def _abbreviated(names: list[str], room: int) -> list[str]:
@@ -256,10 +201,7 @@ def _abbreviated(names: list[str], room: int) -> list[str]:
         common -= 1
     if common > 1:
         names = ["…" + name[common:] for name in names]
-    return [
-        name if len(name) <= room else name[: room // 3] + "…" + name[room // 3 + 1 - room :]
-        for name in names
-    ]
+    return shortened(names, room)
 
 
 def _totals(snapshots: Sequence[Snapshot]) -> str:

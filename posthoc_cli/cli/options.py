@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from posthoc_cli.cli.helptext import METHODS_HERE
-from posthoc_cli.errors import UsageError
+from posthoc_cli.errors import UsageError, either
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
@@ -22,14 +24,21 @@ MAX_VALUES = 10_000
 _UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
 
-_READING = "Reading the folder"
-_TARGETS = "Targets"
+READING, TARGETS, OUTPUT = "Reading the folder", "Targets", "Output"
+"""The headings of the help."""
 
 
 def _methods() -> list[str]:
     from posthoc_cli.solver import METHODS
 
     return list(METHODS)
+
+
+def dtypes() -> list[str]:
+    """What --dtype may be."""
+    from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
+
+    return ["same", *OUTPUT_DTYPES]
 
 
 FolderArgument = Annotated[
@@ -40,114 +49,76 @@ FolderArgument = Annotated[
         show_default=False,
     ),
 ]
-PatternOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATTERN",
-        rich_help_panel=_READING,
-        help="File-name pattern, such as 'run7_{step}_{sigma_rel}.safetensors', with the fields "
-        "{step} or {kimg}, one of {sigma_rel}, {gamma} and {index} (with --raw none), and * for "
-        "anything.",
-    ),
-]
-ProfilesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="LIST",
-        rich_help_panel=_READING,
-        help="The sigma_rel values that {index} counts, from index 0 on, such as 0.05,0.10.",
-    ),
-]
-OnlyOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        rich_help_panel=_READING,
-        help="Use only the files whose names, or paths below FOLDER, fit, such as '*/unet_ema'; "
-        "repeat it to add more.",
-    ),
-]
+
+
+def in_panel(panel: str, metavar: str | None, help: str, **more: Any) -> Any:
+    """An option under the heading `panel` of the help."""
+    return typer.Option(metavar=metavar, rich_help_panel=panel, help=help, **more)
+
+
+def flag(name: str, help: str, panel: str | None = None) -> Any:
+    """An option without a value and without a `--no-...`."""
+    return typer.Option(name, rich_help_panel=panel, help=help)
+
+
 ExcludeOption = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        rich_help_panel=_READING,
-        help="Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
-    ),
-]
-RunOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RUN",
-        rich_help_panel=_READING,
-        show_default=False,
-        help="Of several training runs in the folder, the one to use.",
-    ),
-]
-RawOption = Annotated[
-    bool,
-    typer.Option(
-        "--raw",
-        rich_help_panel=_READING,
-        help="The files are no EMAs but plain checkpoints, such as a LoRA trainer saves. Steps are "
-        "those of their metadata, kohya's too, or the last number of their names.",
-    ),
-]
-SkipIncompleteOption = Annotated[
-    bool,
-    typer.Option(
-        "--skip-incomplete",
-        rich_help_panel=_READING,
-        help="Leave out files whose end is missing, such as one that training is still writing, "
-        "instead of stopping.",
+    in_panel(
+        READING,
+        "GLOB",
+        "Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
     ),
 ]
 SigmaRelOption = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="LIST",
-        rich_help_panel=_TARGETS,
-        help="Relative widths of the EMAs that are wanted: 0.05, or 0.05,0.10, or "
+    in_panel(
+        TARGETS,
+        "LIST",
+        "Relative widths of the EMAs that are wanted: 0.05, or 0.05,0.10, or "
         "0.010,0.015,...,0.250; above 0 and below 0.2887. May be repeated.",
     ),
 ]
 GammaOption = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="LIST",
-        rich_help_panel=_TARGETS,
-        help="The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5; with blup, above -1.",
+    in_panel(
+        TARGETS,
+        "LIST",
+        "The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5; with blup, above -1.",
     ),
 ]
 StepOption = Annotated[
     int | None,
-    typer.Option(
-        metavar="STEP",
-        rich_help_panel=_TARGETS,
-        help="The step at which they are wanted; snapshots after it are not used. By default the "
+    in_panel(
+        TARGETS,
+        "STEP",
+        "The step at which they are wanted; snapshots after it are not used. By default the "
         "last snapshot's.",
     ),
 ]
 MethodOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="METHOD",
-        rich_help_panel=_TARGETS,
-        autocompletion=_methods,
-        show_default=False,
-        help=METHODS_HERE,
-    ),
+    in_panel(TARGETS, "METHOD", METHODS_HERE, autocompletion=_methods, show_default=False),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(
-        metavar="DEVICE",
-        rich_help_panel=_TARGETS,
+    in_panel(
+        TARGETS,
+        "DEVICE",
+        "Where to compute: cpu, cuda, cuda:1, or auto: cuda where there is one.",
         autocompletion=lambda: ["cpu", "cuda", "auto"],
-        help="Where to compute: cpu, cuda, cuda:1, or auto: cuda where there is one.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DtypeOption = Annotated[
+    str,
+    in_panel(
+        OUTPUT,
+        "DTYPE",
+        "Of the tensors written: same, float64, float32, float16 or bfloat16.",
+        autocompletion=dtypes,
+    ),
+]
+ForceOption = Annotated[bool, flag("--force", "Replace outputs that exist.", OUTPUT)]
+JsonOption = Annotated[bool, flag("--json", "Print the result as JSON.")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No warnings and no progress: errors only.")
 ]
@@ -232,6 +203,19 @@ def _continued(
     return [second + spacing * k for k in range(1, int(count) + 1)]
 
 
+def read_numbers(option: str, texts: Sequence[str] | None) -> list[float]:
+    """The same as `read_list`, as floats; empty where the option wasn't given."""
+    return [float(value) for value in read_list(option, texts or ())]
+
+
+def read_targets(sigma_rel: Sequence[str] | None, gamma: Sequence[str] | None) -> dict[str, Any]:
+    """The averages that are wanted, as the library takes them."""
+    return {
+        "sigma_rel": read_numbers("--sigma-rel", sigma_rel),
+        "gamma": read_numbers("--gamma", gamma),
+    }
+
+
 def _too_many(option: str, text: str) -> UsageError:
     return UsageError(option, f"'{text}': more than {MAX_VALUES} values", "give a wider spacing")
 
@@ -253,23 +237,93 @@ def read_size(option: str, text: str) -> int:
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
     """Raises UsageError unless `value` is one of `choices`."""
     if value not in choices:
-        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise UsageError(option, f"'{value}' is not known", f"choose {listed}")
+        raise UsageError(option, f"'{value}' is not known", f"choose {either(choices)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How a folder is to be read: the options under "Reading the folder"."""
 
-    pattern: str | None = None
-    profiles: Sequence[str] | None = None
-    only: Sequence[str] | None = None
-    exclude: Sequence[str] | None = None
-    run: str | None = None
-    raw: bool = False
-    skip_incomplete: bool = False
+    pattern: Annotated[
+        str | None,
+        in_panel(
+            READING,
+            "PATTERN",
+            "File-name pattern, such as 'run7_{step}_{sigma_rel}.safetensors', with the fields "
+            "{step} or {kimg}, one of {sigma_rel}, {gamma} and {index} (with --raw none), and * "
+            "for anything.",
+        ),
+    ] = None
+    profiles: Annotated[
+        list[str] | None,
+        in_panel(
+            READING,
+            "LIST",
+            "The sigma_rel values that {index} counts, from index 0 on, such as 0.05,0.10.",
+        ),
+    ] = None
+    only: Annotated[
+        list[str] | None,
+        in_panel(
+            READING,
+            "GLOB",
+            "Use only the files whose names, or paths below FOLDER, fit, such as '*/unet_ema'; "
+            "repeat it to add more.",
+        ),
+    ] = None
+    exclude: ExcludeOption = None
+    run: Annotated[
+        str | None,
+        in_panel(
+            READING,
+            "RUN",
+            "Of several training runs in the folder, the one to use.",
+            show_default=False,
+        ),
+    ] = None
+    raw: Annotated[
+        bool,
+        flag(
+            "--raw",
+            "The files are no EMAs but plain checkpoints, such as a LoRA trainer saves. Steps are "
+            "those of their metadata, kohya's too, or the last number of their names.",
+            READING,
+        ),
+    ] = False
+    skip_incomplete: Annotated[
+        bool,
+        flag(
+            "--skip-incomplete",
+            "Leave out files whose end is missing, such as one that training is still writing, "
+            "instead of stopping.",
+            READING,
+        ),
+    ] = False
     copy: Sequence[str] | None = None
     drop: Sequence[str] | None = None
+
+
+def reads_folder(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options of Reading, in place of its argument `reading`."""
+    hints = get_type_hints(Reading, include_extras=True)
+    names = [name for name, hint in hints.items() if get_origin(hint) is Annotated]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        reading = Reading(**{name: given.pop(name) for name in names})
+        command(reading=reading, **given)
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "reading"]
+    reading = [
+        each.replace(annotation=hints[each.name])
+        for each in inspect.signature(Reading).parameters.values()
+        if each.name in names
+    ]
+    parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in (*own, *reading)]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def open_folder(paths: Sequence[str], reading: Reading) -> Run:
@@ -290,8 +344,3 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
         copy=reading.copy or (),
         drop=reading.drop or (),
     )
-
-
-def read_numbers(option: str, texts: Sequence[str] | None) -> list[float]:
-    """The same as `read_list`, as floats; empty where the option wasn't given."""
-    return [float(value) for value in read_list(option, texts or ())]

@@ -15,8 +15,8 @@ from posthoc_cli.cli.console import (
     plain_table,
     print_json,
     print_table,
+    stdout_console,
 )
-from posthoc_cli.cli.console import stdout_console as console_of
 from posthoc_cli.errors import UsageError, in_bytes
 
 WITHIN = (0.01, 0.05)
@@ -105,8 +105,7 @@ def plan(
 def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
     from posthoc_cli.solver import MAX_SIGMA_REL, MIN_SIGMA_REL
 
-    values = options.read_list("--profiles", profiles or ["0.05,0.10"])
-    widths = tuple(sorted({float(value) for value in values}))
+    widths = tuple(sorted(set(options.read_numbers("--profiles", profiles or ["0.05,0.10"]))))
     for width in widths:
         if not MIN_SIGMA_REL <= width < MAX_SIGMA_REL:
             raise UsageError(
@@ -174,7 +173,7 @@ def _describe(
 
 
 def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) -> None:
-    console = console_of()
+    console = stdout_console()
     table = plain_table()
     table.add_column("", no_wrap=True)
     headings = ["step", "snapshots", *(["disk"] if size else []), "within 1%", "within 5%"]

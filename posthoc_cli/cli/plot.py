@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,9 @@ MOST = 6
 """Targets of one figure: more can't be read."""
 
 
+@options.reads_folder
 def plot(
+    reading: options.Reading,
     folder: options.FolderArgument,
     output: Annotated[
         str,
@@ -28,7 +30,7 @@ def plot(
             "--output",
             "-o",
             metavar="FILE",
-            rich_help_panel="Output",
+            rich_help_panel=options.OUTPUT,
             show_default=False,
             help="The figure to write; its ending says as what: .png, .svg or .pdf.",
         ),
@@ -46,15 +48,8 @@ def plot(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", rich_help_panel="Output", help="Replace a file that exists.")
+        bool, options.flag("--force", "Replace a file that exists.", options.OUTPUT)
     ] = False,
-    pattern: options.PatternOption = None,
-    profiles: options.ProfilesOption = None,
-    only: options.OnlyOption = None,
-    exclude: options.ExcludeOption = None,
-    run: options.RunOption = None,
-    raw: options.RawOption = False,
-    skip_incomplete: options.SkipIncompleteOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
     """Draw what each method's weights give, for each target.
@@ -82,16 +77,12 @@ def plot(
         raise UsageError(str(path), "exists already", "use --force to replace it")
     AtomicFile(path, 0, overwrite=force).check_absent()
     plotting.check_matplotlib()
-    targets: dict[str, Any] = {
-        "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
-        "gamma": options.read_numbers("--gamma", gamma),
-    }
+    targets = options.read_targets(sigma_rel, gamma)
     if (count := sum(map(len, targets.values()))) > MOST:
         raise UsageError("--sigma-rel", f"{count} targets", f"give up to {MOST} a figure")
-    opened = open_and_warn(
-        folder, options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete), quiet
+    solution = open_and_warn(folder, reading, quiet).solve(
+        step=step, method=method, sample=True, **targets
     )
-    solution = opened.solve(step=step, method=method, sample=True, **targets)
     warn_of_sample(solution, quiet)
     estimates = solution.estimate_methods()
     weights = {each.method: each.solved.weights for each in estimates if each.solved is not None}

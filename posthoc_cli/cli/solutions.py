@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import counted, describe_warnings, note, warn, warning_lines
+from posthoc_cli.cli.console import by_text, counted, describe_warnings, note, warn, warning_lines
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import percent
 
@@ -40,11 +40,8 @@ def open_and_warn(paths: Sequence[str], reading: options.Reading, quiet: bool) -
 
 def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The files, in words, and the reason that keeps them out; our own outputs are but counted."""
-    files: dict[str, list[str]] = {}
-    for file, reason in skipped:
-        files.setdefault(reason, []).append(file)
     lines = []
-    for reason, names in files.items():
+    for reason, names in by_text(skipped).items():
         shown, more = ", ".join(names[:_NAMED]), len(names) - _NAMED
         if more > 0:
             shown += f" and {more} more (posthoc inspect names them)"
@@ -55,7 +52,6 @@ def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def warn_of_sample(solution: Solution, quiet: bool) -> None:
-    """Warn of sampled values that are not finite."""
     warn(warning_lines(_of_sample(solution)), quiet)
 
 

@@ -7,15 +7,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from posthoc_cli.cli import options
-from posthoc_cli.cli.console import (
-    plain_table,
-    print_json,
-    print_table,
-    stdout_console,
-)
+from posthoc_cli.cli.console import plain_table, print_json, print_table, stdout_console
 from posthoc_cli.cli.drawing import Bars, Row, draw_weights
 from posthoc_cli.cli.solutions import (
     describe,
@@ -36,38 +29,33 @@ TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
 
 
+@options.reads_folder
 def solve(
+    reading: options.Reading,
     folder: options.FolderArgument,
     sigma_rel: options.SigmaRelOption = None,
     gamma: options.GammaOption = None,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
-    pattern: options.PatternOption = None,
-    profiles: options.ProfilesOption = None,
-    only: options.OnlyOption = None,
-    exclude: options.ExcludeOption = None,
-    run: options.RunOption = None,
-    raw: options.RawOption = False,
-    skip_incomplete: options.SkipIncompleteOption = False,
     everything: Annotated[
         bool,
-        typer.Option(
+        options.flag(
             "--all",
-            help="Show negligible weights too, and a table for each target however many there are.",
+            "Show negligible weights too, and a table for each target however many there are.",
         ),
     ] = False,
     diagnose: Annotated[
         bool,
-        typer.Option(
+        options.flag(
             "--diagnose",
-            help="Read a sample of the values, and show how far off each method's EMA is to be "
+            "Read a sample of the values, and show how far off each method's EMA is to be "
             "expected.",
         ),
     ] = False,
     as_json: options.JsonOption = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print the weights as CSV, a line for each.")
+        bool, options.flag("--csv", "Print the weights as CSV, a line for each.")
     ] = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -91,14 +79,12 @@ def solve(
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
     if diagnose and as_csv:
         raise UsageError("--csv", "doesn't go with --diagnose", "use --json, which has all")
-    reading = options.Reading(pattern, profiles, only, exclude, run, raw, skip_incomplete)
     solution = open_and_warn(folder, reading, quiet).solve(
-        sigma_rel=options.read_numbers("--sigma-rel", sigma_rel),
-        gamma=options.read_numbers("--gamma", gamma),
         step=step,
         method=method,
         device=device,
         sample=diagnose,
+        **options.read_targets(sigma_rel, gamma),
     )
     warn_of_sample(solution, quiet)
     if diagnose:
@@ -127,25 +113,15 @@ _CSV_COLUMNS = (
 
 
 def _write_csv(solution: Solution) -> None:
-    """The weights, a line for each, with all their digits."""
     # A terminal gets no control characters; a file gets the names as they are.
     shown = printable if sys.stdout.isatty() else str
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
     for target, weights in zip(solution.targets, solution.solved.weights.tolist(), strict=True):
         for snapshot, weight in zip(solution.snapshots, weights, strict=True):
-            writer.writerow(
-                [
-                    target.sigma_rel,
-                    target.gamma,
-                    solution.step,
-                    shown(snapshot.file),
-                    snapshot.step,
-                    snapshot.sigma_rel,
-                    snapshot.gamma,
-                    weight,
-                ]
-            )
+            wanted = (target.sigma_rel, target.gamma, solution.step)
+            source = (snapshot.step, snapshot.sigma_rel, snapshot.gamma)
+            writer.writerow([*wanted, shown(snapshot.file), *source, weight])
 
 
 def _draw(console: Console, solution: Solution, everything: bool) -> None:
@@ -156,8 +132,8 @@ def _draw(console: Console, solution: Solution, everything: bool) -> None:
         if at:
             console.print()
         console.print(
-            f"{title(target)} at step {solution.step}, "
-            f"from {sources(solution)} ({solution.solved.method})",
+            f"{title(target)} at step {solution.step}, from {sources(solution)} "
+            f"({solution.solved.method})",
             style="bold",
         )
         rows = [
@@ -196,14 +172,12 @@ def _draw_totals(console: Console, solution: Solution, at: int) -> None:
 def _draw_lines(console: Console, solution: Solution) -> None:
     """A line a target: how well each can be had."""
     solved = solution.solved
-    table = plain_table()
     kind, errors = "profile error", solved.profile_error.tolist()
     if solution.run.raw:
         kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
     if solution.expected is not None:  # then it is known what comes of the profile error
         kind, errors = "expected error", solution.expected.relative.tolist()
-    for heading in ("sigma_rel", "gamma", "sum of weights", "noise gain", kind):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table(right=["sigma_rel", "gamma", "sum of weights", "noise gain", kind])
     table.add_column(no_wrap=True)
     lengths = [error if math.isfinite(error) else 0.0 for error in errors]
     bars = Bars(lengths, 13, console.encoding)
@@ -219,8 +193,7 @@ def _draw_lines(console: Console, solution: Solution) -> None:
     print_table(console, table)
     console.print()
     console.print(
-        f"at step {solution.step}, from {sources(solution)} "
-        f"({solved.method})"
+        f"at step {solution.step}, from {sources(solution)} ({solved.method})"
         + (f"; condition number {solved.condition_number:.3g}" if solved.method != "share" else "")
     )
     console.print("--all shows the weights of each target, or name up to three", style="dim")

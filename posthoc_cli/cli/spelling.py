@@ -11,20 +11,9 @@ import re
 from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
-    *(
-        "copy",
-        "device",
-        "drop",
-        "dtype",
-        "exclude",
-        "force",
-        "gamma",
-        "key",
-        "max_error",
-        "max_shard_size",
-    ),
-    *("method", "only", "pattern", "profiles", "raw", "run", "sigma_rel", "skip_existing"),
-    *("skip_incomplete", "step", "strict", "update_every"),
+    *("copy", "device", "drop", "dtype", "exclude", "force", "gamma", "key", "max_error"),
+    *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
+    *("skip_existing", "skip_incomplete", "step", "strict", "update_every"),
 )
 OPTIONS = {"output": "-o", "tool": "--from"} | {
     name: "--" + name.replace("_", "-") for name in _SAME
@@ -45,7 +34,6 @@ def spelled(text: str) -> str:
 
 
 def spelled_error(error: PosthocError) -> PosthocError:
-    """The same error in the words of the command line."""
     subject = error.subject
     if match := _ARGUMENT.fullmatch(subject):
         subject = _option(match)

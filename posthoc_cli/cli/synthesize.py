@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +25,10 @@ if TYPE_CHECKING:
     from posthoc_cli.api import Solution
     from posthoc_cli.synthesis.outputs import Output, Saved
 
-_OUTPUT = "Output"
 
-
-def _dtypes() -> list[str]:
-    from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
-
-    return ["same", *OUTPUT_DTYPES]
-
-
+@options.reads_folder
 def synthesize(
+    reading: options.Reading,
     folder: options.FolderArgument,
     output: Annotated[
         str,
@@ -41,7 +36,7 @@ def synthesize(
             "--output",
             "-o",
             metavar="OUT",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
             show_default=False,
             help="The file to write; with several targets a folder, or a template with "
             "{sigma_rel}, {gamma} or {step}. A path that ends in / is made if need be.",
@@ -54,74 +49,53 @@ def synthesize(
     device: options.DeviceOption = "cpu",
     max_error: Annotated[
         float | None,
-        typer.Option(
-            metavar="X",
-            rich_help_panel="Targets",
-            show_default=False,
-            help="Write nothing when a larger error is to be expected, relative to how far the EMA "
+        options.in_panel(
+            options.TARGETS,
+            "X",
+            "Write nothing when a larger error is to be expected, relative to how far the EMA "
             "is from the network: 0.05 is 5%.",
+            show_default=False,
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            rich_help_panel=_OUTPUT,
-            autocompletion=_dtypes,
-            help="Of the tensors written: same, float64, float32, float16 or bfloat16.",
-        ),
-    ] = "same",
+    dtype: options.DtypeOption = "same",
     copy: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            rich_help_panel=_OUTPUT,
-            help="Tensors to take from the newest snapshot instead of averaging; may be repeated.",
+        options.in_panel(
+            options.OUTPUT,
+            "GLOB",
+            "Tensors to take from the newest snapshot instead of averaging; may be repeated.",
         ),
     ] = None,
     drop: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="GLOB", rich_help_panel=_OUTPUT, help="Tensors to leave out; may be repeated."
-        ),
+        options.in_panel(options.OUTPUT, "GLOB", "Tensors to leave out; may be repeated."),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", rich_help_panel=_OUTPUT, help="Replace outputs that exist.")
-    ] = False,
+    force: options.ForceOption = False,
     skip_existing: Annotated[
         bool,
-        typer.Option(
-            "--skip-existing",
-            rich_help_panel=_OUTPUT,
-            help="Keep outputs that exist, and write the others.",
+        options.flag(
+            "--skip-existing", "Keep outputs that exist, and write the others.", options.OUTPUT
         ),
     ] = False,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            rich_help_panel=_OUTPUT,
-            show_default=False,
-            help="Write outputs larger than this, such as 5GB, as shards with an index, as Hugging "
+        options.in_panel(
+            options.OUTPUT,
+            "SIZE",
+            "Write outputs larger than this, such as 5GB, as shards with an index, as Hugging "
             "Face's libraries load them.",
+            show_default=False,
         ),
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option(
+        options.flag(
             "--strict",
-            rich_help_panel=_OUTPUT,
-            help="Write nothing when there is NaN or infinity in the snapshots, or would be in an "
+            "Write nothing when there is NaN or infinity in the snapshots, or would be in an "
             "output; without it, that is a warning.",
+            options.OUTPUT,
         ),
     ] = False,
-    pattern: options.PatternOption = None,
-    profiles: options.ProfilesOption = None,
-    only: options.OnlyOption = None,
-    exclude: options.ExcludeOption = None,
-    run: options.RunOption = None,
-    raw: options.RawOption = False,
-    skip_incomplete: options.SkipIncompleteOption = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -147,14 +121,9 @@ def synthesize(
     shard_bytes = (
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
-    targets: dict[str, Any] = {
-        "sigma_rel": options.read_numbers("--sigma-rel", sigma_rel),
-        "gamma": options.read_numbers("--gamma", gamma),
-    }
+    targets = options.read_targets(sigma_rel, gamma)
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = options.Reading(
-        pattern, profiles, only, exclude, run, raw, skip_incomplete, copy, drop
-    )
+    reading = dataclasses.replace(reading, copy=copy, drop=drop)
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, **targets)

@@ -91,7 +91,6 @@ def _describe(output: str, folder: str, full: bool, report: Report) -> dict[str,
 
 
 def _below(path: Path, folder: str) -> str:
-    """The path of a source below its folder."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
@@ -123,7 +122,6 @@ def _say(output: str, report: Report) -> None:
 
 
 def _complaint(problems: list[Problem]) -> SnapshotError:
-    """The first problem, and how many more there are."""
     first = problems[0]
     problem, remedy = first.problem, first.remedy
     if first.tensor is not None:

@@ -279,7 +279,7 @@ def expected_error(
     approximation = excess**2 * trajectory.start
     distance = np.zeros(len(targets))
     if chains := find_chains(snapshots):
-        found = chain_errors(chains, snapshots, targets, edges, rates, weights)
+        found = chain_errors(chains, snapshots, targets, edges, rates, weights, excess)
         approximation, distance = approximation + found[0], found[1]
     else:
         for interval, node_weights, shares in quadrature([*snapshots, *targets], edges):

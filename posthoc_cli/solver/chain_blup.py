@@ -142,10 +142,12 @@ def chain_errors(
     edges: FloatArray,
     rates: FloatArray,
     weights: FloatArray,
+    excess: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
-    """The squares of approximation (without what scales the start) and distance, [targets] each."""
-    excess = weights.sum(axis=1) - 1
-    excess[np.abs(excess) < 1e-12] = 0.0
+    """The squares of approximation (without what scales the start) and distance, [targets] each.
+
+    `excess` [targets] is by how much the weights sum to more than one.
+    """
     amounts = (to_amounts(chains, weights) * chains.mass[:, None]).T
     before = np.concatenate([np.zeros((len(targets), 1)), np.cumsum(amounts, axis=1)], axis=1)
     stop = np.array([float(each.step) for each in targets])

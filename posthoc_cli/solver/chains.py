@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
-from posthoc_cli.solver.profiles import Average, Profile
+from posthoc_cli.solver.profiles import Average, Profile, norm
 from posthoc_cli.solver.quadrature import IntArray
 
 MANY = 400
@@ -121,8 +121,7 @@ def inner_products(
     wanted = np.stack(
         [_overlap((step, gamma), (each.step, each.gamma), low, step) for each in targets], axis=1
     )
-    norms = [(each.gamma + 1) / np.sqrt((2 * each.gamma + 1) * each.step) for each in targets]
-    return band, wanted, np.array(norms)
+    return band, wanted, np.array([norm(each.step, each.gamma) for each in targets])
 
 
 def _overlap(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import SnapshotError, UsageError, either
 from posthoc_cli.solver.arrays import Array, FloatArray, namespace, on_device, to_numpy
 from posthoc_cli.solver.chains import algorithm3_weights, closest, find_chains, profile_error
 from posthoc_cli.solver.profiles import Profile, cosine, norm
@@ -125,9 +125,7 @@ def choose_method(method: str | None, raw: bool) -> str:
     if method is None:
         return default_method(raw)
     if method not in METHODS:
-        *names, last = METHODS
-        remedy = f"choose {', '.join(names)} or {last}"
-        raise UsageError("method=", f"'{method}' is not known", remedy)
+        raise UsageError("method=", f"'{method}' is not known", f"choose {either(METHODS)}")
     check_method(method, raw, raw)
     return method
 
@@ -268,7 +266,6 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
 
 
 def _too_alike(snapshots: Profiles, pair: tuple[int, int]) -> SnapshotError:
-    """The error that names the two snapshots whose profiles are nearest to each other."""
     a, b = (
         f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}" for i in sorted(pair)
     )

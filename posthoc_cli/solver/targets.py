@@ -28,7 +28,6 @@ class Target:
     gamma: float
 
     def __str__(self) -> str:
-        """Such as `sigma_rel 0.05`."""
         return f"{self.argument} {self.text}"
 
     @property
@@ -37,7 +36,6 @@ class Target:
         return plain_number(self.value)
 
     def profile(self, step: int) -> Profile:
-        """Its profile at a step of training."""
         return Profile(step, self.gamma)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import MachineError
-from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode, float8_values
+from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, bytes_of, decode, float8_values
 from posthoc_cli.synthesis import kernels
 
 Weights = npt.NDArray[np.float64]
@@ -99,7 +99,7 @@ class CpuAccumulator:
                 sums = self._sums[target, : self._elements]
                 row = sums.astype(DTYPES[self._out_dtype].numpy()).view(np.uint8)
                 self.maybe_nonfinite |= not np.isfinite(decode(self._out_dtype, row)).all()
-        data: memoryview = row.data[: self._elements * DTYPES[self._out_dtype].bits // 8]
+        data: memoryview = row.data[: bytes_of(self._out_dtype, self._elements)]
         return data
 
 
@@ -118,13 +118,9 @@ class TorchAccumulator:
         self._torch = torch
         self._device = torch.device(device)
         self._cuda = self._device.type == "cuda"
-        self._stream: Any = (
-            torch.cuda.Stream(  # type: ignore[no-untyped-call]
-                self._device
-            )
-            if self._cuda
-            else None
-        )
+        self._stream: Any = None
+        if self._cuda:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         on_device: dict[str, Any] = {"device": self._device}
         on_host: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": self._cuda}
         self._buffers = [torch.empty(group, row_bytes, **on_host) for _ in range(2)]
@@ -139,7 +135,7 @@ class TorchAccumulator:
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
-        self._bytes = elements * DTYPES[dtype].bits // 8
+        self._bytes = bytes_of(dtype, elements)
         self.maybe_nonfinite = False
         with self._on_stream():
             self._sums[:, :elements] = 0.0
@@ -166,7 +162,7 @@ class TorchAccumulator:
     def result(self, target: int) -> memoryview:
         with self._on_stream():
             narrowed = self._sums[target, : self._elements].to(DTYPES[self._out_dtype].torch())
-            out = self._out[: self._elements * DTYPES[self._out_dtype].bits // 8]
+            out = self._out[: bytes_of(self._out_dtype, self._elements)]
             out.copy_(narrowed.view(self._torch.uint8), non_blocking=True)
             finite = self._torch.isfinite(narrowed.to(self._torch.float64)).all()
         if self._cuda:

@@ -73,7 +73,6 @@ class Compared:
 
 
 def names_in_order(layout: TensorIndex) -> list[str]:
-    """The names of the tensors, as they lie in the file."""
     return sorted(layout.tensors, key=lambda name: (layout.tensors[name].start, name))
 
 
@@ -201,8 +200,7 @@ class ComparisonSink:
         for segment in self._plan.segments:
             for tensor, name in enumerate(segment.names):
                 varies = self._engine.varies(segment, tensor)
-                off = (self._no_sums if varies else self._no_copies).get(name)
-                if off is not None:
+                if off := (self._no_sums if varies else self._no_copies).get(name):
                     wrong[name] = off
         return [
             self._problem(name, wrong[name]) for name in names_in_order(self._out) if name in wrong
@@ -246,7 +244,7 @@ class ComparisonSink:
         segment = chunk.segment
         bits = DTYPES[segment.out_dtype].bits
         places = chunk.first + (elements * 8 // bits if bits < 8 else elements)
-        tensors = np.searchsorted(segment.bounds, places, side="right") - 1
+        tensors = segment.tensors_of(places)
         found = _elements(segment.out_dtype, there)[elements]
         for tensor, at in zip(*np.unique(tensors, return_index=True), strict=True):
             element = int(places[at]) - segment.bounds[tensor]
@@ -340,7 +338,6 @@ def allowed(
 
 
 def _values(dtype: str, data: Bytes, elements: npt.NDArray[Any]) -> FloatArray:
-    """Some of the elements in `data`, as numbers."""
     return decode(dtype, _elements(dtype, data)[elements].view(np.uint8)).astype(np.float64)
 
 

@@ -27,7 +27,7 @@ from posthoc_cli.formats import (
 )
 from posthoc_cli.snapshots import Identity, identify, read_name
 from posthoc_cli.solver import gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.storage import ENDING, make_header
+from posthoc_cli.storage import make_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES
@@ -171,7 +171,7 @@ def _identity(
     Either may be None where nothing says it: what isn't an EMA has no profile. Raises SnapshotError
     when a checkpoint that must have a profile has none, or when something impossible is said.
     """
-    title = job.name if options.pattern else f"{job.found.stem}{ENDING}"
+    title = job.found.title(options.pattern)
     doubt = job.doubt if options.pattern is None else None
     named = read_name(title, options.pattern, options.profiles) if doubt is None else None
     said = stated_profile(checkpoint) if kind in ("torch", "posthoc-ema") else {}
@@ -218,7 +218,6 @@ def _metadata(
     identity: Identity | None,
     options: Options,
 ) -> dict[str, str]:
-    """The snapshot's metadata: its step and profile, and what it was made of."""
     metadata = {} if step is None else {STEP: str(step)}
     if identity is not None:
         # As whichever of the two is shorter, which is the one that was given; below gamma 0 there

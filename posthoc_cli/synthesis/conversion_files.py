@@ -12,10 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError, either
 from posthoc_cli.snapshots import Pattern, choose_by_globs, read_name
 from posthoc_cli.storage import ENDING
 from posthoc_cli.storage.disk import list_folder, open_file
@@ -65,6 +65,10 @@ class Found:
     index: Path | None = None
     given: bool = False
 
+    def title(self, pattern: Pattern | None) -> str:
+        """The name that says step and profile: by `pattern` its own, else the snapshot's."""
+        return self.name if pattern else f"{self.stem}{ENDING}"
+
 
 def find_checkpoints(
     source: Path,
@@ -82,7 +86,11 @@ def find_checkpoints(
     if source.is_file():
         found = _grouped(source.parent, "", [source.name])
         chosen = choose_by_globs([source.name], only, "1 file")
-        return [_given(one) for one in found if one.name in chosen or one.paths[0] == source]
+        return [
+            replace(one, given=True)
+            for one in found
+            if one.name in chosen or one.paths[0] == source
+        ]
     found, others = _listed(source, output)
     names = choose_by_globs([one.name for one in found], only, f"{len(found)} files")
     for glob in exclude:
@@ -94,7 +102,9 @@ def find_checkpoints(
     if not names:
         raise UsageError("exclude=", "leaves no file over", "leave less out")
     wanted = set(names)
-    found = [_given(one) if one.name in only else one for one in found if one.name in wanted]
+    found = [
+        replace(one, given=True) if one.name in only else one for one in found if one.name in wanted
+    ]
     if not only and not exclude:
         left_out += others
     kept = []
@@ -112,7 +122,6 @@ def find_checkpoints(
 
 
 def nothing_left(source: Path, left_out: Sequence[tuple[str, str]]) -> SnapshotError:
-    """The error for a folder of which nothing is a checkpoint."""
     name, reason = left_out[0]
     return SnapshotError(
         str(source),
@@ -156,10 +165,6 @@ def may_be_other(one: Found) -> bool:
     bare = os.path.splitext(name)[0]
     other = name.endswith(".bin") or (name.endswith(".tar") and not bare.endswith(ENDINGS))
     return other and not one.given and bare not in _KNOWN and len(one.paths) == 1
-
-
-def _given(one: Found) -> Found:
-    return Found(one.name, one.stem, one.paths, one.index, True)
 
 
 def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, str]]]:
@@ -243,7 +248,7 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
             continue
         match = _SHARD.fullmatch(stem)
         if match is None:
-            found.append(Found(below + name, _title(below, stem), (folder / name,)))
+            found.append(Found(below + name, below.removesuffix("/") or stem, (folder / name,)))
         else:
             ending = name[len(stem) :]
             group = shards.setdefault((match["stem"], ending, int(match["count"])), {})
@@ -254,7 +259,7 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
         found.append(
             Found(
                 f"{below}{stem}{ending}",
-                _title(below, stem),
+                below.removesuffix("/") or stem,
                 paths,
                 folder / index if index in there or (folder / index).is_file() else None,
             )
@@ -263,7 +268,7 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
             listed = set(list_folder(folder))
             every = [f"{stem}-{n:05}-of-{count:05}{ending}" for n in range(1, count + 1)]
             paths = tuple(folder / name for name in every if name in listed)
-            found[-1] = Found(found[-1].name, found[-1].stem, paths, found[-1].index)
+            found[-1] = replace(found[-1], paths=paths)
         if len(paths) != count:
             lacking = next(n for n in range(1, count + 1) if n not in group)
             raise SnapshotError(
@@ -272,10 +277,6 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
                 "wait until it is written, copy it again, or leave it out with exclude=",
             )
     return found
-
-
-def _title(below: str, stem: str) -> str:
-    return below.removesuffix("/") or stem
 
 
 def _of_training(one: Found) -> str | None:
@@ -288,7 +289,7 @@ def _reason(one: Found, pattern: Pattern | None) -> str | None:
     if reason := _of_training(one):
         return reason
     try:
-        named = read_name(one.name if pattern else f"{one.stem}{ENDING}", pattern)
+        named = read_name(one.title(pattern), pattern)
     except SnapshotError:
         return None
     if named is not None and named.step == 0:
@@ -330,7 +331,7 @@ def _none_found(folder: Path, names: Sequence[str]) -> SnapshotError:
     snapshots = sum(name.lower().endswith(ENDING) for name in names)
     return SnapshotError(
         str(folder),
-        f"holds no {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]} files",
+        f"holds no {either(ENDINGS)} files",
         f"its {snapshots} {ENDING} files can be used as they are"
         if snapshots
         else "give the folder that they lie in: of those below it, only those named after a step "

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,7 @@ def find_jobs(
                 f"exists already, and is not what this makes of '{one.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )
-        doubt = doubts.get(_title(one))
-        jobs.append(Job(one, output, size, modified, done, doubt))
+        jobs.append(replace(job, done=done, doubt=doubts.get(_title(one))))
     return jobs
 
 
@@ -280,9 +279,8 @@ def options_used(kind: str, found: Found, options: Options) -> dict[str, Any]:
 
 def uses_profiles(found: Found, options: Options) -> bool:
     """Whether a checkpoint's name has an index, which profiles= says the width of."""
-    title = found.name if options.pattern else f"{found.stem}{ENDING}"
     try:
-        named = read_name(title, options.pattern)
+        named = read_name(found.title(options.pattern), options.pattern)
     except SnapshotError:
         return False
     return named is not None and named.index is not None

@@ -217,7 +217,9 @@ class Engine:
             self._count(len(group) * size)
         unsettled = [part for part in unsettled if not varies[part[0]]]
         sink.take_sums(chunk, accumulator.result, unsettled)
-        self._report_results(chunk, accumulator)
+        if self._report is not None and accumulator.maybe_nonfinite:
+            results = [np.array(accumulator.result(t), np.uint8) for t in range(self._targets)]
+            self._report.look(chunk, results, self.read)
 
     def _copy(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Hand a chunk of the newest snapshot to the sink, in the dtype of the output."""
@@ -227,18 +229,13 @@ class Engine:
         copied = np.asarray(row)
         if segment.dtype != segment.out_dtype:  # not by a sum, which has no negative zero
             stored = copied.view(DTYPES[segment.dtype].unsigned())
-            copied = np.empty(chunk.elements * DTYPES[segment.out_dtype].bits // 8, np.uint8)
+            copied = np.empty(segment.out_size_of(chunk.elements), np.uint8)
             round_to(copied, segment.out_dtype, stored, segment.dtype)
         sink.take_copies(chunk, lambda target: copied.data)
         if self._report is not None and segment.dtype in AVERAGED:
             self._report.look_copied(chunk, copied, self.read)
         if not segment.averaged:  # counted when it was read for the sums
             self._count(size)
-
-    def _report_results(self, chunk: Chunk, accumulator: Accumulator) -> None:
-        if self._report is not None and accumulator.maybe_nonfinite:
-            results = [np.array(accumulator.result(t), np.uint8) for t in range(self._targets)]
-            self._report.look(chunk, results, self.read)
 
     def _constant_parts(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """The parts of `chunks` that belong to tensors which are the same in all snapshots."""

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from posthoc_cli.formats import Checkpoint, StoredTensor
 from posthoc_cli.storage import InputFile, TensorInfo
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.dtypes import DTYPES
+from posthoc_cli.storage.dtypes import DTYPES, bytes_of
 from posthoc_cli.storage.workers import background_flush, run_workers
 
 COPY_BYTES = 16 << 20
@@ -113,7 +113,7 @@ def _pieces(
 
 def _tiles(name: str, tensor: StoredTensor, info: TensorInfo) -> Iterator[_Tile]:
     dims = _collapsed(tensor.shape, tensor.strides)
-    block = _block(dims, _itemsize(tensor), DTYPES[info.dtype].bits // 8)
+    block = _block(dims, bytes_of(tensor.dtype, 1), bytes_of(info.dtype, 1))
     for first in itertools.product(
         *(range(0, size, step) for (size, _), step in zip(dims, block, strict=True))
     ):
@@ -156,10 +156,6 @@ def _block(dims: Sequence[tuple[int, int]], itemsize: int, out_itemsize: int) ->
         others = math.prod(block) // block[at]
         block[at] = max(block[at], min(dims[at][0], cached // others))
     return block
-
-
-def _itemsize(tensor: StoredTensor) -> int:
-    return DTYPES[tensor.dtype].bits // 8
 
 
 # Doing it.
@@ -206,7 +202,7 @@ class _Job:
         if piece.info.dtype != piece.tensor.dtype:
             from posthoc_cli.synthesis.rounding import round_to  # only here: it compiles
 
-            data = scratch.take("rounded", elements.size * DTYPES[piece.info.dtype].bits // 8)
+            data = scratch.take("rounded", bytes_of(piece.info.dtype, elements.size))
             if round_to(data, piece.info.dtype, elements, piece.tensor.dtype):
                 self.overflowed.add(piece.name)
         with self._writing:
@@ -256,7 +252,7 @@ def _starts(sizes: Sequence[int], steps: Sequence[int]) -> Iterator[int]:
 
 def _gather(source: InputFile, tile: _Tile, scratch: _Scratch) -> Elements:
     """The elements of a tile in the order of the output, as unsigned integers, in one dimension."""
-    itemsize = _itemsize(tile.tensor)
+    itemsize = bytes_of(tile.tensor.dtype, 1)
     dims = [
         (at, size, stride)
         for at, (size, (_, stride)) in enumerate(zip(tile.sizes, tile.dims, strict=True))

@@ -132,7 +132,7 @@ class NonfiniteReport:
         if not len(where):
             return []
         segment = chunk.segment
-        tensors = np.searchsorted(segment.bounds, where + chunk.first, side="right") - 1
+        tensors = segment.tensors_of(where + chunk.first)
         noted = []
         for tensor in np.unique(tensors).tolist():
             key = self._order[id(segment)], tensor
@@ -197,7 +197,6 @@ def summarize(plan: TensorPlan, found: Sequence[NonfiniteTensor]) -> tuple[str, 
 
 
 def _asked_for(code: str) -> str:
-    """The name that a user gives an output's dtype."""
     return next((name for name, stored in OUTPUT_DTYPES.items() if stored == code), code)
 
 

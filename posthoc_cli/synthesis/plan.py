@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from posthoc_cli.errors import SnapshotError, UsageError, printable
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import SnapshotError, UsageError, either, printable
 from posthoc_cli.storage import TensorIndex, TensorInfo, make_header
 from posthoc_cli.storage.dtypes import (
     AVERAGED,
@@ -19,6 +23,7 @@ from posthoc_cli.storage.dtypes import (
     FLOATS,
     OUTPUT_DTYPES,
     UNAVERAGEABLE,
+    bytes_of,
     widest,
 )
 
@@ -47,13 +52,17 @@ class Segment:
     def elements(self) -> int:
         return self.bounds[-1]
 
+    def tensors_of(self, elements: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """The place in `names` of the tensor of each of the segment's `elements`."""
+        return np.searchsorted(self.bounds, elements, side="right") - 1
+
     def size_of(self, elements: int) -> int:
         """Bytes that `elements` elements of the segment take in a snapshot."""
-        return elements * DTYPES[self.dtype].bits // 8
+        return bytes_of(self.dtype, elements)
 
     def out_size_of(self, elements: int) -> int:
         """Bytes that `elements` elements of the segment take in an output."""
-        return elements * DTYPES[self.out_dtype].bits // 8
+        return bytes_of(self.out_dtype, elements)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +137,10 @@ class TensorPlan:
 
     def start_of(self, chunk: Chunk, source: int) -> int:
         """The byte in a source's data section at which a chunk begins."""
-        before = chunk.first * DTYPES[self.stored(chunk.segment, source)].bits // 8
+        before = bytes_of(self.stored(chunk.segment, source), chunk.first)
         return chunk.segment.starts[self.layouts[source]] + before
 
     def stored(self, segment: Segment, source: int) -> str:
-        """The dtype that a source has a segment in."""
         return segment.stored[self.layouts[source]] if segment.stored else segment.dtype
 
 
@@ -152,25 +160,23 @@ def make_plan(
     """
     tensors = sources[newest].tensors
     check_output_dtype(dtype)
-    distinct = list({id(each.tensors): each.tensors for each in sources}.values())
+    distinct = _distinct(sources)
     anywhere = dict.fromkeys(name for each in (tensors, *distinct) for name in each)
     dropped = _matching(anywhere, drop, "drop")
     copied = _matching(anywhere, copy, "copy")
     names = [name for name in tensors if name not in dropped]
     for name in names:
-        if tensors[name].dtype in UNAVERAGEABLE and name not in copied:
-            raise SnapshotError(
-                f"tensor {printable(name)}",
-                f"its dtype {tensors[name].dtype} has no average",
-                "take it from the newest snapshot with copy=, or leave it out with drop=",
-            )
-        averaged = tensors[name].dtype in AVERAGED and name not in copied
-        if averaged and not _can_be_summed([each.get(name) for each in distinct]):
-            raise SnapshotError(
-                f"tensor {printable(name)}",
-                "it is missing, or of another shape or dtype, in some of the snapshots",
-                "take it from the newest snapshot with copy=, or leave it out with drop=",
-            )
+        code = tensors[name].dtype
+        if name in copied:
+            continue
+        if code in UNAVERAGEABLE:
+            problem = f"its dtype {code} has no average"
+        elif code in AVERAGED and not _can_be_summed([each.get(name) for each in distinct]):
+            problem = "it is missing, or of another shape or dtype, in some of the snapshots"
+        else:
+            continue
+        remedy = "take it from the newest snapshot with copy=, or leave it out with drop="
+        raise SnapshotError(f"tensor {printable(name)}", problem, remedy)
     if not names:
         raise UsageError("drop=", "leaves no tensor to write", "drop fewer")
     return plan_tensors(sources, newest, names, copied, dtype)
@@ -182,7 +188,7 @@ def plan_tensors(
     """The plan of an output with the tensors `names`, of which `copied` are not averaged."""
     source = sources[newest].tensors
     tensors = {name: (_output_dtype(source[name], dtype), source[name].shape) for name in names}
-    distinct = list({id(each.tensors): each.tensors for each in sources}.values())
+    distinct = _distinct(sources)
     place = {id(tensors): at for at, tensors in enumerate(distinct)}
     return TensorPlan(
         sources=tuple(sources),
@@ -193,6 +199,11 @@ def plan_tensors(
     )
 
 
+def _distinct(sources: Sequence[TensorIndex]) -> list[Mapping[str, TensorInfo]]:
+    """The sources' layouts; those that share one share the very object."""
+    return list({id(each.tensors): each.tensors for each in sources}.values())
+
+
 def newest_of(steps: Sequence[float]) -> int:
     """The index of the last step; of several, the first."""
     return max(range(len(steps)), key=lambda at: (steps[at], -at))
@@ -201,8 +212,7 @@ def newest_of(steps: Sequence[float]) -> int:
 def check_output_dtype(dtype: str) -> None:
     """Raise UsageError unless `dtype` is "same" or a key of OUTPUT_DTYPES."""
     if dtype != "same" and dtype not in OUTPUT_DTYPES:
-        choices = ["same", *OUTPUT_DTYPES]
-        remedy = f"choose {', '.join(choices[:-1])} or {choices[-1]}"
+        remedy = f"choose {either(['same', *OUTPUT_DTYPES])}"
         raise UsageError("dtype=", f"'{dtype}' is not known", remedy)
 
 
@@ -227,8 +237,8 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
     for glob in globs:
         found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
         if not found:
-            remedy = "see the names with inspect"
-            raise UsageError(f"{argument}='{glob}'", "matches no tensor", remedy)
+            subject = f"{argument}='{glob}'"
+            raise UsageError(subject, "matches no tensor", "see the names with inspect")
         matching |= found
     return matching
 
@@ -257,9 +267,7 @@ def _segments(
         assert kind is not None
         stored, out_dtype, averaged = kind
         dtype = widest(stored)
-        bounds = [0]
-        for name in names:
-            bounds.append(bounds[-1] + _elements(output[name]))
+        bounds = itertools.accumulate((_elements(output[name]) for name in names), initial=0)
         if dtype == "C64":
             dtype = out_dtype = "F32"
         return Segment(

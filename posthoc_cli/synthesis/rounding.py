@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, decode
+from posthoc_cli.storage.dtypes import FLOAT8, bytes_of, decode
 from posthoc_cli.synthesis import kernels
-
-ROUNDED = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8})
-"""Dtypes whose elements can be rounded to F64, F32, F16 or BF16."""
 
 _AT_ONCE = 1 << 16
 """Elements taken at a time: a multiple of kernels.STRIDE, and few enough for a cache."""
@@ -25,7 +22,7 @@ def round_to(
     `stored` has one dimension, of unsigned integers. Each becomes the nearest there is, ties to
     even; zeros keep their sign. Returns whether a finite element became infinite.
     """
-    itemsize = DTYPES[out_dtype].bits // 8
+    itemsize = bytes_of(out_dtype, 1)
     row, result = np.zeros((2, 1, _AT_ONCE * 8), np.uint8)
     address = np.array([row.ctypes.data], np.uintp)
     once = np.ones((1, 1))

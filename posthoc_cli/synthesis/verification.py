@@ -191,12 +191,7 @@ def _other_tensors(
 # The output's tensors
 
 
-def _described(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {name: (info.dtype, info.shape) for name, info in tensors.items()}
-
-
 def _wrong_tensors(out: TensorIndex, newest: TensorIndex, recipe: RecipeSources) -> list[Problem]:
-    """The tensors that the output has and should not have, and the other way round."""
     source = newest.tensors
     problems = [
         Problem(out.path, "is not in its snapshots", ANEW, name)
@@ -227,7 +222,8 @@ def _find_plan(
         for name, info in sources[newest].tensors.items()
         if info.dtype in UNAVERAGEABLE or fits_any(name, recipe.copied)
     }
-    there, names = _described(out.tensors), names_in_order(out)
+    there = {name: (info.dtype, info.shape) for name, info in out.tensors.items()}
+    names = names_in_order(out)
     best: tuple[TensorPlan, list[str]] | None = None
     for dtype in ("same", *OUTPUT_DTYPES):
         plan = plan_tensors(sources, newest, names, copied, dtype)
