@@ -24,6 +24,7 @@ from posthoc_cli.snapshots.counts import (
     STEP,
     Count,
     find_counts,
+    in_thousands,
     stem_of,
 )
 from posthoc_cli.snapshots.names import MAX_NAMED_GAMMA, SD_SCRIPTS, compile_pattern, read_name
@@ -90,7 +91,7 @@ def read_together(
     """
     said: dict[str, dict[str, int]] = {}
     unclear, warnings = [], {}
-    for names in _of_one_form(_without_heads([_name(file) for file in files])):
+    for names in _of_one_form(_without_heads(_named(files))):
         columns, times = _columns(names), _times(names, clocks)
         try:
             chosen = _decide(columns, times)
@@ -198,9 +199,17 @@ def _other_step(names: Sequence[_Name], clocks: Sequence[Clock]) -> AmbiguousErr
 # Names
 
 
-def _name(file: str) -> _Name:
-    stem = stem_of(file)
-    return _Name(file, stem, tuple(find_counts(stem)))
+def _named(files: Sequence[str]) -> list[_Name]:
+    names = [
+        _Name(file, stem, tuple(find_counts(stem))) for file in files if (stem := stem_of(file))
+    ]
+    return [
+        _Name(name.file, name.stem, counts)
+        for group in _of_one_form(names)
+        for name, counts in zip(
+            group, in_thousands([(name.stem, name.counts) for name in group]), strict=True
+        )
+    ]
 
 
 def _without_heads(names: list[_Name]) -> list[_Name]:
