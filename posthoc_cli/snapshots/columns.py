@@ -200,16 +200,12 @@ def _other_step(names: Sequence[_Name], clocks: Sequence[Clock]) -> AmbiguousErr
 
 
 def _named(files: Sequence[str]) -> list[_Name]:
-    names = [
-        _Name(file, stem, tuple(find_counts(stem))) for file in files if (stem := stem_of(file))
-    ]
-    return [
-        _Name(name.file, name.stem, counts)
-        for group in _of_one_form(names)
-        for name, counts in zip(
-            group, in_thousands([(name.stem, name.counts) for name in group]), strict=True
-        )
-    ]
+    names = [_Name(file, stem_of(file), tuple(find_counts(stem_of(file)))) for file in files]
+    named = []
+    for group in _of_one_form(names):
+        counts = in_thousands([(name.stem, name.counts) for name in group])
+        named += [_Name(one.file, one.stem, each) for one, each in zip(group, counts, strict=True)]
+    return named
 
 
 def _without_heads(names: list[_Name]) -> list[_Name]:

@@ -94,8 +94,8 @@ def find_counts(stem: str) -> list[Count]:
             re.search("[-_.:]", stem[start:end].strip("-_ T")) for start, end in spans
         )
         found = others if others or written_out else found
-    if (again := _AGAIN.search(stem)) and found and found[0].end < again.start():
-        found = [count for count in found if count.end < again.start()]
+    if (again := _AGAIN.search(stem)) and found and found[0].end <= again.start():
+        found = [count for count in found if count.end <= again.start()]
     return found
 
 
