@@ -78,6 +78,7 @@ def choose(
         homes[each.home].append(each)
     _note_empty(choice, networks, homes, only)
     open_choices: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    loose: list[str] = []
     for home, inside in homes.items():
         if not home:
             choice.names += [each.name for each in inside]
@@ -91,9 +92,13 @@ def choose(
             files = sum(each.path.count("/") == 1 for each in inside)
             reason = f"a folder with {files} {ENDING} files and not one index"
             choice.left_out.append((home, reason))
+            loose.append(home)
     for keys, folders in open_choices.items():
         choice.problems.append((folders[0], _which(keys, len(folders))))
     _one_kind(choice, homes)
+    if loose and not choice.names and not choice.problems:  # else it is beside what is read
+        choice.left_out = [each for each in choice.left_out if each[0] not in loose]
+        choice.problems += [(home, _loose(home, len(homes[home]))) for home in loose]
     _check_pattern(choice.names, pattern)
     return choice
 
@@ -241,6 +246,13 @@ def _which(keys: tuple[str, ...], folders: int) -> str:
     return (
         f"holds {len(keys)} networks ({shown}{more}){others if folders > 1 else ''}; "
         f"choose one of them with {choices}"
+    )
+
+
+def _loose(home: str, files: int) -> str:
+    return (
+        f"a folder with {files} {ENDING} files, and the one above it holds none; "
+        f"give this folder, or choose its files with only='{home}/*'"
     )
 
 
