@@ -44,8 +44,9 @@ class Network:
     def home(self) -> str:
         """The step folder it lies in, or the first folder; "" for a file in the folder itself."""
         *folders, _ = self.path.split("/")
-        for at, folder in enumerate(folders):
-            if counts(folder):
+        # The last: in run1/step_100/unet, the first numbers a run.
+        for at in reversed(range(len(folders))):
+            if counts(folders[at]):
                 return "/".join(folders[: at + 1])
         return folders[0] if folders else ""
 

@@ -87,3 +87,29 @@ def test_raw_for_what_are_emas(posthoc_here: Posthoc, tmp_path: Path) -> None:
     shown = posthoc_here("inspect", "run", "--raw", "--json")
     assert shown.code == 3
     assert shown.json["suggestion"] == "posthoc inspect run"
+
+
+def test_a_run_in_a_folder_with_a_number(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    write(tmp_path, *(f"exp_1/checkpoints/step_{step}/model" for step in (100, 200, 300)))
+    shown = posthoc_here("inspect", "run", "--raw", "--json")
+    assert shown.code == 0
+    assert [each["step"] for each in shown.json["snapshots"]] == [100, 200, 300]
+
+
+def test_two_runs_in_folders_with_numbers(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    write(
+        tmp_path, *(f"exp_{run}/step_{100 * run + step}/model" for run in (1, 2) for step in (1, 2))
+    )
+    posthoc_here(*SOLVE).failed(
+        3, r"run/exp_1/step_101: step folders lie in 2 folders \('exp_1', 'exp_2'\), .*"
+    )
+    shown = posthoc_here("inspect", "run", "--raw", "--json", "--only", "exp_1/*")
+    assert [each["step"] for each in shown.json["snapshots"]] == [101, 102]
+
+
+def test_files_in_a_folder_with_a_number(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    write(tmp_path, *(f"version_0/checkpoints/epoch={at}-step={at}00" for at in (1, 2, 3)))
+    posthoc_here(*SOLVE).failed(
+        3, r"run/version_0: holds several files in 'checkpoints'; choose with --only 'version_0/\*'"
+    )
+    assert posthoc_here(*SOLVE, "--only", "version_0/*").code == 0
