@@ -74,6 +74,10 @@ def _others(reading: Reading, run: Run) -> Iterator[Reading]:
         yield dataclasses.replace(reading, skip_incomplete=True)
     wrong = list(dict.fromkeys(file for file, _ in run.problems))
     good = [snapshot.file for snapshot in run.snapshots if snapshot.file not in wrong]
+    if reading.raw:
+        yield dataclasses.replace(reading, raw=False)
+    if not run.snapshots and len(wrong) == 1 and not reading.only:
+        yield dataclasses.replace(reading, only=[f"{glob.escape(wrong[0])}/*"])
     if not run.snapshots and not reading.raw and reading.pattern is None and not reading.profiles:
         for pattern in _patterns(wrong):
             yield dataclasses.replace(reading, pattern=pattern)

@@ -78,6 +78,7 @@ def choose(
         homes[each.home].append(each)
     _note_empty(choice, networks, homes, only)
     open_choices: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    loose: list[str] = []
     for home, inside in homes.items():
         if not home:
             choice.names += [each.name for each in inside]
@@ -91,9 +92,18 @@ def choose(
             files = sum(each.path.count("/") == 1 for each in inside)
             reason = f"a folder with {files} {ENDING} files and not one index"
             choice.left_out.append((home, reason))
+            loose.append(home)
     for keys, folders in open_choices.items():
-        choice.problems.append((folders[0], _which(keys, len(folders))))
+        several = _which(keys, len(folders))
+        if len(keys) == 1:
+            several = f"holds several files in '{keys[0]}'; choose with only='{folders[0]}/*'"
+        choice.problems.append((folders[0], several))
     _one_kind(choice, homes)
+    if not (only or given or pattern):
+        _one_run(choice, homes)
+    if loose and not choice.names and not choice.problems:  # else it is beside what is read
+        choice.left_out = [each for each in choice.left_out if each[0] not in loose]
+        choice.problems += [(home, _loose(home, len(homes[home]))) for home in loose]
     _check_pattern(choice.names, pattern)
     return choice
 
@@ -241,6 +251,27 @@ def _which(keys: tuple[str, ...], folders: int) -> str:
     return (
         f"holds {len(keys)} networks ({shown}{more}){others if folders > 1 else ''}; "
         f"choose one of them with {choices}"
+    )
+
+
+def _one_run(choice: Choice, homes: dict[str, list[Network]]) -> None:
+    """A problem where step folders lie in several folders: they may be of as many runs."""
+    taken = set(choice.names)
+    places: dict[str, str] = {}
+    for home, inside in homes.items():
+        if home and any({each.name, each.path} & taken for each in inside):
+            places.setdefault(home.rpartition("/")[0], home)
+    if len(places) > 1:
+        shown = ", ".join(f"'{place or '.'}'" for place in list(places)[:4])
+        one = next(filter(None, places))
+        problem = f"step folders lie in {len(places)} folders ({shown}), of as many runs perhaps; "
+        choice.problems.append((places[one], f"{problem}choose with only='{one}/*'"))
+
+
+def _loose(home: str, files: int) -> str:
+    return (
+        f"a folder with {files} {ENDING} files, and the one above it holds none; "
+        f"give this folder, or choose its files with only='{home}/*'"
     )
 
 

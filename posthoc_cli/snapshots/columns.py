@@ -24,6 +24,7 @@ from posthoc_cli.snapshots.counts import (
     STEP,
     Count,
     find_counts,
+    in_thousands,
     stem_of,
 )
 from posthoc_cli.snapshots.names import MAX_NAMED_GAMMA, SD_SCRIPTS, compile_pattern, read_name
@@ -90,7 +91,9 @@ def read_together(
     """
     said: dict[str, dict[str, int]] = {}
     unclear, warnings = [], {}
-    for names in _of_one_form(_without_heads([_name(file) for file in files])):
+    forms = _of_one_form(_without_heads(_named(files)))
+    epochs: list[tuple[_Column, _Column]] = []
+    for names in forms:
         columns, times = _columns(names), _times(names, clocks)
         try:
             chosen = _decide(columns, times)
@@ -105,6 +108,14 @@ def read_together(
                 chosen = {column.unit: column for column in columns}
         for row, name in enumerate(names):
             said[name.file] = {unit: column.values[row] for unit, column in chosen.items()}
+        if (step := chosen.get(NUMBER)) and len(chosen) == 1:
+            epochs += [(each, step) for each in columns if each.varies and _far_below(each, step)]
+    for names in forms:
+        numbers = [said[name.file].get(NUMBER, 0) for name in names]
+        # Beside checkpoint_1_400 and checkpoint_2_1200, checkpoint2 is of an epoch.
+        if any(0 < min(numbers) ** 2 < max(one.values) * min(step.values) for one, step in epochs):
+            for name, number in zip(names, numbers, strict=True):
+                said[name.file] = {EPOCH: number}
     return said, unclear, warnings
 
 
@@ -198,9 +209,13 @@ def _other_step(names: Sequence[_Name], clocks: Sequence[Clock]) -> AmbiguousErr
 # Names
 
 
-def _name(file: str) -> _Name:
-    stem = stem_of(file)
-    return _Name(file, stem, tuple(find_counts(stem)))
+def _named(files: Sequence[str]) -> list[_Name]:
+    names = [_Name(file, stem_of(file), tuple(find_counts(stem_of(file)))) for file in files]
+    named = []
+    for group in _of_one_form(names):
+        counts = in_thousands([(name.stem, name.counts) for name in group])
+        named += [_Name(one.file, one.stem, each) for one, each in zip(group, counts, strict=True)]
+    return named
 
 
 def _without_heads(names: list[_Name]) -> list[_Name]:
@@ -301,6 +316,10 @@ def _one_of(columns: Sequence[_Column], times: Sequence[list[float | None]]) -> 
     if not all(_proportional(each, candidates[-1]) for each in candidates):
         raise _Unclear(candidates)
     return candidates[-1]
+
+
+def _far_below(one: _Column, step: _Column) -> bool:
+    return one.unit == NUMBER and 10 * max(one.values) < min(step.values)
 
 
 def _crossed(ones: Sequence[int], others: Sequence[int]) -> bool:

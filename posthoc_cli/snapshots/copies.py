@@ -44,10 +44,19 @@ def settle_copies(contents: Contents, unsaid: Mapping[str, TensorIndex]) -> None
         if each not in numbered and (twin := _twin(each.index, _of_its_step(each, numbered))):
             contents.snapshots.remove(each)
             contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
+    for each in sorted(numbered, key=lambda each: (-len(each.file), each.file)):
+        # A second download or a backup: the plainest name of the same values stays.
+        others = [other for other in contents.snapshots if other is not each]
+        if twin := _twin(each.index, _of_its_step(each, others)):
+            contents.snapshots.remove(each)
+            contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
     known = {each.file for each in contents.snapshots} | {file for file, _ in contents.skipped}
     told = dict(contents.problems)
     for name, index in unsaid.items():
-        if name in told.keys() - known and not counts(_step_part(name)) and numbered:
+        if name not in told.keys() - known or not numbered:
+            continue
+        unit_apart = numbered[0].profile.raw and _twin(index, numbered)
+        if not counts(_step_part(name)) or unit_apart:
             contents.problems[:] = [each for each in contents.problems if each[0] != name]
             _settle(contents, name, index, numbered, told[name].rpartition("; ")[0])
     _ask_for_folders(contents, unsaid, numbered)

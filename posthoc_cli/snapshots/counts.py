@@ -7,6 +7,7 @@ sd15, 512px), dates and times, and what a word calls something else (seed, loss)
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,7 +23,7 @@ _STEP_WORDS = (
     "kimg",
 )
 _EPOCH_WORDS = ("epoch", "epochs")
-_IN_SHORT = {"it": STEP, "its": STEP, "ep": EPOCH, "e": EPOCH}
+_IN_SHORT = {"it": STEP, "its": STEP, "s": STEP, "ep": EPOCH, "e": EPOCH}
 _NO_WORDS = ("", "ckpt", "checkpoint", "model", "save")
 """What may stand right before a number that counts; else it is a part of a word."""
 
@@ -32,7 +33,11 @@ _OTHER_WORDS = (
 )
 _SCALES = {"k": 1000, "m": 1_000_000}
 
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)*")
+_NUMBER = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?:\.[0-9]+)*")
+_THOUSANDS = re.compile("[1-9][0-9]{0,2}_[0-9]{3}")
+_AGAIN = re.compile(r"[ _]?\([1-9]\)\Z")
+"""What a browser appends to the name of a file that is there already."""
+
 _EXPONENT = re.compile(r"[0-9](?:\.[0-9]+)?[eE]-[0-9]+")
 _PART_OF = re.compile(r"(?<![0-9])[0-9]{5}-of-[0-9]{5}")
 _DATE = re.compile(
@@ -85,8 +90,28 @@ def find_counts(stem: str) -> list[Count]:
     for spans in (dates, times):
         # 20240115-000012 may be the twelfth epoch as well as twelve seconds after midnight.
         others = [count for count in found if not _within(count.start, spans)]
-        found = others or found
+        written_out = any(
+            re.search("[-_.:]", stem[start:end].strip("-_ T")) for start, end in spans
+        )
+        found = others if others or written_out else found
+    if (again := _AGAIN.search(stem)) and found and found[0].end <= again.start():
+        found = [count for count in found if count.end <= again.start()]
     return found
+
+
+def in_thousands(
+    names: Sequence[tuple[str, tuple[Count, ...]]],
+) -> list[tuple[Count, ...]]:
+    """The counts of stems of one form, where 1_000, 1_500 and 2_000 are one number each."""
+    found = [counts for _, counts in names]
+    for stem, counts in names:
+        if len(counts) != 2 or not _THOUSANDS.fullmatch(stem[counts[0].start : counts[1].end]):
+            return found
+    if all(two.value >= 100 for _, two in found):  # as an epoch and a step have it
+        return found
+    return [
+        (Count(one.start, two.end, 1000 * one.value + two.value, one.unit),) for one, two in found
+    ]
 
 
 def _within(place: int, spans: list[tuple[int, int]]) -> bool:
@@ -94,23 +119,23 @@ def _within(place: int, spans: list[tuple[int, int]]) -> bool:
 
 
 def _count(stem: str, match: re.Match[str]) -> Count | None:
-    text, end = match[0], match.end()
+    text, end = match[0].replace(",", ""), match.end()
     if len(text) > 100:
         return None
     before = _word(r"(?a:([A-Za-z]*))\Z", stem[: match.start()])
     after = _word(r"(?a:([A-Za-z]*))", stem[end:])
     apart = _word(r"(?a:([A-Za-z]+)[-_= ]+)\Z", stem[: match.start()])
-    if before in _IN_SHORT and after and not _unit(after):  # e4m3
-        return None
     alone = after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 :][:1].isdigit()
     scale = _SCALES.get(after[:1], 1) if alone else 1
-    behind = after[1:] if scale > 1 else after
+    if before in _IN_SHORT and after and scale == 1 and not _unit(after):  # e4m3
+        return None
+    behind = "" if after == "s" else after[1:] if scale > 1 else after
     if not behind:  # 1200_steps, but the word may as well be the next number's: 3_step_1200
         place = end + (scale > 1)
         behind = _word(r"(?a:[-_ ]+([A-Za-z]{2,})(?![A-Za-z]|[-_= ]*[0-9]))", stem[place:])
         behind = behind if _unit(behind) else ""
     # A word that is glued to the number goes first, then the one before it.
-    near = before or (after if scale == 1 else "")
+    near = before or (after if scale == 1 and after != "s" else "")  # 10s are seconds
     word = near or apart
     unit = _unit(word) or (_unit(behind) if not near or before in _NO_WORDS else None)
     if unit is None:

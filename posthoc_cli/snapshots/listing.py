@@ -44,8 +44,9 @@ class Network:
     def home(self) -> str:
         """The step folder it lies in, or the first folder; "" for a file in the folder itself."""
         *folders, _ = self.path.split("/")
-        for at, folder in enumerate(folders):
-            if counts(folder):
+        # The last: in run1/step_100/unet, the first numbers a run.
+        for at in reversed(range(len(folders))):
+            if counts(folders[at]):
                 return "/".join(folders[: at + 1])
         return folders[0] if folders else ""
 
@@ -130,12 +131,48 @@ def list_candidates(
     listing.left_out += [
         (name, "a folder without a network") for name in empty if _shape(name) in shapes
     ]
+    if listing.networks and given is None:
+        further = {name: runs_below(folder, name, 1) for name in empty}
+        listing.left_out += [
+            (name, "a folder with snapshots of its own" + (f", in '{runs[0]}'") * (runs[0] != name))
+            for name, runs in further.items()
+            if runs
+        ]
     if not listing.networks and not listing.left_out:
         if given is not None and not any(map(_is_other, there)):
             problem = f"no {ENDING} file, nor a folder that holds any"
             raise SnapshotError(str(folder / min(given)), problem, "give the snapshots' files")
+        runs = [run for name in sorted(folders) for run in runs_below(folder, name, _BELOW + 1)]
+        if runs and given is None:
+            more = (
+                "one of the folders below it that do" if runs[1:] else "the one below it that does"
+            )
+            raise SnapshotError(
+                str(folder),
+                f"holds no {ENDING} files itself",
+                f"give {more}: {_listed(folder, runs)}",
+            )
         raise _none_found(folder, [*there, *(path for path in listing.others if "/" in path)])
     return listing
+
+
+def runs_below(folder: Path, name: str, levels: int) -> list[str]:
+    """The folders, `name` or below it, in which networks or step folders with networks lie."""
+    below = Listing()
+    try:
+        _walk(folder, name, levels, below)
+    except MachineError:
+        return []
+    runs = []
+    for network in below.networks:
+        stepped = network.home if counts(network.home.rpartition("/")[2]) else network.path
+        runs.append(os.path.dirname(stepped))
+    return list(dict.fromkeys(runs))
+
+
+def _listed(folder: Path, runs: Sequence[str]) -> str:
+    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+    return ", ".join(f"'{folder / run}'" for run in runs[:3]) + more
 
 
 def counts(name: str) -> bool:

@@ -191,11 +191,14 @@ def _not_counted(
         return UnknownError(
             name, problem, "put its step at the end of its name, or leave it out with only="
         )
-    step, _, where = next(iter(counted.values()))
-    counts = {"step": "steps", "epoch": "epochs", "number": "a bare number in the name"}
+    said, (step, _, where) = next(iter(counted.items()))
+    counts = {"step": "steps", "epoch": "epochs"}
+    do = "others do" if others != 1 else "other does"
+    way = f"in {counts[unit]}" if unit in counts else "by a bare number"
     return SnapshotError(
         name,
-        f"its {where} says {step}, but not in {counts[unit]}, as {others} other"
-        f"{'s do' if others != 1 else ' does'}",
+        f"its {where} says {step}, but not {way}, as {others} {do}"
+        if said == "number"
+        else f"its {where} says {said} {step}, not counted {way} as {others} {do}",
         "give pattern=, or leave it out with only=",
     )

@@ -272,6 +272,8 @@ def test_links(tmp_path: Path) -> None:
 )
 def test_unusual_file_names(tmp_path: Path, name: str) -> None:
     content = save(tmp_path / f"plain_200_6.94{END}").read_bytes()
+    other = {key: np.ones_like(value) for key, value in NETWORK.items()}
+    save(tmp_path / f"plain_200_6.94{END}", tensors=other)
     for step in ("100", "200"):
         path = tmp_path / (name.replace("100", step) + END)
         path.write_bytes(content)
