@@ -106,8 +106,9 @@ def mixed_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
             listed = [_described(label, group) for label, group in groups.items()]
             if more := listed[_SHOWN:]:
                 listed[_SHOWN:] = [f"{len(more)} more"]
-            label, second = list(groups.items())[1]
-            choice = "" if "'" in label else f"'{next(iter(groups))}', say"
+            second = list(groups.values())[1]
+            plain = [each for each in groups if each.isprintable() and "'" not in each]
+            choice = f"'{plain[0]}', say" if plain else ""
             yield (
                 second[0].file,
                 f"not of the same run as the others: {len(groups)} {called} are mixed here"
@@ -141,7 +142,11 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         )
     if not sure and (kinds := _kinds_of_names(snapshots)):
         listed = " and ".join(_some([each.file for each in group]) for group in kinds)
-        yield "", f"steps of files that are named in two ways overlap: {listed}: of two runs?"
+        yield (
+            "",
+            f"steps of files that are named in two ways overlap: {listed}: of two runs? (only= and "
+            "exclude= choose)",
+        )
 
 
 def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[str, str]]:
@@ -180,7 +185,7 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
         (
             other.file,
             f"differs far more from '{one.file}', its neighbour, than '{nearer.file}' from "
-            f"'{far.file}'{also}: of two runs, or broken?",
+            f"'{far.file}'{also}: of two runs, or broken? (only= and exclude= choose)",
         )
     ]
 
