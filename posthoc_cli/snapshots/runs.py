@@ -160,13 +160,17 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
         return []  # of thousands of snapshots, some are measured
     for series in _series(snapshots):
         pairs = list(pairwise(series))
-        pace = [
-            float(differences[pair]) / max(snapshots[pair[1]].step - snapshots[pair[0]].step, 1)
-            for pair in pairs
-        ]
+        gaps = [max(snapshots[b].step - snapshots[a].step, 1) for a, b in pairs]
+        pace = [float(differences[pair]) / gap for pair, gap in zip(pairs, gaps, strict=True)]
+        # Straight on, as training begins, the squared difference grows with the square of steps.
+        straight = [each / gap for each, gap in zip(pace, gaps, strict=True)]
         for at, (left, right) in enumerate(pairs):
             others_pace = pace[:at] + pace[at + 1 :]
-            if at and len(pairs) > 3 and pace[at] > _FASTER * max(others_pace) > 0:
+            slow = any(
+                each[at] <= _FASTER * max(each[:at] + each[at + 1 :], default=0.0)
+                for each in (pace, straight)
+            )
+            if at and len(pairs) > 3 and not slow and max(others_pace) > 0:
                 found.append((left, right, pairs[pace.index(max(others_pace))]))
                 continue
             others = [(left, far) for far in series[at + 2 : at + 4]]
