@@ -181,6 +181,7 @@ class Run:
         device: str = "cpu",
         sample: bool = False,
         leave_out: Sequence[str] = (),
+        glance: bool = False,
     ) -> Solution:
         """The weights that rebuild other averages from these snapshots.
 
@@ -195,6 +196,7 @@ class Run:
             sample: read a sample of the values even if the method needs none, to know the error
                 that is to be expected.
             leave_out: globs of tensors that shall not be part of the sample.
+            glance: without a sample, read a few values, to see if one is of another network.
 
         Raises UsageError for arguments out of bounds, SnapshotError for the first of the
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
@@ -207,11 +209,15 @@ class Run:
         wanted = [target.profile(step) for target in targets]
         if not METHODS[method].needs_values and not self.raw:
             check_norms(snapshots, method)
-        moments = trajectory = expected = None
+        moments = trajectory = expected = seen = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots
 
             moments, trajectory = fit_snapshots(snapshots, leave_out)
+        elif glance:
+            from posthoc_cli.snapshots.sampling import glance as glance_at
+
+            seen = glance_at(snapshots, leave_out)
         solved = solve(profiles, wanted, method, device, trajectory)
         for target, total in zip(targets, solved.sum_of_weights.tolist(), strict=True):
             if not abs(total) < float("inf"):
@@ -222,7 +228,7 @@ class Run:
 
             expected = expected_error(trajectory, profiles, wanted, solved.weights)
         return Solution(
-            self, snapshots, targets, step, device, solved, moments, trajectory, expected
+            self, snapshots, targets, step, device, solved, moments, trajectory, expected, seen
         )
 
 
@@ -243,6 +249,7 @@ class Solution:
     moments: SampleMoments | None = None
     trajectory: Trajectory | None = None
     expected: ExpectedError | None = None
+    glance: tuple[Sequence[Snapshot], SampleMoments] | None = None
 
     @property
     def method(self) -> str:

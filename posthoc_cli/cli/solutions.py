@@ -56,11 +56,14 @@ def warn_of_sample(solution: Solution, quiet: bool) -> None:
 
 
 def _of_sample(solution: Solution) -> list[tuple[str, str]]:
-    moments = solution.moments
-    if moments is None:
-        return []
     from posthoc_cli.snapshots.runs import jumps
 
+    moments = solution.moments
+    if moments is None:
+        if solution.glance is None:
+            return []
+        snapshots, glanced = solution.glance
+        return jumps(snapshots, glanced.differences)
     jumped = jumps(solution.snapshots, moments.differences)
     if not moments.broken:
         return jumped

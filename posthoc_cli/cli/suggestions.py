@@ -82,7 +82,7 @@ def _others(reading: Reading, run: Run) -> Iterator[Reading]:
         for pattern in _patterns(wrong):
             yield dataclasses.replace(reading, pattern=pattern)
         yield dataclasses.replace(reading, raw=True)
-    if good:
+    if good and not any("not of the same run" in text for _, text in run.problems):
         taken = (*(reading.exclude or ()),)
         for left_out in _left_out(wrong, good):
             yield dataclasses.replace(reading, exclude=[*taken, *left_out])

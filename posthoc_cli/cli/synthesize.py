@@ -133,6 +133,7 @@ def synthesize(
         method=method,
         device=device,
         sample=max_error is not None,
+        glance=True,
         leave_out=(*(copy or ()), *(drop or ())),
         **targets,
     )

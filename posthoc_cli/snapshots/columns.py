@@ -352,7 +352,8 @@ def _proportional(one: _Column, other: _Column) -> bool:
 
 
 def _from_one(column: _Column) -> list[int]:
-    return [value + from_zero(column.unit, column.values) for value in column.values]
+    first = from_zero(column.unit, column.values)
+    return [value + first for value in column.values]
 
 
 # What is said of names that can be read in more than one way

@@ -30,10 +30,10 @@ def inconsistencies(
     if not snapshots:
         return
     for snapshot, difference in _different_tensors(snapshots, settled, dtypes=False):
-        lacking = ", or such tensors with drop=" if "missing" in difference else ""
         yield (
             snapshot.file,
-            f"{difference}; leave out with only= what isn't of the same network{lacking}",
+            f"{difference}; leave out with only= what isn't of the same network, or such tensors "
+            "with drop= (copy= takes them from the newest)",
         )
     for snapshot, difference in different_alphas(snapshots, settled):
         yield (

@@ -40,8 +40,9 @@ def settle_copies(contents: Contents, unsaid: Mapping[str, TensorIndex]) -> None
     problem. Raises what Reader does.
     """
     numbered = [each for each in contents.snapshots if counts(_step_part(each.file))]
+    known = {each.file for each in numbered}
     for each in list(contents.snapshots):
-        if each not in numbered and (twin := _twin(each.index, _of_its_step(each, numbered))):
+        if each.file not in known and (twin := _twin(each.index, _of_its_step(each, numbered))):
             contents.snapshots.remove(each)
             contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
     for each in sorted(numbered, key=lambda each: (-len(each.file), each.file)):

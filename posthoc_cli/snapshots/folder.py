@@ -178,7 +178,7 @@ def read_folder(
         odd += different_dtypes(contents.snapshots, settled)
     contents.problems += [(name, in_line(message)) for name, message in wrong]
     contents.warnings += [(name, in_line(message)) for name, message in odd]
-    if not wrong and not exclude:  # of what was left out on purpose nothing is missing
+    if not contents.problems and not exclude:  # of what was left out on purpose nothing is missing
         contents.warnings += [("", text) for text in missing_steps(contents.snapshots)]
     return contents
 

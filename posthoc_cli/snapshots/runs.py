@@ -106,8 +106,9 @@ def mixed_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
             listed = [_described(label, group) for label, group in groups.items()]
             if more := listed[_SHOWN:]:
                 listed[_SHOWN:] = [f"{len(more)} more"]
-            label, second = list(groups.items())[1]
-            choice = "" if "'" in label else f"'{next(iter(groups))}', say"
+            second = list(groups.values())[1]
+            plain = [each for each in groups if each.isprintable() and "'" not in each]
+            choice = f"'{plain[0]}', say" if plain else ""
             yield (
                 second[0].file,
                 f"not of the same run as the others: {len(groups)} {called} are mixed here"
@@ -141,7 +142,11 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         )
     if not sure and (kinds := _kinds_of_names(snapshots)):
         listed = " and ".join(_some([each.file for each in group]) for group in kinds)
-        yield "", f"steps of files that are named in two ways overlap: {listed}: of two runs?"
+        yield (
+            "",
+            f"steps of files that are named in two ways overlap: {listed}: of two runs? (only= and "
+            "exclude= choose)",
+        )
 
 
 def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[str, str]]:
@@ -155,13 +160,17 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
         return []  # of thousands of snapshots, some are measured
     for series in _series(snapshots):
         pairs = list(pairwise(series))
-        pace = [
-            float(differences[pair]) / max(snapshots[pair[1]].step - snapshots[pair[0]].step, 1)
-            for pair in pairs
-        ]
+        gaps = [max(snapshots[b].step - snapshots[a].step, 1) for a, b in pairs]
+        pace = [float(differences[pair]) / gap for pair, gap in zip(pairs, gaps, strict=True)]
+        # Straight on, as training begins, the squared difference grows with the square of steps.
+        straight = [each / gap for each, gap in zip(pace, gaps, strict=True)]
         for at, (left, right) in enumerate(pairs):
             others_pace = pace[:at] + pace[at + 1 :]
-            if at and len(pairs) > 3 and pace[at] > _FASTER * max(others_pace) > 0:
+            slow = any(
+                each[at] <= _FASTER * max(each[:at] + each[at + 1 :], default=0.0)
+                for each in (pace, straight)
+            )
+            if at and len(pairs) > 3 and not slow and max(others_pace) > 0:
                 found.append((left, right, pairs[pace.index(max(others_pace))]))
                 continue
             others = [(left, far) for far in series[at + 2 : at + 4]]
@@ -180,7 +189,7 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
         (
             other.file,
             f"differs far more from '{one.file}', its neighbour, than '{nearer.file}' from "
-            f"'{far.file}'{also}: of two runs, or broken?",
+            f"'{far.file}'{also}: of two runs, or broken? (only= and exclude= choose)",
         )
     ]
 

@@ -37,6 +37,12 @@ went."""
 BLOCK = 256
 """Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
 
+_GLANCED, _GLANCES = 512, 16
+"""Snapshots that are glanced at, and places in each: far fewer than are needed for weights."""
+
+_FEW = 16
+"""Values that must differ: of fewer, chance decides how far they are apart."""
+
 _HELD_BYTES = 1 << 25
 """The most that the values of all snapshots held at a time may take, as float64."""
 
@@ -277,6 +283,18 @@ def _read(
         for start, end in ranges:
             reader.read(start, into[: end - start])
             into = into[end - start :]
+
+
+def glance(
+    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
+) -> tuple[Sequence[Snapshot], SampleMoments] | None:
+    """A small sample of the last snapshots, to see whether one is of another network."""
+    last = snapshots[-_GLANCED:]
+    try:
+        moments = sample_moments(last, leave_out=leave_out, blocks=_GLANCES)
+    except SnapshotError:  # whoever reads all of it says so, too
+        return None
+    return (last, moments) if moments.values >= _FEW else None
 
 
 def fit_snapshots(

@@ -23,6 +23,7 @@ _AGAIN_BY_LIBRARY = "write it again with the safetensors library"
 _DOWNLOAD = f"the download failed: log in, or check the address, and {_AGAIN}"
 _UNPACK = "unpack it first"
 _CONVERT = "rename it to .pt and make a snapshot of it with posthoc convert"
+_OF_WHAT = "use the checkpoint that it was made of, or save its tensors as safetensors"
 _EXPORT = "save its tensors as safetensors with the library that wrote it"
 
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -73,11 +74,28 @@ def sniff(start: bytes, size: int) -> tuple[str, str] | None:
         return _zip(start)
     if start[:1] == b"{" and b'"data_offsets"' in start:
         return "a header without its length before it", _AGAIN_BY_LIBRARY
+    if binary := _binary(start):
+        return binary, _OF_WHAT
     if start[257:262] == b"ustar":
         return "a tar archive", _UNPACK
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "a pickle, as torch.save and pickle.dump write it", _CONVERT
     return _text(start, size)
+
+
+def _binary(start: bytes) -> str:
+    """What begins with more than fixed bytes: a count or a name comes first."""
+    if start[4:8] == b"TFL3":
+        return "a TensorFlow Lite file"
+    if len(start) < 8:
+        return ""
+    # Protocol buffers: the version, then the name of the program that wrote it.
+    if start[0] == 8 and start[2] == 0x12 and start[4 : 4 + start[3]].isalnum():
+        return "an ONNX file"
+    # A map whose first key is a short text.
+    if 0x81 <= start[0] <= 0x8F and 0xA1 <= start[1] <= 0xBF and start[2:5].isalnum():
+        return "a Flax checkpoint (msgpack)"
+    return ""
 
 
 def unfilled(start: bytes, size: int, allocated: int | None) -> bool:
