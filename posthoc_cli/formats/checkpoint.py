@@ -72,6 +72,8 @@ def candidates(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
         for name, tensors in found.items()
         if not (_AUXILIARY.match(name) or _is_state(tensors, counters=name != "."))
     }
+    if len(weights) > 1 and "." in weights and _is_state(weights["."], counters=True):
+        del weights["."]  # a loss, say, beside the network
     found = weights or found
     if len(found) == 1:
         (one,) = found.values()

@@ -29,6 +29,7 @@ from posthoc_cli.formats.pickles import (
 )
 from posthoc_cli.formats.tensors import NAMES, Storage, claim_storage, itemsize, unsupported
 from posthoc_cli.storage.disk import open_file
+from posthoc_cli.storage.sniffing import read_start, sniff, unfilled
 
 _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -49,6 +50,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, root, status.st_size, status.st_mtime_ns)
 
 
+def _other(start: bytes, size: int) -> tuple[str, str]:
+    """What a file of no known format is, for a message, and what to do."""
+    if not size or unfilled(start, size, None):
+        return f": it is {'all zeros' if size else 'empty'}", "copy it again or leave it out"
+    what, remedy = sniff(start, size) or ("", "leave it out")
+    return f", but {what}" if what else "", remedy
+
+
 def _read(file: BinaryIO, size: int) -> Any:
     start = file.read(512)
     file.seek(0)
@@ -59,7 +68,8 @@ def _read(file: BinaryIO, size: int) -> Any:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         raise refused("is a safetensors file already", "use it as it is, or rename it")
     if not start.startswith(_PICKLE):
-        raise refused("neither a checkpoint of torch nor a pickle", "leave it out")
+        what, remedy = _other(read_start(file), size)
+        raise refused(f"neither a checkpoint of torch nor a pickle{what}", remedy)
     return _read_pickle(file, size)
 
 

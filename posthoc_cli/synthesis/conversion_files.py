@@ -178,6 +178,9 @@ def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, st
         if _same(source / name, output):
             continue
         inside, reason = _inside(source, name)
+        bare = name.removesuffix("-state")  # kohya's `lora-000001-state` beside `lora-000001.ckpt`
+        if bare != name and any(os.path.splitext(file)[0] == bare for file in files):
+            inside, reason = [], f"a state of training, to go on from, beside '{bare}'"
         if inside:
             steps += inside
         else:
@@ -229,6 +232,10 @@ def _inside(source: Path, folder: str) -> tuple[list[Found], str]:
     deeper = [name for name in names if name not in files]
     if any(name.startswith("global_step") for name in deeper):
         return [], "only DeepSpeed's parts: make one file of them with its zero_to_fp32.py"
+    for below in deeper:
+        path = source / folder / below
+        if any(without_ending(name) in _KNOWN for name in list_folder(path)):
+            return [], f"a folder with checkpoints in '{below}', one deeper: give that folder"
     return [], "a folder without checkpoints"
 
 

@@ -262,10 +262,13 @@ def test_several_dicts_ask_for_a_key(tmp_path: Path) -> None:
 
 
 def test_a_tensor_beside_the_weights_does_not_hide_them(tmp_path: Path) -> None:
-    checkpoint = checkpoint_of({"step": torch.tensor(3), "ema": {"w": torch.ones(2)}}, tmp_path)
+    ema = {"w": torch.ones(2)}
+    checkpoint = checkpoint_of({"step": torch.tensor(3), "ema": ema}, tmp_path)
+    assert list(state_dict(checkpoint)) == ["w"]  # a counter is no network
+    checkpoint = checkpoint_of({"mean": torch.ones(3), "ema": ema}, tmp_path)
     with pytest.raises(SnapshotError, match=r"several dicts of tensors \(\., ema\)"):
         state_dict(checkpoint)
-    assert list(state_dict(checkpoint, ".")) == ["step"]
+    assert list(state_dict(checkpoint, ".")) == ["mean"]
     assert list(state_dict(checkpoint, "ema")) == ["w"]
 
 
