@@ -35,6 +35,7 @@ _SCALES = {"k": 1000, "m": 1_000_000}
 
 _NUMBER = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?:\.[0-9]+)*")
 _THOUSANDS = re.compile("[1-9][0-9]{0,2}_[0-9]{3}")
+_EPOCH_BESIDE = re.compile(r"(?ai:(?<![A-Za-z])e(?:p|poch)?[-_=]?[0-9])")
 _AGAIN = re.compile(r"[ _]?\([1-9]\)\Z")
 """What a browser appends to the name of a file that is there already."""
 
@@ -128,6 +129,8 @@ def _count(stem: str, match: re.Match[str]) -> Count | None:
     alone = after[1:] in ("", *_STEP_WORDS, *_EPOCH_WORDS) and not stem[end + 1 :][:1].isdigit()
     scale = _SCALES.get(after[:1], 1) if alone else 1
     if before in _IN_SHORT and after and scale == 1 and not _unit(after):  # e4m3
+        return None
+    if before == "s" and not _EPOCH_BESIDE.search(stem):  # alone it may be a stage or a seed
         return None
     behind = "" if after == "s" else after[1:] if scale > 1 else after
     if not behind:  # 1200_steps, but the word may as well be the next number's: 3_step_1200
