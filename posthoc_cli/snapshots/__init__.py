@@ -1,7 +1,7 @@
 """A folder in, a consistent set of snapshots out, each with its step and profile.
 
-Beside these names, the other packages use the modules `sampling` (a sample of the snapshots'
-values) and `diagnosis` (the error to expect), which take longer to import.
+Beside these names, the other packages use the module `sampling` (a sample of the snapshots'
+values), which takes longer to import.
 """
 
 from posthoc_cli.snapshots.choosing import choose_by_globs as choose_by_globs

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from posthoc_cli.errors import AmbiguousError, SnapshotError, UnknownError, UsageError
+from posthoc_cli.errors import AmbiguousError, SnapshotError, UnknownError, UsageError, either
 from posthoc_cli.snapshots.counts import (
     EPOCH,
     NUMBER,
@@ -369,8 +369,7 @@ def _ambiguous(
     labels = ["" if each.unit == NUMBER else f"{each.unit} " for each in columns]
 
     def readings(values: Sequence[int]) -> str:
-        told = [f"{label}{value}" for label, value in zip(labels, values, strict=True)]
-        return f"{', '.join(told[:-1])} or {told[-1]}"
+        return either(f"{label}{value}" for label, value in zip(labels, values, strict=True))
 
     file, values = rows[0]
     another = f" ('{rows[-1][0]}': {readings(rows[-1][1])})" if len(rows) > 1 else ""
