@@ -237,7 +237,7 @@ def _back_in_time(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, Snapshot, fl
     """The first two snapshots of which the later step's was written earlier; by how much."""
 
     def written(snapshot: Snapshot) -> float:
-        return max(part.modified for part in snapshot.index.parts) / 1e9
+        return max(file.modified for file in snapshot.index.files) / 1e9
 
     by_time = sorted(snapshots, key=written)
     shapes = {re.sub(r"[0-9]+", "0", each.file) for each in snapshots}

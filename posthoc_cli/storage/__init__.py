@@ -5,7 +5,10 @@ Beside these names, the other packages use the modules `atomic` (files that appe
 """
 
 from posthoc_cli.storage.header import Cache as Cache
+from posthoc_cli.storage.header import Content as Content
+from posthoc_cli.storage.header import File as File
 from posthoc_cli.storage.header import Part as Part
+from posthoc_cli.storage.header import ReadAt as ReadAt
 from posthoc_cli.storage.header import TensorIndex as TensorIndex
 from posthoc_cli.storage.header import TensorInfo as TensorInfo
 from posthoc_cli.storage.header import make_header as make_header

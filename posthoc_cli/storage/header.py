@@ -11,10 +11,10 @@ import json
 import math
 import os
 import struct
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
 from posthoc_cli.storage.disk import open_file
@@ -38,41 +38,66 @@ _LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One file of an index: its data section is bytes `first` to `first + length` of the whole.
-
-    `data_start` is the byte offset of the data section in the file, `size` the file's length.
-    `modified`, the time of its last change in nanoseconds, and `inode` tell whether it is still
-    the same.
-    """
+class File:
+    """A file as it was found: bytes, time of its last change in nanoseconds, and inode number."""
 
     path: Path
+    size: int
+    modified: int = 0
+    inode: int | None = None
+
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result) -> File:
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+ReadAt = Callable[[int, memoryview], None]
+"""Fills the second argument with the bytes from the first on. Any thread may call it."""
+
+
+class Content(Protocol):
+    """Bytes that lie in no file as they are: deflated, in another order, in blocks."""
+
+    def open(self, files: Sequence[ReadAt]) -> ReadAt:
+        """What reads them, from the files of the index."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes `first` to `first + length` of an index's data.
+
+    They are those of file `file` of the index from byte `data_start` on, or what `content` gives;
+    then `data_start` is 0 and `file` says nothing.
+    """
+
     first: int
     length: int
     data_start: int
-    size: int
-    modified: int = 0
-    inode: int = 0
+    file: int = 0
+    content: Content | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorIndex:
-    """What the header of a safetensors file says, or those of several that hold one network.
+    """Where the tensors of one network lie, in one file or several, of any format.
 
-    The tensors' offsets are within the data sections of `parts`, laid end to end. Files whose
-    headers agree share one `tensors` mapping: 600 snapshots of a large network cost little more
-    than one.
+    The tensors' offsets are within `parts`, laid end to end; between them may lie what is no
+    tensor's. Networks whose tensors lie alike share one `tensors` mapping: 600 snapshots of a large
+    network cost little more than one. `structure` is what a format other than safetensors has in
+    place of headers: what its fingerprint goes by.
     """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    files: tuple[File, ...]
     parts: tuple[Part, ...]
+    structure: bytes | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all its files."""
-        return sum(part.size for part in self.parts)
+        return sum(file.size for file in self.files)
 
 
 def spans(parts: Sequence[Part], start: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -114,8 +139,8 @@ def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
                 raise _unfinished(path, f"its download goes on: '{control}' lies beside it")
         except SnapshotError as error:
             raise _what_it_is(path, read_start(file), status) or error from None
-    part = Part(path, 0, data_length, data_start, status.st_size, status.st_mtime_ns, status.st_ino)
-    return TensorIndex(path, tensors, metadata, (part,))
+    part = Part(0, data_length, data_start)
+    return TensorIndex(path, tensors, metadata, (File.of(path, status),), (part,))
 
 
 def _parse(

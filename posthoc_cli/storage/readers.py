@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.storage.disk import unreadable
-from posthoc_cli.storage.header import TensorIndex, spans
+from posthoc_cli.storage.header import File, Part, ReadAt, TensorIndex, spans
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
@@ -36,23 +38,14 @@ def can_open(files: int) -> bool:
 class InputFile:
     """A file open for reading in a `with` block, from several threads at once.
 
-    It must still be of `size` bytes, last modified at `modified` (in nanoseconds) and, where that
-    is known, of the number `inode`. With `keep_open` false each read opens it anew.
+    It must still be as it was found. With `keep_open` false each read opens it anew.
 
     Raises SnapshotError when it has changed, MachineError when it can't be read.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        size: int,
-        modified: int,
-        inode: int | None = None,
-        *,
-        keep_open: bool = True,
-    ) -> None:
-        self._path = path
-        self._expected = size, modified, inode
+    def __init__(self, file: File, *, keep_open: bool = True) -> None:
+        self._path = file.path
+        self._expected = file
         self._keep_open = keep_open
         self._fd = -1
         self._lock = threading.Lock()
@@ -106,9 +99,10 @@ class InputFile:
             return fd
 
     def _check(self, status: os.stat_result) -> None:
-        size, modified, inode = self._expected
-        found = status.st_size, status.st_mtime_ns, None if inode is None else status.st_ino
-        if found != (size, modified, inode):
+        found = File.of(self._path, status)
+        if self._expected.inode is None:
+            found = replace(found, inode=None)
+        if found != self._expected:
             raise _changed(self._path)
 
     def _read_some(self, fd: int, offset: int, into: memoryview) -> int:
@@ -133,10 +127,9 @@ class Reader:
 
     def __init__(self, index: TensorIndex, *, keep_open: bool = True) -> None:
         self._parts = index.parts
-        self._files = [
-            InputFile(part.path, part.size, part.modified, part.inode, keep_open=keep_open)
-            for part in index.parts
-        ]
+        self._files = [InputFile(file, keep_open=keep_open) for file in index.files]
+        self._contents: dict[int, ReadAt] = {}
+        self._lock = threading.Lock()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Reader:
@@ -152,14 +145,22 @@ class Reader:
     def read(self, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the snapshot's data from `start` on."""
         for at, offset, count in spans(self._parts, start, len(into)):
-            self._files[at].read(offset, into[:count])
+            self._reads(at)(offset, into[:count])
             into = into[count:]
 
-    def header(self, at: int) -> bytearray:
-        """The bytes before the data of file `at` of the index."""
-        header = bytearray(self._parts[at].data_start)
-        self._files[at].read(0, memoryview(header))
-        return header
+    def read_file(self, at: int, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of file `at` of the index from `offset` on."""
+        self._files[at].read(offset, into)
+
+    def _reads(self, at: int) -> ReadAt:
+        """What reads part `at`; a content is opened once, as it may remember where it is."""
+        part = self._parts[at]
+        if part.content is None:
+            return self._files[part.file].read
+        with self._lock:
+            if at not in self._contents:
+                self._contents[at] = part.content.open([file.read for file in self._files])
+            return self._contents[at]
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError for a file that changed since its header was read."""
@@ -171,16 +172,24 @@ def fingerprint(index: TensorIndex) -> str:
     """What tells a snapshot from others, wherever it lies and whatever it is called.
 
     32 hex digits of the SHA-256 of its files' headers and of 16 blocks of 4 KiB of its data, spread
-    evenly from the first byte to the last. Raises what Reader does.
+    evenly from the first byte to the last. Of a format other than safetensors it is that of its
+    structure and of such blocks of its files as they are. Raises what Reader does.
     """
     import hashlib  # only here: it takes as long to load as all else in this module
 
-    digest = hashlib.sha256()
-    length = sum(part.length for part in index.parts)
+    digest = hashlib.sha256(index.structure or b"")
+    parts: Sequence[Part] = index.parts
+    if index.structure is not None:
+        firsts = accumulate((file.size for file in index.files), initial=0)
+        sizes = zip(index.files, firsts, strict=False)
+        parts = [Part(first, file.size, 0, at) for at, (file, first) in enumerate(sizes)]
+    length = sum(part.length for part in parts)
     block = min(_BLOCK, length)
-    with Reader(index) as reader:
-        for at in range(len(index.parts)):
-            digest.update(reader.header(at))
+    with Reader(replace(index, parts=tuple(parts))) as reader:
+        for part in parts:
+            header = bytearray(part.data_start)
+            reader.read_file(part.file, 0, memoryview(header))
+            digest.update(header)
         data = bytearray(block)
         for start in sorted({(length - block) * at // (_BLOCKS - 1) for at in range(_BLOCKS)}):
             reader.read(start, memoryview(data))

@@ -213,8 +213,8 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             raise type(error)(str(path), problem, error.remedy) from None
     firsts = accumulate((shard.parts[0].length for shard in shards), initial=0)
     parts = [
-        dataclasses.replace(shard.parts[0], first=first)
-        for shard, first in zip(shards, firsts, strict=False)
+        dataclasses.replace(shard.parts[0], first=first, file=at)
+        for at, (shard, first) in enumerate(zip(shards, firsts, strict=False))
     ]
     key = tuple(id(shard.tensors) for shard in shards)  # alive as long as the cache that has them
     tensors = cache.get(key) if cache is not None else None
@@ -241,7 +241,8 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             for key, value in stated.items()
             if isinstance(value, (str, int, float)) and not key.startswith("total_")
         }
-    return TensorIndex(path, tensors, metadata, tuple(parts))
+    files = tuple(shard.files[0] for shard in shards)
+    return TensorIndex(path, tensors, metadata, files, tuple(parts))
 
 
 def _shard(where: Mapping[str, str], name: str) -> str:

@@ -287,7 +287,7 @@ def compare(
         weights,
         workers=workers,
         progress=progress and (lambda count: progress(count, total)),
-        other_files=len(out.parts),
+        other_files=len(out.files),
     )
     with engine, Reader(out) as there:
         sink = ComparisonSink(engine, weights, there, out)

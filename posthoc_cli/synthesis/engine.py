@@ -99,8 +99,8 @@ class Engine:
         self._targets = len(weights)
         self._report = report
         self.progress = progress
-        parts = sum(len(source.parts) for source in plan.sources)
-        self._keep_open = can_open(parts + other_files)
+        files = sum(len(source.files) for source in plan.sources)
+        self._keep_open = can_open(files + other_files)
         # For each tensor of each averaged segment, whether two snapshots were seen to differ in it.
         self._varies = {
             id(segment): bytearray(len(segment.names))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.formats import Checkpoint, StoredTensor
-from posthoc_cli.storage import InputFile, TensorInfo
+from posthoc_cli.storage import File, InputFile, TensorInfo
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.dtypes import DTYPES, bytes_of
 from posthoc_cli.storage.workers import background_flush, run_workers
@@ -62,7 +62,7 @@ def write_tensors(
     Raises SnapshotError when the checkpoint isn't what it was when its structure was read,
     MachineError when it can't be read or `file` can't be written.
     """
-    source = InputFile(checkpoint.path, checkpoint.size, checkpoint.modified)
+    source = InputFile(File(checkpoint.path, checkpoint.size, checkpoint.modified))
     with source, background_flush([file]):
         job = _Job(source, file, data_start, progress or (lambda count: None))
         run_workers(_pieces(tensors, infos), job, _Scratch, WORKERS)

@@ -167,7 +167,7 @@ def output_files(
         size = len(header) + last - first
         files.append(AtomicFile(name, size, overwrite=overwrite))
         contents.append(header)
-        parts.append(FilePart(name, first, last - first, len(header), size))
+        parts.append(FilePart(first, last - first, len(header)))
     if len(shards) > 1:
         index = make_index(list(zip(paths, shards, strict=True)), plan.bytes_to_write)
         files.append(AtomicFile(index_path(path), len(index), overwrite=overwrite))
@@ -218,7 +218,7 @@ def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
 
 def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path]) -> None:
     """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
-    inputs = [part.path for source in sources for part in source.parts]
+    inputs = [file.path for source in sources for file in source.files]
     folders = {source.path.parent for source in sources}
     for path in outputs:
         if not path.exists():

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from posthoc_cli.errors import MachineError, SnapshotError
-from posthoc_cli.storage.header import TensorIndex, read_header
+from posthoc_cli.storage.header import File, Part, ReadAt, TensorIndex, read_header
 from posthoc_cli.storage.readers import Reader, fingerprint
 from posthoc_cli.storage.shards import open_tensors
 from tests.storage.test_shards import GROUPS, save_shards, some_tensors
@@ -20,7 +21,9 @@ from tests.support import write_tensors
 def sharded(folder: Path) -> tuple[TensorIndex, bytes]:
     """A layout of three files, and their data sections end to end."""
     layout = open_tensors(save_shards(folder, some_tensors(1), GROUPS))
-    data = b"".join(part.path.read_bytes()[part.data_start :] for part in layout.parts)
+    data = b"".join(
+        layout.files[part.file].path.read_bytes()[part.data_start :] for part in layout.parts
+    )
     return layout, data
 
 
@@ -72,7 +75,7 @@ def test_a_file_that_changes_is_noticed(
     tmp_path: Path, change: Callable[[Path], None], keep_open: bool
 ) -> None:
     layout, data = sharded(tmp_path)
-    path = layout.parts[1].path
+    path = layout.files[1].path
     with Reader(layout, keep_open=keep_open) as reader:
         change(path)
         with pytest.raises(SnapshotError, match=f"{path.name}: changed while it was read; wait"):
@@ -140,3 +143,42 @@ def test_a_fingerprint_of_several_files(tmp_path: Path) -> None:
     assert fingerprint(open_tensors(index)) != first
     save_shards(tmp_path, some_tensors(1), GROUPS)
     assert fingerprint(open_tensors(index)) == first
+
+
+class Reversed:
+    """Content that remembers how often it was opened: the bytes of a file, last first."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.opened = size, 0
+
+    def open(self, files: Sequence[ReadAt]) -> ReadAt:
+        self.opened += 1
+
+        def read(start: int, into: memoryview) -> None:
+            there = bytearray(len(into))
+            files[0](self.size - start - len(into), memoryview(there))
+            into[:] = bytes(reversed(there))
+
+        return read
+
+
+def test_content_that_lies_in_no_file_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(20)))
+    content = Reversed(20)
+    parts = (Part(0, 5, 10), Part(5, 20, 0, content=content), Part(25, 3, 2))
+    file = File.of(path, path.stat())
+    index = TensorIndex(path, {}, {}, (file,), parts, structure=b"reversed")
+    expected = bytes(range(10, 15)) + bytes(reversed(range(20))) + bytes(range(2, 5))
+    with Reader(index) as reader:
+        for start in range(28):
+            for stop in range(start, 29):
+                into = bytearray(stop - start)
+                reader.read(start, memoryview(into))
+                assert into == expected[start:stop]
+    assert content.opened == 1
+    named = fingerprint(index)
+    assert named != fingerprint(dataclasses.replace(index, structure=b"another"))
+    path.write_bytes(bytes(range(1, 21)))
+    changed = dataclasses.replace(index, files=(File.of(path, path.stat()),))
+    assert named != fingerprint(changed)
