@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
-from posthoc_cli.solver import Profile
+from posthoc_cli.solver import Average, Profile
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -57,17 +57,9 @@ def density(profile: Profile, at: FloatArray) -> FloatArray:
     return value
 
 
-def share_before(profile: Profile, at: FloatArray) -> FloatArray:
-    """The share of a profile's average that lies before the steps `at`: the density summed up."""
-    if profile.raw:
-        return np.where(at < profile.step, 0.0, 1.0)
-    share: FloatArray = np.minimum(at / profile.step, 1.0) ** (profile.gamma + 1)
-    return share
-
-
 def draw(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
+    snapshots: Sequence[Average],
+    targets: Sequence[Average],
     titles: Sequence[str],
     weights: Mapping[str, FloatArray],
     shown: str,
@@ -115,8 +107,8 @@ def draw(
 def _draw_profiles(
     above: Any,
     below: Any,
-    snapshots: Sequence[Profile],
-    target: Profile,
+    snapshots: Sequence[Average],
+    target: Average,
     weights: Mapping[str, FloatArray],
 ) -> None:
     """The profile that is wanted and those that are given; their differences below."""
@@ -130,16 +122,19 @@ def _draw_profiles(
             for low, high in pairwise(edges.tolist())
         ]
     )
-    if any(each.raw for each in snapshots):
-        curve, unit = share_before, 1.0
-    else:
-        curve, unit = density, float(target.step)
-    wanted = curve(target, at) * unit
+    powers = all(isinstance(each, Profile) for each in (*snapshots, target))
+
+    def curve(average: Average) -> FloatArray:
+        if powers and isinstance(average, Profile):
+            return density(average, at) * float(target.step)
+        return average.share(at)
+
+    wanted = curve(target)
     rows = np.stack(list(weights.values()))
     sums = np.zeros((len(rows), len(at)))
     for first in range(0, len(snapshots), _TOGETHER):
         some = snapshots[first : first + _TOGETHER]
-        basis = np.stack([curve(each, at) for each in some]) * unit
+        basis = np.stack([curve(each) for each in some])
         sums += rows[:, first : first + _TOGETHER] @ basis
     above.plot(at, wanted, color="0.1", linewidth=2.4, alpha=0.25, label="wanted")
     for method, given in zip(weights, sums, strict=True):
@@ -155,11 +150,11 @@ def _draw_profiles(
     _short_steps(below)
 
 
-def _draw_weights(axis: Any, snapshots: Sequence[Profile], weights: FloatArray) -> None:
+def _draw_weights(axis: Any, snapshots: Sequence[Average], weights: FloatArray) -> None:
     """A stem for each snapshot, those of one width in one colour."""
-    widths = sorted({round(each.sigma_rel, 6) for each in snapshots})
+    widths = sorted({round(getattr(each, "sigma_rel", 0.0), 6) for each in snapshots})
     steps = np.array([float(each.step) for each in snapshots])
-    own = np.array([round(each.sigma_rel, 6) for each in snapshots])
+    own = np.array([round(getattr(each, "sigma_rel", 0.0), 6) for each in snapshots])
     apart = min(float(np.diff(np.unique([0.0, *steps])).min()), 0.06 * float(steps.max()))
     for at, width in enumerate(widths):
         colour = _WIDTHS[at % len(_WIDTHS)]

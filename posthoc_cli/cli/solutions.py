@@ -128,10 +128,11 @@ def _listed(solution: Solution, which: Sequence[int]) -> str:
 
 
 def _reach(solution: Solution) -> str:
+    from posthoc_cli.solver.methods import powers
     from posthoc_cli.solver.reach import reachable
 
-    profiles = [snapshot.profile for snapshot in solution.snapshots]
-    ranges = reachable(profiles, solution.step, FAR_OFF)
+    profiles = powers([snapshot.profile for snapshot in solution.snapshots])
+    ranges = reachable(profiles or [], solution.step, FAR_OFF)
     if not ranges:
         return f"nothing is within {FAR_OFF:.0%} at step {solution.step}"
     spans = " and ".join(f"{low:.3g} to {high:.3g}" for low, high in ranges)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.solver import Profile
+from posthoc_cli.solver import Average, Decay, Profile
 from posthoc_cli.storage import TensorIndex, TensorInfo
 
 
@@ -68,7 +69,9 @@ class Snapshot:
         return self.index.size
 
     @property
-    def profile(self) -> Profile:
+    def profile(self) -> Average:
+        if math.isinf(self.gamma):
+            return Decay(self.step, 0.0)
         return Profile(self.step, self.gamma)
 
 

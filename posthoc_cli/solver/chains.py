@@ -10,7 +10,7 @@ with its square or cube, and the weights are those of the whole set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Chains:
     """Snapshots in the order of their steps, [n] each: which are links of one chain.
 
     `order` are their places among the snapshots as given; all else is by place in that order.
+    `gamma` is NaN for other kinds than power functions.
     `before` and `after` are the neighbours in the chain, -1 where there is none; `low` is the step
     of the one before, 0 at first; `kept` how much of it each holds, and `mass` the rest. `width` is
     how far from the diagonal the band reaches.
@@ -50,32 +51,33 @@ class Chains:
 def find_chains(snapshots: Sequence[Average]) -> Chains | None:
     """The chains of more than MANY snapshots; None for fewer, or where the band is too wide."""
     count = len(snapshots)
-    profiles = [each for each in snapshots if isinstance(each, Profile)] if count > MANY else []
-    if count <= MANY or len(profiles) < count:
+    if count <= MANY or not all(each.recursive for each in snapshots):
         return None
-    steps = np.array([float(each.step) for each in profiles])
+    steps = np.array([float(each.step) for each in snapshots])
     order = np.argsort(steps, kind="stable")
-    step, gamma = steps[order], np.array([float(profiles[at].gamma) for at in order])
+    step = steps[order]
+    gamma = np.array([getattr(snapshots[at], "gamma", np.nan) for at in order])
     before, after = np.full(count, -1), np.full(count, -1)
-    last: dict[float, int] = {}
-    for at, kind in enumerate(gamma.tolist()):
-        if kind in last:
-            before[at], after[last[kind]] = last[kind], at
-        last[kind] = at
+    last: dict[Average, int] = {}
+    for at in range(count):
+        running = replace(snapshots[order[at]], step=1.0)
+        if running in last:
+            before[at], after[last[running]] = last[running], at
+        last[running] = at
     low = np.where(before >= 0, step[before], 0.0)
     if np.any(low == step):  # two of the same step and profile
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponent = (gamma + 1) * np.log(low / step)
+    kept, mass = np.zeros(count), np.ones(count)
+    for at in np.flatnonzero(before >= 0).tolist():
+        kept[at] = snapshots[order[at]].share(low[at])
+        mass[at] = snapshots[order[at]].between(low[at], step[at])
     # How many of those before it a piece overlaps with, and how far apart two of a chain are.
     overlap = np.arange(count) - np.searchsorted(step, low, side="right")
     apart = np.where(after >= 0, after - np.arange(count), 0)
     width = int(max(overlap.max(), apart.max())) + 1
     if width > WIDEST:
         return None
-    return Chains(
-        order, step, gamma, low, np.exp(exponent), -np.expm1(exponent), before, after, width
-    )
+    return Chains(order, step, gamma, low, kept, mass, before, after, width)
 
 
 def to_weights(chains: Chains, amounts: FloatArray) -> FloatArray:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from posthoc_cli.solver.chains import MANY, find_chains
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver.profiles import Average
 
 
-def usable(snapshots: Sequence[Profile]) -> list[int]:
+def usable(snapshots: Sequence[Average]) -> list[int]:
     """Which snapshots weights are found for: all, unless they are too many to be solved together.
 
     They are where there are more than MANY and they make no chains: of very many profiles, or saved

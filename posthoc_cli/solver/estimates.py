@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.solver.blup import ExpectedError, Trajectory, expected_error
 from posthoc_cli.solver.methods import SolvedWeights, methods_for, solve
-from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.solver.profiles import Average
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class MethodEstimate:
 
 
 def estimate_methods(
-    snapshots: Sequence[Profile],
-    targets: Sequence[Profile],
+    snapshots: Sequence[Average],
+    targets: Sequence[Average],
     trajectory: Trajectory,
     device: str = "cpu",
 ) -> list[MethodEstimate]:

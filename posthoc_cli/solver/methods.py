@@ -18,13 +18,13 @@ import numpy as np
 from posthoc_cli.errors import SnapshotError, UsageError, either
 from posthoc_cli.solver.arrays import Array, FloatArray, namespace, on_device, to_numpy
 from posthoc_cli.solver.chains import algorithm3_weights, closest, find_chains, profile_error
-from posthoc_cli.solver.profiles import Profile, cosine, norm
+from posthoc_cli.solver.profiles import Average, Profile, cosine, norm
 
 if TYPE_CHECKING:
     from posthoc_cli.solver.blup import Trajectory
 
 
-Profiles = Sequence[Profile]
+Profiles = Sequence[Average]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class SolvedWeights:
     band, as chains.py solves); 1 for `share`, which solves none.
     """
 
-    snapshots: tuple[Profile, ...]
-    targets: tuple[Profile, ...]
+    snapshots: tuple[Average, ...]
+    targets: tuple[Average, ...]
     method: str
     weights: FloatArray
     sum_of_weights: FloatArray
@@ -144,25 +144,28 @@ def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
 def _algorithm3(
     method: str, snapshots: Profiles, targets: Profiles, device: str, *_: object
 ) -> Weights:
-    lowest = min(profile.gamma for profile in (*snapshots, *targets))
+    known, wished = powers(snapshots), powers(targets)
+    if known is None or wished is None:
+        raise UsageError(f"method='{method}'", "is for power functions only", "use method='blup'")
+    lowest = min(profile.gamma for profile in (*known, *wished))
     if lowest <= -0.5:
         raise UsageError(
             f"method='{method}'", f"has no weights for gamma {lowest:g}", "use method='blup'"
         )
     if chains := find_chains(snapshots):
         try:
-            return algorithm3_weights(chains, targets, rescaled=method == "edm2")
+            return algorithm3_weights(chains, wished, rescaled=method == "edm2")
         except np.linalg.LinAlgError:
-            raise _too_alike(snapshots, closest(chains, targets)) from None
+            raise _too_alike(known, closest(chains, wished)) from None
     # Scaled to unit diagonal, the matrix is far better conditioned than the plain inner products:
     # those span orders of magnitude between early and late snapshots.
-    gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
+    gram, wanted, norm_i, norm_r = _inner_products(known, wished, device)
     try:
         scaled, condition_number = _solve_symmetric(gram, wanted)
     except np.linalg.LinAlgError:
         cosines = to_numpy(gram) - np.eye(len(snapshots))
         first, second = np.unravel_index(np.argmax(cosines), cosines.shape)
-        raise _too_alike(snapshots, (int(first), int(second))) from None
+        raise _too_alike(known, (int(first), int(second))) from None
     weights = scaled * norm_r / norm_i
     if method == "edm2":
         total = namespace(weights).sum(weights, axis=0)
@@ -171,10 +174,17 @@ def _algorithm3(
     return to_numpy(weights.T), _profile_error(gram, wanted, scaled), condition_number
 
 
-def _share(snapshots: Profiles, targets: Profiles, *_: object) -> Weights:
-    """Checkpoint k holds `(t_k^(gamma + 1) - t_(k-1)^(gamma + 1)) / t^(gamma + 1)` of the target.
+def powers(averages: Profiles) -> Sequence[Profile] | None:
+    """The same where all are power functions, else None."""
+    profiles = [each for each in averages if isinstance(each, Profile)]
+    return profiles if len(profiles) == len(averages) else None
 
-    The last one also holds what lies after it, so that the weights sum to one.
+
+def _share(snapshots: Profiles, targets: Profiles, *_: object) -> Weights:
+    """Checkpoint k holds `G(t_k) - G(t_(k-1))` of the target's share G.
+
+    The first one also holds what lies on the start, the last one what lies after it, so that the
+    weights sum to one.
     """
     steps = np.array([float(each.step) for each in snapshots])
     order = np.argsort(steps, kind="stable")
@@ -183,10 +193,9 @@ def _share(snapshots: Profiles, targets: Profiles, *_: object) -> Weights:
     for row, target in zip(weights, targets, strict=True):
         ends = np.append(steps[:-1], float(target.step))
         before = np.append(0.0, steps[:-1])
-        with np.errstate(divide="ignore", under="ignore"):
-            # Neither powers of large steps nor differences of them: nothing overflows or cancels.
-            left = np.exp((target.gamma + 1) * np.log(ends / target.step))
-            row[order] = left * -np.expm1((target.gamma + 1) * np.log1p((before - ends) / ends))
+        held = target.between(before, ends)
+        held[0] += target.share(before[0])
+        row[order] = held
     return weights, np.full(len(targets), np.nan), 1.0
 
 
@@ -198,10 +207,11 @@ def _blup(
     assert trajectory is not None
     weights, condition_number = blup_weights(trajectory, snapshots, targets, device)
     error = np.full(len(targets), np.nan)
-    if all(-0.5 < each.gamma < np.inf for each in (*snapshots, *targets)):
-        if chains := find_chains(snapshots):
-            return weights, profile_error(chains, targets, weights), condition_number
-        gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
+    known, wished = powers(snapshots), powers(targets)
+    if known and wished and all(each.gamma > -0.5 for each in (*known, *wished)):
+        if chains := find_chains(known):
+            return weights, profile_error(chains, wished, weights), condition_number
+        gram, wanted, norm_i, norm_r = _inner_products(known, wished, device)
         scaled = on_device(weights.T, device) * (norm_i / norm_r)
         error = _profile_error(gram, wanted, scaled)
     return weights, error, condition_number
@@ -222,7 +232,7 @@ METHODS = {each.name: each for each in _ALL}
 
 
 def _inner_products(
-    snapshots: Profiles, targets: Profiles, device: str
+    snapshots: Sequence[Profile], targets: Sequence[Profile], device: str
 ) -> tuple[Array, Array, Array, Array]:
     """Cosines of the snapshots' profiles with each other and with the targets', and their norms.
 
@@ -265,7 +275,7 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
     return x, highest / lowest
 
 
-def _too_alike(snapshots: Profiles, pair: tuple[int, int]) -> SnapshotError:
+def _too_alike(snapshots: Sequence[Profile], pair: tuple[int, int]) -> SnapshotError:
     a, b = (
         f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}" for i in sorted(pair)
     )

@@ -9,8 +9,9 @@ serves the CPU and the GPU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,49 +25,78 @@ MIN_SIGMA_REL = 1 / MAX_GAMMA
 """Such an EMA is the network of its last step, whatever the training; beyond it sums overflow."""
 
 
-class Average(Protocol):
-    """Any kind of average of the network: what blup.py has to know of it."""
+@dataclass(frozen=True, slots=True)
+class Average(ABC):
+    """Any kind of average of the network; the kinds are in averages.py.
+
+    All that a solver has to know of it is `step`, the training step it was taken at (> 0), and its
+    share. `kind` is its word in JSON. `raw`: whether it is a raw checkpoint, plain weights which
+    nothing was averaged to. `recursive`: whether it is the state of a running average, so that one
+    of a later step holds an earlier one of the same parameters whole, only scaled:
+    `G_later(u) = G_later(earlier.step) * G_earlier(u)` up to the earlier one's step.
+    """
+
+    kind: ClassVar[str]
+    recursive: ClassVar[bool] = True
+
+    step: float
 
     @property
-    def step(self) -> float:
-        """The training step it was taken at."""
+    def raw(self) -> bool:
+        return False
 
+    @abstractmethod
     def share(self, u: FloatArray) -> FloatArray:
         """The share G(u) of its weight before step `u`, elementwise for u >= 0.
 
-        It never falls with `u`, and is 1 from `step` on.
+        It never falls with `u`, and is 1 from `step` on; G(0) is what lies on the network's start.
+        Discretely step k has the weight G(k) - G(k - 1).
         """
+
+    def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
+        """`G(high) - G(low)`, for 0 <= low <= high <= step; more exact where a kind can be."""
+        return self.share(high) - self.share(low)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON: `{"kind": ..., "step": ..., parameters}`; averages.read_average reads it."""
+        return {"kind": self.kind, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """How an EMA spreads its weight over training time.
+class Profile(Average):
+    """How a power-function EMA spreads its weight over training time.
 
     `p(u) = (gamma + 1) u^gamma / step^(gamma + 1)` on `[0, step]` (eq. 121), where `step` is the
-    training step the average was taken at (> 0) and `gamma` its exponent (> -1). A raw checkpoint
-    is the average of no width at all: its gamma is infinite, its sigma_rel 0.
+    training step the average was taken at (> 0) and `gamma` its exponent (> -1, finite).
     """
 
-    step: float
+    kind: ClassVar[str] = "power"
+
     gamma: float
+
+    def __post_init__(self) -> None:
+        if not (self.step > 0 and -1 < self.gamma < math.inf):
+            raise ValueError(f"no profile has step {self.step} and gamma {self.gamma}")
 
     @property
     def sigma_rel(self) -> float:
         """Relative width: the standard deviation of the profile over `step` (eq. 123)."""
-        return 0.0 if self.raw else float(gamma_to_sigma_rel(self.gamma))
-
-    @property
-    def raw(self) -> bool:
-        """Whether it is that of a raw checkpoint: plain weights, which nothing was averaged to."""
-        return math.isinf(self.gamma)
+        return float(gamma_to_sigma_rel(self.gamma))
 
     def share(self, u: FloatArray) -> FloatArray:
         """The share of the average before step `u`: `(u / step)^(gamma + 1)`, and 1 from `step` on.
 
-        `u` is an array of any shape, u >= 0. A raw checkpoint's share is 0 before its step.
+        `u` is an array of any shape, u >= 0.
         """
         share: FloatArray = np.minimum(u / self.step, 1.0) ** (self.gamma + 1)
         return share
+
+    def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
+        with np.errstate(divide="ignore", under="ignore", invalid="ignore"):
+            # Neither powers of large steps nor differences of them: nothing overflows or cancels.
+            part = -np.expm1((self.gamma + 1) * np.log1p((low - high) / high))
+        between: FloatArray = self.share(high) * np.where(high > 0, part, 0.0)
+        return between
 
 
 def gamma_to_sigma_rel(gamma: Array) -> Array:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from posthoc_cli.plotting import density, share_before
+from posthoc_cli.plotting import density
+from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile
 from posthoc_cli.storage.header import read_header
@@ -66,7 +67,7 @@ def test_json_and_csv(posthoc_here: Posthoc, lora: Path, check_json) -> None:
     check_json("solve", document)
     assert (document["method"], document["condition_number"]) == ("share", 1.0)
     targets = [Profile(600, target["gamma"]) for target in document["targets"]]
-    solution = solve([Profile(step, float("inf")) for step in STEPS], targets, "share")
+    solution = solve([Decay(step, 0.0) for step in STEPS], targets, "share")
     for target, weights in zip(document["targets"], solution.weights.tolist(), strict=True):
         assert target["profile_error"] is None
         assert [each["weight"] for each in target["weights"]] == weights
@@ -182,9 +183,9 @@ def test_the_share_before_is_the_density_summed_up(target: Profile) -> None:
     at = np.array([10.0, 50.0, 80.0, 100.0])
     u = (np.arange(1_000_000) + 0.5) / 10_000
     summed = np.cumsum(density(target, u)) / 10_000
-    found = share_before(target, at)
+    found = target.share(at)
     assert found == pytest.approx(np.interp(at, u, summed), abs=2e-3)
-    assert share_before(Profile(80, float("inf")), at).tolist() == [0, 0, 1, 1]
+    assert Decay(80, 0.0).share(at).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from posthoc_cli.solver import sigma_rel_to_gamma
+from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.methods import solve
 from posthoc_cli.solver.profiles import Profile
 from tests.command import Posthoc, write_snapshot
@@ -53,7 +54,7 @@ def average(posthoc: Posthoc, tmp_path: Path, *options: str) -> float:
 
 def expected(steps: Sequence[float]) -> float:
     """The same of networks 1, 2, 3 at these steps."""
-    profiles = [Profile(step, float("inf")) for step in steps]
+    profiles = [Decay(step, 0.0) for step in steps]
     target = Profile(max(steps), float(sigma_rel_to_gamma(0.2)))
     return float(sum(k * w for k, w in enumerate(solve(profiles, [target], "share").weights[0], 1)))
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.blup import (
     Trajectory,
     _moments,
@@ -32,20 +33,20 @@ def run_of(count: int, every: int = 100, widths: Sequence[float] = WIDTHS) -> li
     ]
 
 
-def walk_of(snapshots: Sequence[Profile], seed: int = 0, noise: float = 0.0) -> Trajectory:
+def walk_of(snapshots: Sequence[Average], seed: int = 0, noise: float = 0.0) -> Trajectory:
     steps = sorted({float(each.step) for each in snapshots})
     rates = np.exp(np.random.default_rng(seed).normal(0, 1.5, len(steps)))
     return Trajectory(np.array([0.0, *steps]), rates, np.full(len(snapshots), noise), 1.0)
 
 
-def before(profile: Profile, at: mpmath.mpf) -> mpmath.mpf:
+def before(profile: Average, at: mpmath.mpf) -> mpmath.mpf:
     """G: the share of the average that lies before `at`."""
-    if profile.raw:
+    if not isinstance(profile, Profile):
         return mpmath.mpf(0 if at < profile.step else 1)
     return min(mpmath.mpf(1), (at / profile.step) ** (profile.gamma + 1))
 
 
-def brute_moment(trajectory: Trajectory, a: Profile, b: Profile, end: float) -> mpmath.mpf:
+def brute_moment(trajectory: Trajectory, a: Average, b: Average, end: float) -> mpmath.mpf:
     edges = sorted({*trajectory.edges.tolist(), a.step, b.step, end})
     total = mpmath.mpf(0)
     for low, high in pairwise(edges):
@@ -67,11 +68,11 @@ def brute_moment(trajectory: Trajectory, a: Profile, b: Profile, end: float) -> 
         [Profile(100, 6.94), Profile(250, 16.97), Profile(250, 6.94), Profile(400, 0.0)],
         [Profile(30, -0.9), Profile(400, -0.3), Profile(200, 0.5)],
         [Profile(399, 1e4), Profile(400, 1e4), Profile(400, 3.0), Profile(1, 500.0)],
-        [Profile(30, np.inf), Profile(200, np.inf), Profile(399, np.inf), Profile(400, np.inf)],
-        [Profile(200, np.inf), Profile(200, 3.0), Profile(400, 3.0), Profile(400, np.inf)],
+        [Decay(30, 0.0), Decay(200, 0.0), Decay(399, 0.0), Decay(400, 0.0)],
+        [Decay(200, 0.0), Profile(200, 3.0), Profile(400, 3.0), Decay(400, 0.0)],
     ],
 )
-def test_moments_are_the_integrals_they_stand_for(profiles: list[Profile]) -> None:
+def test_moments_are_the_integrals_they_stand_for(profiles: list[Average]) -> None:
     trajectory = walk_of([Profile(step, 1.0) for step in (100, 200, 300)])
     found = _moments(trajectory, profiles, [])
     for i, a in enumerate(profiles):
@@ -80,10 +81,10 @@ def test_moments_are_the_integrals_they_stand_for(profiles: list[Profile]) -> No
             assert found[i, j] == pytest.approx(float(exact), rel=1e-9)
 
 
-def closed_moments(trajectory: Trajectory, profiles: list[Profile]) -> npt.NDArray[np.float64]:
+def closed_moments(trajectory: Trajectory, profiles: list[Average]) -> npt.NDArray[np.float64]:
     """The same by the closed form for powers: each is one between two steps."""
     steps = np.array([float(each.step) for each in profiles])
-    gammas = np.array([each.gamma for each in profiles])
+    gammas = np.array([getattr(each, "gamma", np.inf) for each in profiles])
     edges = np.unique([*trajectory.edges, *steps])
     edges = edges[edges <= steps.max()]
     total = np.zeros((len(steps), len(steps)))
@@ -101,7 +102,7 @@ def closed_moments(trajectory: Trajectory, profiles: list[Profile]) -> npt.NDArr
     return total
 
 
-def random_profiles(kind: str, count: int, seed: int) -> list[Profile]:
+def random_profiles(kind: str, count: int, seed: int) -> list[Average]:
     rng = np.random.default_rng(seed)
     gammas = {
         "power": rng.uniform(0, 50, count),
@@ -111,7 +112,8 @@ def random_profiles(kind: str, count: int, seed: int) -> list[Profile]:
         "steep": 10 ** rng.uniform(2, 12, count),
     }[kind]
     steps = rng.choice(10**6, count, replace=False) + 1.0
-    return [Profile(step, gamma) for step, gamma in zip(steps, gammas, strict=True)]
+    made = zip(steps.tolist(), gammas.tolist(), strict=True)
+    return [Profile(*each) if each[1] < np.inf else Decay(each[0], 0.0) for each in made]
 
 
 @pytest.mark.parametrize("kind", ["power", "raw", "mixed", "low", "steep"])
@@ -125,7 +127,7 @@ def test_the_quadrature_agrees_with_the_closed_form(kind: str, count: int) -> No
         found = _moments(trajectory, snapshots, targets)
         exact = closed_moments(trajectory, [*snapshots, *targets])[:count]
         # A step rounded to 16 digits is known to that part of the steepest profile's width.
-        steepest = max(each.gamma for each in [*snapshots, *targets] if not each.raw)
+        steepest = max(getattr(each, "gamma", 0.0) for each in [*snapshots, *targets])
         assert found == pytest.approx(exact, rel=1.5e-13 + 1e-16 * steepest, abs=1e-30 * last)
 
 
@@ -363,8 +365,8 @@ def test_the_same_on_torch() -> None:
 # Raw checkpoints
 
 
-def raws(*steps: float) -> list[Profile]:
-    return [Profile(step, np.inf) for step in steps]
+def raws(*steps: float) -> list[Decay]:
+    return [Decay(step, 0.0) for step in steps]
 
 
 def hats(steps: list[float], target: Profile) -> npt.NDArray[np.float64]:

@@ -11,6 +11,7 @@ import pytest
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.solver import chains, solve
+from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.blup import Trajectory, expected_error
 from posthoc_cli.solver.chains import find_chains, solve_band, times_band, to_amounts, to_weights
 from posthoc_cli.solver.choice import choose, usable
@@ -36,8 +37,8 @@ def widths(count: int, *sigmas: float, every: float = 200.0) -> list[Profile]:
     ]
 
 
-def checkpoints(count: int) -> list[Profile]:
-    return [Profile(100.0 * (at + 1), np.inf) for at in range(count)]
+def checkpoints(count: int) -> list[Decay]:
+    return [Decay(100.0 * (at + 1), 0.0) for at in range(count)]
 
 
 def uneven(count: int) -> list[Profile]:

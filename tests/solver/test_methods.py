@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.blup import Trajectory, expected_error
 from posthoc_cli.solver.estimates import estimate_methods
 from posthoc_cli.solver.methods import METHODS, check_method, default_method, methods_for, solve
@@ -231,8 +232,8 @@ def test_estimates_are_those_of_every_method() -> None:
 # Raw checkpoints
 
 
-def raws(*steps: float) -> list[Profile]:
-    return [Profile(step, float("inf")) for step in steps]
+def raws(*steps: float) -> list[Decay]:
+    return [Decay(step, 0.0) for step in steps]
 
 
 def test_share_is_the_share_of_the_profile_in_each_interval() -> None:
