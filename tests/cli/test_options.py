@@ -169,7 +169,7 @@ def test_control_characters_of_the_command_line_are_escaped(posthoc_here: Postho
 
 def test_an_unexpected_error_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import sys, posthoc_cli.api as s; from posthoc_cli.cli import main\n"
+        "import sys, posthoc_cli.api.run as s; from posthoc_cli.cli import main\n"
         "def read_folder(*a, **k): raise {}\n"
         "s.read_folder = read_folder; sys.argv = ['posthoc', 'inspect', '.']; sys.exit(main())"
     )
@@ -281,7 +281,7 @@ def test_stdout_that_fails(posthoc: Posthoc, snapshots: Path) -> None:
 @pytest.mark.usefixtures("unmeasured")
 def test_signals_unwind(tmp_path: Path, number: str) -> None:
     code = (
-        "import sys, time, posthoc_cli.api as s; from posthoc_cli.cli import main\n"
+        "import sys, time, posthoc_cli.api.run as s; from posthoc_cli.cli import main\n"
         "def read_folder(*a, **k):\n"
         "    try: print('ready', flush=True); time.sleep(60)\n"
         "    finally: print('unwound', flush=True)\n"

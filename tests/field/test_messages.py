@@ -297,7 +297,7 @@ def test_too_little_memory_is_named(
             raise error from OSError("x.so: failed to map segment from shared object")
         raise error
 
-    monkeypatch.setattr("posthoc_cli.api.read_folder", fail)
+    monkeypatch.setattr("posthoc_cli.api.run.read_folder", fail)
     posthoc_here("inspect", "run").failed(1, r"memory: not enough of it; .*ulimit -v.*")
 
 

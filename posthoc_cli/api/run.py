@@ -1,0 +1,236 @@
+"""A folder of snapshots in, weights for any other average out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posthoc_cli.api.solution import Progress, Solution
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.snapshots import FolderContents, read_folder, select
+from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
+from posthoc_cli.solver import METHODS, choose_method, solve
+from posthoc_cli.solver.arrays import resolve_device
+from posthoc_cli.solver.targets import make_targets
+
+if TYPE_CHECKING:
+    from posthoc_cli.synthesis.plan import TensorPlan
+    from posthoc_cli.synthesis.verification import Report
+
+Numbers = float | Iterable[float] | None
+"""A number, several, or none."""
+
+
+def open_snapshots(
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    pattern: str | None = None,
+    profiles: Sequence[float] | None = None,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    run: str | None = None,
+    raw: bool = False,
+    skip_incomplete: bool = False,
+    copy: Sequence[str] = (),
+    drop: Sequence[str] = (),
+) -> Run:
+    """Read which snapshots a folder holds; their headers only.
+
+    Arguments:
+        folder: the folder of snapshots; or a list of files and folders that lie in one.
+        pattern: a file-name pattern, such as "run7_{step}_{sigma_rel}.safetensors".
+        profiles: the sigma_rel values that `{index}` counts, from index 0 on.
+        only: globs for the files to use, by name or path below the folder; no other is opened.
+        exclude: globs for those to leave out.
+        run: of several training runs in the folder, the one to use.
+        raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
+        skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
+        copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
+
+    What is wrong with single files is collected in `problems`. Raises UsageError when an argument
+    or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
+    the folder or a file can't be read.
+    """
+    contents = read_folder(
+        folder,
+        pattern=pattern,
+        profiles=profiles,
+        only=only,
+        exclude=exclude,
+        run=run,
+        raw=raw,
+        skip_incomplete=skip_incomplete,
+        copy=copy,
+        drop=drop,
+    )
+    return Run(contents, raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The snapshots of one training run, as `open_snapshots` found them."""
+
+    contents: FolderContents
+    raw: bool
+    _plans: dict[Any, TensorPlan] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.contents.folder
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """Those with a step and a profile, by step, sigma_rel and file name."""
+        return self.contents.snapshots
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """What keeps the snapshots from being used: file, and what is wrong with it."""
+        return self.contents.problems
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """What was left out: file, and why."""
+        return self.contents.skipped
+
+    @property
+    def warnings(self) -> list[tuple[str, str]]:
+        """What is odd, but stops nothing: file (or ""), and what it is."""
+        return self.contents.warnings
+
+    def until(self, step: int | None = None) -> tuple[list[Snapshot], int]:
+        """The snapshots to use for a target step, and that step: by default the last snapshot's.
+
+        They are those not after it; of thousands that can't be solved together, those that add
+        most. Raises SnapshotError for the first of the `problems`, UsageError for a step out of
+        range.
+        """
+        from posthoc_cli.solver.choice import usable
+
+        snapshots, step = select(self.contents.usable(), step)
+        return [snapshots[at] for at in usable([each.profile for each in snapshots])], step
+
+    def plan(
+        self,
+        step: int | None = None,
+        *,
+        dtype: str = "same",
+        copy: Sequence[str] = (),
+        drop: Sequence[str] = (),
+    ) -> TensorPlan:
+        """Which bytes an output is made of; what `save` does, apart from the weights.
+
+        Raises what `until` does; UsageError for an unknown dtype or a glob that fits no tensor,
+        SnapshotError for a tensor whose dtype has no average.
+        """
+        from posthoc_cli.synthesis.plan import make_plan, newest_of
+
+        snapshots, step = self.until(step)
+        key = step, dtype, tuple(copy), tuple(drop)
+        if key not in self._plans:
+            newest = newest_of([snapshot.step for snapshot in snapshots])
+            sources = [snapshot.index for snapshot in snapshots]
+            self._plans[key] = make_plan(sources, newest, dtype=dtype, copy=copy, drop=drop)
+        return self._plans[key]
+
+    def paths(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        sigma_rel: Numbers = None,
+        gamma: Numbers = None,
+        step: int | None = None,
+    ) -> list[Path]:
+        """Where `solve(...).save(output)` will write; raises UsageError where it can't."""
+        from posthoc_cli.synthesis.paths import output_paths
+
+        name = self.folder.resolve().name
+        _, step = self.until(step)
+        return output_paths(os.fspath(output), name, make_targets(sigma_rel, gamma), step)
+
+    def solve(
+        self,
+        *,
+        sigma_rel: Numbers = None,
+        gamma: Numbers = None,
+        step: int | None = None,
+        method: str | None = None,
+        device: str = "cpu",
+        sample: bool = False,
+        leave_out: Sequence[str] = (),
+        glance: bool = False,
+    ) -> Solution:
+        """The weights that rebuild other averages from these snapshots.
+
+        Arguments:
+            sigma_rel: relative widths of the EMAs that are wanted, 0 < sigma_rel < 12^-0.5.
+            gamma: the same by exponent (eq. 123), gamma > -1.
+            step: the target step, by default the last snapshot's; later snapshots are not used.
+            method: "edm2" (the default: algorithm 3 of arXiv 2312.02696, weights rescaled to sum
+                one), "algorithm3" (not rescaled), "blup" (least expected error); for raw
+                checkpoints "share" (the default) or "blup".
+            device: where to compute: "cpu", "cuda", "cuda:1" or "auto".
+            sample: read a sample of the values even if the method needs none, to know the error
+                that is to be expected.
+            leave_out: globs of tensors that shall not be part of the sample.
+            glance: without a sample, read a few values, to see if one is of another network.
+
+        Raises UsageError for arguments out of bounds, SnapshotError for the first of the
+        `problems`, or where no weights can be found, MachineError when a device or a file fails.
+        """
+        method = choose_method(method, self.raw)
+        targets = make_targets(sigma_rel, gamma)
+        device = resolve_device(device)
+        snapshots, step = self.until(step)
+        profiles = [snapshot.profile for snapshot in snapshots]
+        wanted = [target.profile(step) for target in targets]
+        if not METHODS[method].needs_values and not self.raw:
+            check_norms(snapshots, method)
+        moments = trajectory = expected = seen = None
+        if sample or METHODS[method].needs_values:
+            from posthoc_cli.snapshots.sampling import fit_snapshots
+
+            moments, trajectory = fit_snapshots(snapshots, leave_out)
+        elif glance:
+            from posthoc_cli.snapshots.sampling import glance as glance_at
+
+            seen = glance_at(snapshots, leave_out)
+        solved = solve(profiles, wanted, method, device, trajectory)
+        for target, total in zip(targets, solved.sum_of_weights.tolist(), strict=True):
+            if not abs(total) < float("inf"):
+                remedy = "use more snapshots, or another target"
+                raise SnapshotError(str(self.folder), f"no weights give {target}", remedy)
+        if trajectory is not None:
+            from posthoc_cli.solver.blup import expected_error
+
+            expected = expected_error(trajectory, profiles, wanted, solved.weights)
+        return Solution(
+            self, snapshots, targets, step, device, solved, moments, trajectory, expected, seen
+        )
+
+
+def verify(
+    output: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Check that an output is what its recipe says, and that its snapshots are what they were.
+
+    `output` is the file, or the index of its shards; `folder` where its snapshots lie, by default
+    beside it. A sample of the values is compared, or with `full` all of them. What is wrong is in
+    the report's `problems`.
+
+    Raises UsageError when the output or the folder isn't there, SnapshotError for an output without
+    a recipe, or when a file changes meanwhile, MachineError when one can't be read.
+    """
+    from posthoc_cli.synthesis.verification import find_output
+    from posthoc_cli.synthesis.verification import verify as verify_output
+
+    index = find_output(Path(output))
+    where = None if folder is None else Path(folder)
+    return verify_output(index, where, full=full, progress=progress)

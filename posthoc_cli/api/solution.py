@@ -1,0 +1,219 @@
+"""Weights for each target, and the outputs that they make."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from posthoc_cli.errors import SnapshotError, UsageError, percent
+from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.solver.targets import Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from posthoc_cli.api.run import Run
+    from posthoc_cli.snapshots.sampling import SampleMoments
+    from posthoc_cli.solver import SolvedWeights
+    from posthoc_cli.solver.arrays import FloatArray
+    from posthoc_cli.solver.blup import ExpectedError, Trajectory
+    from posthoc_cli.solver.estimates import MethodEstimate
+    from posthoc_cli.synthesis.outputs import Saved
+
+Progress = Callable[[int, int], None]
+"""Called, from any thread, with the bytes just read and all that there are to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Weights for each target, and how good they are.
+
+    `snapshots` are those used, `step` is the target step. `moments`, `trajectory` and `expected`
+    are there when a sample of the values was read.
+    """
+
+    run: Run
+    snapshots: list[Snapshot]
+    targets: list[Target]
+    step: int
+    device: str
+    solved: SolvedWeights
+    moments: SampleMoments | None = None
+    trajectory: Trajectory | None = None
+    expected: ExpectedError | None = None
+    glance: tuple[Sequence[Snapshot], SampleMoments] | None = None
+
+    @property
+    def method(self) -> str:
+        return self.solved.method
+
+    @property
+    def found(self) -> int:
+        """How many snapshots there are up to the target step; `snapshots` may be fewer."""
+        return sum(snapshot.step <= self.step for snapshot in self.run.snapshots)
+
+    @property
+    def weights(self) -> FloatArray:
+        """[targets, snapshots]."""
+        return self.solved.weights
+
+    @property
+    def expected_error(self) -> FloatArray | None:
+        """[targets], relative to how far each target is from the network of its step; None when no
+        sample was read."""
+        return None if self.expected is None else self.expected.relative
+
+    def estimate_methods(self) -> list[MethodEstimate]:
+        """Every method's weights for these targets, with the errors that are to be expected.
+
+        Raises ValueError unless a sample was read.
+        """
+        from posthoc_cli.solver.estimates import estimate_methods
+
+        if self.trajectory is None:
+            raise ValueError("no sample was read: solve(sample=True)")
+        profiles = [snapshot.profile for snapshot in self.snapshots]
+        wanted = [target.profile(self.step) for target in self.targets]
+        return estimate_methods(profiles, wanted, self.trajectory, self.device)
+
+    def check_error(self, max_error: float) -> None:
+        """Raise SnapshotError for the first target whose expected error is above `max_error`.
+
+        Raises UsageError unless it is above 0 and finite, ValueError unless a sample was read.
+        """
+        check_max_error(max_error)
+        if self.expected is None:
+            raise ValueError("no sample was read: solve(sample=True)")
+        for target, error in zip(self.targets, self.expected.relative.tolist(), strict=True):
+            if not error <= max_error:
+                known = (
+                    f"{percent(error)}, more than" if error == error else "unknown, so not within"
+                )
+                better = "" if self.method == "blup" else "use method='blup', or "
+                raise SnapshotError(
+                    str(target),
+                    f"its expected error is {known} max_error={percent(max_error)}",
+                    f"{better}see estimate_methods() for what these snapshots can give",
+                )
+
+    def save(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        dtype: str = "same",
+        copy: Sequence[str] = (),
+        drop: Sequence[str] = (),
+        max_shard_size: int | None = None,
+        max_error: float | None = None,
+        strict: bool = False,
+        force: bool = False,
+        skip_existing: bool = False,
+        progress: Progress | None = None,
+    ) -> Saved:
+        """Write a safetensors file for each target, all in one pass; returns a list of their paths.
+
+        Arguments:
+            output: the file; with several targets a folder, or a template with `{sigma_rel}`,
+                `{gamma}` or `{step}`. A path that ends in / is made if need be.
+            dtype: of the floating-point tensors written: "same", "float64", "float32", "float16"
+                or "bfloat16".
+            copy, drop: globs of tensors to take from the newest snapshot, and to leave out.
+            max_shard_size: bytes above which an output becomes shards with an index; then the path
+                is that of the index.
+            max_error: write nothing when a larger error is to be expected, relative to how far the
+                EMA is from the network; needs `solve(sample=True)`, or blup.
+            strict: write nothing when there is NaN or infinity in the snapshots or the outputs.
+            force: replace outputs that exist.
+            skip_existing: keep outputs that exist, and write the others.
+            progress: called, from any thread, with the bytes just read and all there are to read.
+
+        Each output appears whole or not at all; when anything fails none does. Raises UsageError
+        when an argument doesn't fit or an output exists, SnapshotError when a snapshot changed
+        meanwhile, MachineError when the disk or the device fails.
+        """
+        from posthoc_cli.storage import existing_output, fingerprint
+        from posthoc_cli.synthesis.nonfinite import summarize
+        from posthoc_cli.synthesis.outputs import Output, Saved, kept_output, write_outputs
+        from posthoc_cli.synthesis.paths import make_folder, output_paths
+        from posthoc_cli.synthesis.recipe import make_recipe
+
+        if force and skip_existing:
+            raise UsageError("force=True", "doesn't go with skip_existing=True", "leave one out")
+        if max_error is not None:
+            self.check_error(max_error)
+        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop)
+        name = self.run.folder.resolve().name
+        paths = output_paths(os.fspath(output), name, self.targets, self.step)
+        kept = {path for path in paths if skip_existing and existing_output(path)}
+        wanted = [at for at, path in enumerate(paths) if path not in kept]
+        outputs = {at: kept_output(path) for at, path in enumerate(paths) if path in kept}
+        if not wanted:
+            return Saved([outputs[at] for at in range(len(paths))], [], "")
+        make_folder(os.fspath(output))
+        fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
+        recipes = [
+            make_recipe(
+                self.method,
+                self.targets[at],
+                self.step,
+                self.snapshots,
+                self.weights[at].tolist(),
+                fingerprints,
+                copied=copy,
+                dropped=drop,
+            )
+            for at in wanted
+        ]
+        begin = time.perf_counter()
+        written = write_outputs(
+            plan,
+            self.weights[wanted],
+            [paths[at] for at in wanted],
+            recipes,
+            device=self.device,
+            overwrite=force,
+            shard_bytes=max_shard_size,
+            strict=strict,
+            progress=progress and (lambda count: progress(count, plan.bytes_to_read)),
+        )
+        seconds = time.perf_counter() - begin
+        for at, files, size in zip(wanted, written.files, written.sizes, strict=True):
+            outputs[at] = Output(files[-1], files[:-1], size, seconds)
+        found = written.nonfinite
+        summary = ": ".join(summarize(plan, found)) if found else ""
+        return Saved([outputs[at] for at in range(len(paths))], found, summary)
+
+    def state_dict(
+        self,
+        target: int = 0,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "same",
+        copy: Sequence[str] = (),
+        drop: Sequence[str] = (),
+    ) -> dict[str, torch.Tensor]:
+        """The EMA of one of the targets as tensors in memory, by name; nothing is written.
+
+        `target` is an index into `targets`, `device` where the tensors shall be; `dtype`, `copy`
+        and `drop` are those of `save`. Memory holds the result, but not the snapshots.
+
+        Raises IndexError for a target that isn't there, and what `save` does for the rest.
+        """
+        from posthoc_cli.synthesis.engine import Engine
+        from posthoc_cli.synthesis.memory import MemorySink
+
+        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop)
+        sink = MemorySink(plan)
+        with Engine(plan, self.weights[[target]], device=self.device) as engine:
+            engine.run(sink)
+        return {name: tensor.to(device) for name, tensor in sink.tensors.items()}
+
+
+def check_max_error(max_error: float) -> None:
+    """Raise UsageError unless `max_error` is above 0 and finite."""
+    if not 0 < max_error < float("inf"):
+        raise UsageError("max_error=", f"{max_error:g} is out of bounds", "give, say, 0.05 for 5%")
