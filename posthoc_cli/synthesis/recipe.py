@@ -34,7 +34,11 @@ def make_recipe(
     return {
         "version": __version__,
         "method": method,
-        "target": _describe(step, target.sigma_rel, target.gamma),
+        "target": {
+            **target.as_dict(step),
+            "sigma_rel": target.sigma_rel,
+            "gamma": target.gamma,
+        },
         **{key: value for key, value in globs.items() if value},
         "sources": [
             {

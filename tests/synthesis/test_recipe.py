@@ -23,7 +23,8 @@ def test_a_recipe_is_read_as_it_was_made(tmp_path: Path) -> None:
     prints = ["ab" * 16, "cd" * 16]
     recipe = make_recipe("edm2", target, 250, snapshots, [0.1, 0.9], prints, copied=["*.w"])
     assert "dropped" not in recipe
-    assert recipe["target"] == {"step": 250, "sigma_rel": 0.05, "gamma": target.gamma}
+    power = {"kind": "power", "text": "sigma-rel:0.05"}
+    assert recipe["target"] == {**power, "step": 250, "sigma_rel": 0.05, "gamma": target.gamma}
     assert [source["sigma_rel"] for source in recipe["sources"]] == [0.16, 0.0]
     assert [source["gamma"] for source in recipe["sources"]] == [3.0, None]
     read = ingredients(json.loads(json.dumps(recipe, allow_nan=False)))
