@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli.console import counted, plain_table, print_table
-from posthoc_cli.cli.solutions import title
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import percent, printable
 
@@ -62,7 +61,7 @@ def draw_estimates(
     assert solution.expected is not None
     raw = solution.run.raw
     for at, target in enumerate(solution.targets):
-        console.print(f"{title(target)} at step {solution.step}", style="bold")
+        console.print(f"{target.title(solution.step)} at step {solution.step}", style="bold")
         headings = ["expected", "approximation", "rounding", "sum", "noise gain", "profile"]
         if raw:
             headings.pop()  # raw checkpoints have no profile to be off by

@@ -28,7 +28,7 @@ from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest, with_conversion
 from posthoc_cli.cli.tables import Column, Columns, shortened
-from posthoc_cli.errors import SnapshotError, in_bytes, printable
+from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,7 +228,7 @@ class Recipe:
 
     version: str
     method: str
-    target: dict[str, Any]
+    target: str
     rows: list[Row]
     document: dict[str, Any]
 
@@ -243,17 +243,30 @@ def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     if document is None:
         return layout, None
     try:
-        target = {key: float(document["target"][key]) for key in ("step", "sigma_rel", "gamma")}
+        target = _target_of(document["target"])
         rows = [
             Row(str(source["file"]), *(_number(source, key) for key in _NUMBERS))
             for source in document["sources"]
         ]
         recipe = Recipe(str(document["version"]), str(document["method"]), target, rows, document)
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError):
         raise SnapshotError(
             str(path), "its recipe doesn't make sense", "it was changed after posthoc wrote it"
         ) from None
     return layout, recipe
+
+
+def _target_of(document: dict[str, Any]) -> str:
+    """The target in words; that of older recipes is always a power function."""
+    from posthoc_cli.solver.targets import read_target
+
+    step = float(document["step"])
+    if "text" in document:
+        what = read_target(str(document["text"])).title(int(step))
+    else:
+        sigma_rel, gamma = float(document["sigma_rel"]), float(document["gamma"])
+        what = f"sigma_rel {sigma_rel:.6g} (gamma {gamma:.4g})"
+    return f"{what} at step {step:.15g}"
 
 
 _NUMBERS = ("step", "sigma_rel", "gamma", "weight")
@@ -282,7 +295,6 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
     from posthoc_cli.snapshots.folder import Contents
 
     contents = Contents.of(layout.tensors)
-    target = recipe.target
     table = plain_table()
     table.show_header = False
     for label, text in (
@@ -292,11 +304,7 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
             f"{counted(len(layout.tensors), 'tensor')}, {in_short(contents.parameters)} "
             f"parameters, {'+'.join(contents.dtypes)}, {in_bytes(layout.size)}",
         ),
-        (
-            "target",
-            f"sigma_rel {target['sigma_rel']:.6g} (gamma {target['gamma']:.4g}) at step "
-            f"{target['step']:.15g}",
-        ),
+        ("target", recipe.target),
         ("method", f"{recipe.method} (posthoc {recipe.version})"),
         ("sources", f"{counted(len(recipe.rows), 'snapshot')}:"),
     ):

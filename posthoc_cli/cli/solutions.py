@@ -12,7 +12,6 @@ from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run, Solution
-    from posthoc_cli.solver.targets import Target
 
 FAR_OFF = 0.05
 """Of a profile error or an expected one: what is beyond it is said without being asked."""
@@ -143,13 +142,6 @@ def sources(solution: Solution) -> str:
     """Such as `16 snapshots`, or `400 of 5,000 snapshots`."""
     used = f"{len(solution.snapshots):,} of " if len(solution.snapshots) < solution.found else ""
     return used + counted(solution.found, "raw checkpoint" if solution.run.raw else "snapshot")
-
-
-def title(target: Target) -> str:
-    """A target both ways: `sigma_rel 0.05 (gamma 16.97)`."""
-    if target.argument == "gamma":
-        return f"{target} (sigma_rel {target.sigma_rel:.4g})"
-    return f"{target} (gamma {target.gamma:.4g})"
 
 
 def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from posthoc_cli.cli.solutions import (
     note_large_errors,
     open_and_warn,
     sources,
-    title,
     warn_of_sample,
 )
 from posthoc_cli.errors import UsageError, percent, printable
@@ -132,7 +131,7 @@ def _draw(console: Console, solution: Solution, everything: bool) -> None:
         if at:
             console.print()
         console.print(
-            f"{title(target)} at step {solution.step}, from {sources(solution)} "
+            f"{target.title(solution.step)} at step {solution.step}, from {sources(solution)} "
             f"({solution.solved.method})",
             style="bold",
         )

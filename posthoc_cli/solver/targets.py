@@ -19,7 +19,6 @@ from posthoc_cli.solver.profiles import (
     MAX_GAMMA,
     MAX_SIGMA_REL,
     MIN_SIGMA_REL,
-    Average,
     Profile,
     gamma_to_sigma_rel,
     sigma_rel_to_gamma,
@@ -88,7 +87,7 @@ class Target:
             return float(sigma_rel_to_gamma(self.value))
         return self.value if self.argument == "gamma" else None
 
-    def profile(self, step: int) -> Average:
+    def profile(self, step: int) -> Profile | Decay | Window | LrDecay:
         """The average at the target step; raises UsageError where its length doesn't fit there."""
         if (gamma := self.gamma) is not None:
             return Profile(step, gamma)
@@ -106,9 +105,28 @@ class Target:
             raise self._error(problem, "give a shorter one, or a part such as 5%")
         return LrDecay(step, self.shape, length) if self.shape else Window(step, length)
 
+    def title(self, step: int) -> str:
+        """Both ways: `sigma_rel 0.05 (gamma 16.97)`, `window 5% (120 steps)`."""
+        average = self.profile(step)
+        if isinstance(average, Profile):
+            named = self.argument == "gamma"
+            other = f"sigma_rel {self.sigma_rel:.4g}" if named else f"gamma {self.gamma:.4g}"
+        elif isinstance(average, (Window, LrDecay)):
+            length = f"{average.length:g} steps"
+            other = length if self.percent else f"{100 * average.length / step:.3g}% of {step}"
+        elif self.argument == "decay":
+            other = f"half-life {-math.log(2) / math.log(self.value):.4g} steps"
+        else:
+            other = f"decay {average.beta:.6g}"
+        return f"{self} ({other})"
+
     def as_dict(self, step: int) -> dict[str, Any]:
-        """As JSON: what `profile(step)` tells of itself, and the target's own `text`."""
-        return {**self.profile(step).as_dict(), "text": self.named}
+        """As JSON: what `profile(step)` tells of itself, with the target's own `text`.
+
+        `sigma_rel` and `gamma` are None but for power functions.
+        """
+        told = self.profile(step).as_dict()
+        return {**told, "sigma_rel": self.sigma_rel, "gamma": self.gamma, "text": self.named}
 
     def _error(self, problem: str, remedy: str) -> UsageError:
         return UsageError(f"{self.argument}=", problem, remedy)

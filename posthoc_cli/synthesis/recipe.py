@@ -34,11 +34,7 @@ def make_recipe(
     return {
         "version": __version__,
         "method": method,
-        "target": {
-            **target.as_dict(step),
-            "sigma_rel": target.sigma_rel,
-            "gamma": target.gamma,
-        },
+        "target": target.as_dict(step),
         **{key: value for key, value in globs.items() if value},
         "sources": [
             {

@@ -106,7 +106,8 @@ def test_a_file_of_posthoc(posthoc_here: Posthoc, snapshots: Path, check_json) -
         }
         assert source["bytes"] == sizes[source["file"]]
     assert len({source["fingerprint"] for source in recipe["sources"]}) == len(sizes)
-    assert recipe["target"] == {key: target[key] for key in ("step", "sigma_rel", "gamma")}
+    known = {key: target[key] for key in ("step", "sigma_rel", "gamma")}
+    assert recipe["target"] == {**known, "kind": "power", "text": "sigma-rel:0.07"}
     assert [entry["file"] for entry in run.json["skipped"]] == ["x.safetensors"]
 
     plain = posthoc_here("inspect", "x.safetensors")

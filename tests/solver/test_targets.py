@@ -79,7 +79,8 @@ def test_targets_of_every_kind_in_one_call() -> None:
 def test_the_average_at_a_step(text: str, average: Average) -> None:
     target = read_target(text)
     assert target.profile(2400) == average
-    assert target.as_dict(2400) == {**average.as_dict(), "text": target.named}
+    widths = {"sigma_rel": target.sigma_rel, "gamma": target.gamma}
+    assert target.as_dict(2400) == {**average.as_dict(), **widths, "text": target.named}
 
 
 def test_a_part_of_the_step_is_a_whole_number_of_steps() -> None:
