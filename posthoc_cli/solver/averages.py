@@ -35,6 +35,9 @@ class Decay(Average):
         _check(self.step > 0, "step", self.step)
         _check(0 <= self.beta < 1, "beta", self.beta)
 
+    def __str__(self) -> str:
+        return "raw" if self.raw else f"decay {self.beta:.12g}"
+
     @property
     def raw(self) -> bool:
         return self.beta == 0
@@ -63,15 +66,25 @@ class Window(Average):
         _check(self.step > 0, "step", self.step)
         _check(0 < self.length <= self.step, "length", self.length)
 
+    def __str__(self) -> str:
+        return f"window {self.length:g}"
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        return (self.step - self.length,)
+
     def share(self, u: FloatArray) -> FloatArray:
         return _into(self, u)
+
+    def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
+        between: FloatArray = (high - np.clip(low, self.step - self.length, high)) / self.length
+        return between
 
 
 def _into(average: Window | LrDecay, u: FloatArray) -> FloatArray:
     """How far into its last `length` steps, from 0 to 1; exactly 1 at its step."""
-    left = (average.step - np.minimum(u, average.step)) / average.length
-    share: FloatArray = np.maximum(1 - left, 0.0)
-    return share
+    into = np.clip((u - (average.step - average.length)) / average.length, 0.0, 1.0)
+    return np.where(u >= average.step, 1.0, into)
 
 
 SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
@@ -103,6 +116,13 @@ class LrDecay(Average):
         _check(self.step > 0, "step", self.step)
         _check(self.shape in SHAPES, "shape", self.shape)
         _check(0 < self.length <= self.step, "length", self.length)
+
+    def __str__(self) -> str:
+        return f"lr-decay {self.shape}:{self.length:g}"
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        return (self.step - self.length,)
 
     def share(self, u: FloatArray) -> FloatArray:
         return SHAPES[self.shape](_into(self, u))
@@ -216,6 +236,12 @@ class Scheduled(Average):
 
     def __post_init__(self) -> None:
         _check(self.step > 0, "step", self.step)
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        first = self.schedule.update_after_step + 1
+        low, high, *_ = _cumulated(self.schedule)
+        return tuple(at for at in (first - 1, first, first + low, first + high) if at < self.step)
 
     def share(self, u: FloatArray) -> FloatArray:
         u = np.asarray(u, np.float64)

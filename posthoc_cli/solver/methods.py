@@ -18,6 +18,7 @@ import numpy as np
 from posthoc_cli.errors import SnapshotError, UsageError, either
 from posthoc_cli.solver.arrays import Array, FloatArray, namespace, on_device, to_numpy
 from posthoc_cli.solver.chains import algorithm3_weights, closest, find_chains, profile_error
+from posthoc_cli.solver.overlaps import overlaps
 from posthoc_cli.solver.profiles import Average, Profile, cosine, norm
 
 if TYPE_CHECKING:
@@ -144,28 +145,52 @@ def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
 def _algorithm3(
     method: str, snapshots: Profiles, targets: Profiles, device: str, *_: object
 ) -> Weights:
-    known, wished = powers(snapshots), powers(targets)
-    if known is None or wished is None:
-        raise UsageError(f"method='{method}'", "is for power functions only", "use method='blup'")
-    lowest = min(profile.gamma for profile in (*known, *wished))
-    if lowest <= -0.5:
+    gammas = [each.gamma for each in (*snapshots, *targets) if isinstance(each, Profile)]
+    if (lowest := min(gammas, default=0.0)) <= -0.5:
         raise UsageError(
             f"method='{method}'", f"has no weights for gamma {lowest:g}", "use method='blup'"
         )
+    weights, error = np.empty((len(targets), len(snapshots))), np.empty(len(targets))
+    conditions = []
+    for group in _alike(targets):
+        some = [targets[at] for at in group]
+        weights[group], error[group], condition = _weights_of(method, snapshots, some, device)
+        conditions.append(condition)
+    return weights, error, max(conditions)
+
+
+def _alike(targets: Profiles) -> list[list[int]]:
+    """The places of the power functions among the targets, and of the others; if any.
+
+    Apart, so that what a target's weights are doesn't depend on which others there are.
+    """
+    kinds = [isinstance(each, Profile) for each in targets]
+    groups = ([at for at, one in enumerate(kinds) if one is kind] for kind in (True, False))
+    return [group for group in groups if group]
+
+
+def _weights_of(method: str, snapshots: Profiles, targets: Profiles, device: str) -> Weights:
     if chains := find_chains(snapshots):
+        wished = powers(targets)
+        if wished is None or powers(snapshots) is None:
+            raise UsageError(
+                f"method='{method}'",
+                f"of {len(snapshots):,} snapshots it knows power functions only",
+                "use method='blup'",
+            )
         try:
             return algorithm3_weights(chains, wished, rescaled=method == "edm2")
         except np.linalg.LinAlgError:
-            raise _too_alike(known, closest(chains, wished)) from None
+            raise _too_alike(snapshots, closest(chains, wished)) from None
     # Scaled to unit diagonal, the matrix is far better conditioned than the plain inner products:
     # those span orders of magnitude between early and late snapshots.
-    gram, wanted, norm_i, norm_r = _inner_products(known, wished, device)
+    gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
     try:
         scaled, condition_number = _solve_symmetric(gram, wanted)
     except np.linalg.LinAlgError:
         cosines = to_numpy(gram) - np.eye(len(snapshots))
         first, second = np.unravel_index(np.argmax(cosines), cosines.shape)
-        raise _too_alike(known, (int(first), int(second))) from None
+        raise _too_alike(snapshots, (int(first), int(second))) from None
     weights = scaled * norm_r / norm_i
     if method == "edm2":
         total = namespace(weights).sum(weights, axis=0)
@@ -207,14 +232,24 @@ def _blup(
     assert trajectory is not None
     weights, condition_number = blup_weights(trajectory, snapshots, targets, device)
     error = np.full(len(targets), np.nan)
-    known, wished = powers(snapshots), powers(targets)
-    if known and wished and all(each.gamma > -0.5 for each in (*known, *wished)):
-        if chains := find_chains(known):
-            return weights, profile_error(chains, wished, weights), condition_number
-        gram, wanted, norm_i, norm_r = _inner_products(known, wished, device)
-        scaled = on_device(weights.T, device) * (norm_i / norm_r)
-        error = _profile_error(gram, wanted, scaled)
+    for group in _alike(targets):
+        some = [targets[at] for at in group]
+        gammas = [each.gamma for each in (*snapshots, *some) if isinstance(each, Profile)]
+        if min(gammas, default=0.0) > -0.5 and not any(each.raw for each in snapshots):
+            error[group] = _error_of(snapshots, some, weights[group], device)
     return weights, error, condition_number
+
+
+def _error_of(
+    snapshots: Profiles, targets: Profiles, weights: FloatArray, device: str
+) -> FloatArray:
+    if chains := find_chains(snapshots):
+        wished = powers(targets)
+        if wished is None or powers(snapshots) is None:
+            return np.full(len(targets), np.nan)
+        return profile_error(chains, wished, weights)
+    gram, wanted, norm_i, norm_r = _inner_products(snapshots, targets, device)
+    return _profile_error(gram, wanted, on_device(weights.T, device) * (norm_i / norm_r))
 
 
 _BLUP = "the least error to be expected, by a sample of the snapshots' values"
@@ -232,14 +267,23 @@ METHODS = {each.name: each for each in _ALL}
 
 
 def _inner_products(
-    snapshots: Sequence[Profile], targets: Sequence[Profile], device: str
+    snapshots: Profiles, targets: Profiles, device: str
 ) -> tuple[Array, Array, Array, Array]:
     """Cosines of the snapshots' profiles with each other and with the targets', and their norms.
 
-    [snapshots, snapshots], [snapshots, targets], [snapshots, 1] and [1, targets], on `device`.
+    [snapshots, snapshots], [snapshots, targets], [snapshots, 1] and [1, targets], on `device`. Of
+    power functions the integrals, as in the paper; where there are others, sums over all steps.
     """
-    step_i, step_r = (on_device([p.step for p in each], device) for each in (snapshots, targets))
-    gamma_i, gamma_r = (on_device([p.gamma for p in each], device) for each in (snapshots, targets))
+    known, wished = powers(snapshots), powers(targets)
+    if known is None or wished is None:
+        products = overlaps([*snapshots, *targets], [*snapshots, *targets])
+        scale = np.sqrt(np.diagonal(products))
+        cosines = on_device(products / np.outer(scale, scale), device)
+        norms, count = on_device(scale, device), len(snapshots)
+        gram, wanted = cosines[:count, :count], cosines[:count, count:]
+        return gram, wanted, norms[:count, None], norms[None, count:]
+    step_i, step_r = (on_device([p.step for p in each], device) for each in (known, wished))
+    gamma_i, gamma_r = (on_device([p.gamma for p in each], device) for each in (known, wished))
     step_i, gamma_i = step_i[:, None], gamma_i[:, None]
     return (
         cosine(step_i, gamma_i, step_i.T, gamma_i.T),
@@ -275,10 +319,8 @@ def _solve_symmetric(matrix: Array, right: Array) -> tuple[Array, float]:
     return x, highest / lowest
 
 
-def _too_alike(snapshots: Sequence[Profile], pair: tuple[int, int]) -> SnapshotError:
-    a, b = (
-        f"step {snapshots[i].step:g}, sigma_rel {snapshots[i].sigma_rel:.6g}" for i in sorted(pair)
-    )
+def _too_alike(snapshots: Profiles, pair: tuple[int, int]) -> SnapshotError:
+    a, b = (f"step {snapshots[i].step:g}, {snapshots[i]}" for i in sorted(pair))
     return SnapshotError(
         f"snapshots at {a} and {b}",
         "their profiles are too alike to be told apart",

@@ -41,6 +41,10 @@ class Average(ABC):
 
     step: float
 
+    def __str__(self) -> str:
+        """Which one it is, in words, but for its step: `sigma_rel 0.05`."""
+        return self.kind
+
     @property
     def raw(self) -> bool:
         return False
@@ -52,6 +56,11 @@ class Average(ABC):
         It never falls with `u`, and is 1 from `step` on; G(0) is what lies on the network's start.
         Discretely step k has the weight G(k) - G(k - 1).
         """
+
+    @property
+    def breaks(self) -> tuple[float, ...]:
+        """Steps before its own where its share has a kink or a jump."""
+        return ()
 
     def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
         """`G(high) - G(low)`, for 0 <= low <= high <= step; more exact where a kind can be."""
@@ -77,6 +86,9 @@ class Profile(Average):
     def __post_init__(self) -> None:
         if not (self.step > 0 and -1 < self.gamma < math.inf):
             raise ValueError(f"no profile has step {self.step} and gamma {self.gamma}")
+
+    def __str__(self) -> str:
+        return f"sigma_rel {self.sigma_rel:.6g}"
 
     @property
     def sigma_rel(self) -> float:
