@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.api.solution import Progress, Solution
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
+from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
 from posthoc_cli.solver import METHODS, choose_method, solve
 from posthoc_cli.solver.arrays import resolve_device
@@ -18,6 +20,7 @@ from posthoc_cli.solver.targets import make_targets
 
 if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import TensorPlan
+    from posthoc_cli.synthesis.products import Products
     from posthoc_cli.synthesis.verification import Report
 
 Numbers = float | Iterable[float] | None
@@ -36,6 +39,7 @@ def open_snapshots(
     skip_incomplete: bool = False,
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
+    lora: str = "factors",
 ) -> Run:
     """Read which snapshots a folder holds; their headers only.
 
@@ -49,6 +53,7 @@ def open_snapshots(
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
         copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
+        lora: what `save` will be given: with "exact", the ranks of a LoRA may differ.
 
     What is wrong with single files is collected in `problems`. Raises UsageError when an argument
     or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
@@ -65,6 +70,7 @@ def open_snapshots(
         skip_incomplete=skip_incomplete,
         copy=copy,
         drop=drop,
+        lora=lora,
     )
     return Run(contents, raw)
 
@@ -75,7 +81,9 @@ class Run:
 
     contents: FolderContents
     raw: bool
-    _plans: dict[Any, TensorPlan] = field(default_factory=dict, repr=False, compare=False)
+    _plans: dict[Any, TensorPlan | Products] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def folder(self) -> Path:
@@ -120,20 +128,20 @@ class Run:
         dtype: str = "same",
         copy: Sequence[str] = (),
         drop: Sequence[str] = (),
-    ) -> TensorPlan:
+        **lora: Any,
+    ) -> TensorPlan | Products:
         """Which bytes an output is made of; what `save` does, apart from the weights.
 
-        Raises what `until` does; UsageError for an unknown dtype or a glob that fits no tensor,
-        SnapshotError for a tensor whose dtype has no average.
+        `lora` are the arguments of `save` that begin so. Raises what `until` does; UsageError for
+        an unknown dtype or a glob that fits no tensor, SnapshotError for a tensor whose dtype has
+        no average.
         """
-        from posthoc_cli.synthesis.plan import make_plan, newest_of
+        from posthoc_cli.synthesis.products import plan_outputs
 
         snapshots, step = self.until(step)
-        key = step, dtype, tuple(copy), tuple(drop)
+        key = step, dtype, tuple(copy), tuple(drop), *lora.items()
         if key not in self._plans:
-            newest = newest_of([snapshot.step for snapshot in snapshots])
-            sources = [snapshot.index for snapshot in snapshots]
-            self._plans[key] = make_plan(sources, newest, dtype=dtype, copy=copy, drop=drop)
+            self._plans[key] = plan_outputs(snapshots, dtype=dtype, copy=copy, drop=drop, **lora)
         return self._plans[key]
 
     def paths(
@@ -189,6 +197,8 @@ class Run:
         wanted = [target.profile(step) for target in targets]
         if not METHODS[method].needs_values and not self.raw:
             check_norms(snapshots, method)
+        # LoRAs of several ranks have no values in common there.
+        leave_out = (*leave_out, *map(glob.escape, of_several_shapes(snapshots)))
         moments = trajectory = expected = seen = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots

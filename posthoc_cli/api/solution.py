@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.blup import ExpectedError, Trajectory
     from posthoc_cli.solver.estimates import MethodEstimate
     from posthoc_cli.synthesis.outputs import Saved
+    from posthoc_cli.synthesis.plan import TensorPlan
 
 Progress = Callable[[int, int], None]
 """Called, from any thread, with the bytes just read and all that there are to read."""
@@ -109,6 +109,9 @@ class Solution:
         max_shard_size: int | None = None,
         max_error: float | None = None,
         strict: bool = False,
+        lora: str = "factors",
+        lora_rank: int | None = None,
+        lora_tolerance: float = 1e-3,
         force: bool = False,
         skip_existing: bool = False,
         progress: Progress | None = None,
@@ -126,6 +129,9 @@ class Solution:
             max_error: write nothing when a larger error is to be expected, relative to how far the
                 EMA is from the network; needs `solve(sample=True)`, or blup.
             strict: write nothing when there is NaN or infinity in the snapshots or the outputs.
+            lora: "factors" averages the factors of a LoRA like all tensors; "exact" writes those of
+                the average of their products. `lora_rank` is the most that such factors may have,
+                `lora_tolerance` the part of the largest singular value below which they drop one.
             force: replace outputs that exist.
             skip_existing: keep outputs that exist, and write the others.
             progress: called, from any thread, with the bytes just read and all there are to read.
@@ -134,9 +140,8 @@ class Solution:
         when an argument doesn't fit or an output exists, SnapshotError when a snapshot changed
         meanwhile, MachineError when the disk or the device fails.
         """
-        from posthoc_cli.storage import existing_output, fingerprint
-        from posthoc_cli.synthesis.nonfinite import summarize
-        from posthoc_cli.synthesis.outputs import Output, Saved, kept_output, write_outputs
+        from posthoc_cli.storage import fingerprint
+        from posthoc_cli.synthesis.outputs import save_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
 
@@ -144,47 +149,40 @@ class Solution:
             raise UsageError("force=True", "doesn't go with skip_existing=True", "leave one out")
         if max_error is not None:
             self.check_error(max_error)
-        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop)
+        how = {"lora": lora, "lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
+        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop, **how)
         name = self.run.folder.resolve().name
-        paths = output_paths(os.fspath(output), name, self.targets, self.step)
-        kept = {path for path in paths if skip_existing and existing_output(path)}
-        wanted = [at for at, path in enumerate(paths) if path not in kept]
-        outputs = {at: kept_output(path) for at, path in enumerate(paths) if path in kept}
-        if not wanted:
-            return Saved([outputs[at] for at in range(len(paths))], [], "")
-        make_folder(os.fspath(output))
-        fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
-        recipes = [
-            make_recipe(
-                self.method,
-                self.targets[at],
-                self.step,
-                self.snapshots,
-                self.weights[at].tolist(),
-                fingerprints,
-                copied=copy,
-                dropped=drop,
-            )
-            for at in wanted
-        ]
-        begin = time.perf_counter()
-        written = write_outputs(
+
+        def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
+            make_folder(os.fspath(output))
+            fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
+            return [
+                make_recipe(
+                    self.method,
+                    self.targets[at],
+                    self.step,
+                    self.snapshots,
+                    self.weights[at].tolist(),
+                    fingerprints,
+                    copied=copy,
+                    dropped=drop,
+                    lora=plan,
+                )
+                for at in wanted
+            ]
+
+        return save_outputs(
             plan,
-            self.weights[wanted],
-            [paths[at] for at in wanted],
+            self.weights,
+            output_paths(os.fspath(output), name, self.targets, self.step),
             recipes,
+            skip_existing=skip_existing,
             device=self.device,
             overwrite=force,
             shard_bytes=max_shard_size,
             strict=strict,
-            progress=progress and (lambda count: progress(count, plan.bytes_to_read)),
+            progress=progress,
         )
-        seconds = time.perf_counter() - begin
-        for at, files, size in zip(wanted, written.files, written.sizes, strict=True):
-            outputs[at] = Output(files[-1], files[:-1], size, seconds)
-        found = written.nonfinite
-        summary = ": ".join(summarize(plan, found)) if found else ""
-        return Saved([outputs[at] for at in range(len(paths))], found, summary)
 
     def state_dict(
         self,
@@ -205,7 +203,7 @@ class Solution:
         from posthoc_cli.synthesis.engine import Engine
         from posthoc_cli.synthesis.memory import MemorySink
 
-        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop)
+        plan = cast("TensorPlan", self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop))
         sink = MemorySink(plan)
         with Engine(plan, self.weights[[target]], device=self.device) as engine:
             engine.run(sink)

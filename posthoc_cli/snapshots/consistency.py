@@ -7,11 +7,12 @@ agree the few are named, else the newest snapshot, the last one, is right.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from posthoc_cli.snapshots.lora import different_alphas
+from posthoc_cli.snapshots.lora import different_alphas, pairs, without_rank
 from posthoc_cli.snapshots.majority import most
 from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.snapshots.snapshot import Snapshot
@@ -20,21 +21,27 @@ from posthoc_cli.storage.dtypes import FLOATS
 
 
 def inconsistencies(
-    snapshots: Sequence[Snapshot], settled: Sequence[str] = ()
+    snapshots: Sequence[Snapshot], settled: Sequence[str] = (), *, products: bool = False
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with snapshots that are in order: file name and message of each problem.
 
-    Tensors that a glob `settled` fits may be as they like.
+    Tensors that a glob `settled` fits may be as they like; where the `products` of a LoRA's factors
+    are to be averaged, so may their ranks and alphas.
     """
     yield from _same_average(snapshots)
     if not snapshots:
         return
-    for snapshot, difference in _different_tensors(snapshots, settled, dtypes=False):
+    for snapshot, difference in _different_tensors(
+        snapshots, settled, dtypes=False, products=products
+    ):
         yield (
             snapshot.file,
             f"{difference}; leave out with only= what isn't of the same network, or such tensors "
             "with drop= (copy= takes them from the newest)",
         )
+    if products:  # each product has the alpha of its own snapshot
+        known = pairs(snapshots[-1].index.tensors)[0]
+        settled = (*settled, *(glob.escape(pair.alpha) for pair in known if pair.alpha))
     for snapshot, difference in different_alphas(snapshots, settled):
         yield (
             snapshot.file,
@@ -79,7 +86,11 @@ def _same_average(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
 
 
 def _different_tensors(
-    snapshots: Sequence[Snapshot], settled: Sequence[str], *, dtypes: bool
+    snapshots: Sequence[Snapshot],
+    settled: Sequence[str],
+    *,
+    dtypes: bool,
+    products: bool = False,
 ) -> Iterator[tuple[Snapshot, str]]:
     """Snapshots whose tensors are not those of most, and the first difference.
 
@@ -93,7 +104,7 @@ def _different_tensors(
             alike = (
                 at
                 for at, group in enumerate(groups)
-                if not _difference(tensors, group[0].index.tensors, settled, dtypes)
+                if not _difference(tensors, group[0].index.tensors, settled, dtypes, products)
             )
             known[id(tensors)] = at = next(alike, len(groups))
             if at == len(groups):
@@ -108,7 +119,7 @@ def _different_tensors(
         tensors = snapshot.index.tensors
         if known[id(tensors)] != place:
             if id(tensors) not in said:
-                said[id(tensors)] = _difference(tensors, right, settled, dtypes)
+                said[id(tensors)] = _difference(tensors, right, settled, dtypes, products)
             yield snapshot, f"{said[id(tensors)]} {where}"
 
 
@@ -117,6 +128,7 @@ def _difference(
     right: Mapping[str, TensorInfo],
     settled: Sequence[str],
     dtypes: bool,
+    products: bool,
 ) -> str | None:
     """The first tensor, by name, in which the two differ: `tensor 'w' is F32 [2] here and ...`."""
     for name in sorted(tensors.keys() | right.keys()):
@@ -127,7 +139,10 @@ def _difference(
             if dtypes:
                 same = not floats or here.dtype == there.dtype
             else:
-                same = same_kind and here.shape == there.shape
+                shapes = here.shape, there.shape
+                if products:
+                    shapes = without_rank(name, shapes[0]), without_rank(name, shapes[1])
+                same = same_kind and shapes[0] == shapes[1]
         else:
             same = dtypes
         if not same and not any(fnmatch.fnmatchcase(name, glob) for glob in settled):

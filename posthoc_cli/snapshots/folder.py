@@ -88,6 +88,7 @@ def read_folder(
     skip_incomplete: bool = False,
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
+    lora: str = "factors",
 ) -> FolderContents:
     """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
 
@@ -101,6 +102,7 @@ def read_folder(
         raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
         copy, drop: globs of tensors that won't be averaged, and may be as they like.
+        lora: "exact" where products of a LoRA's factors are averaged, whose ranks may differ.
 
     Names that start with a dot, as our unfinished outputs have, never count.
 
@@ -174,7 +176,7 @@ def read_folder(
     if not wrong:  # of two runs, anything may be different
         odd += doubts_of_runs(contents.snapshots)
         wrong += meaningless(contents.snapshots, settled)
-        wrong += inconsistencies(contents.snapshots, settled)
+        wrong += inconsistencies(contents.snapshots, settled, products=lora == "exact")
         odd += different_dtypes(contents.snapshots, settled)
     contents.problems += [(name, in_line(message)) for name, message in wrong]
     contents.warnings += [(name, in_line(message)) for name, message in odd]

@@ -1,4 +1,4 @@
-"""LoRA networks: their `.alpha` tensors, which are no weights.
+"""LoRA networks: the pairs of factors of each module, and their `.alpha` tensors.
 
 Trainers store the factors of each module, `X.lora_down.weight` and `X.lora_up.weight`, with
 `X.alpha`, the scale of their product. It is set before training: checkpoints that differ in it are
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +23,96 @@ _FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
 """What follows a module's name in those of its factors, by all trainers that store an alpha."""
 
 _ALPHA = ".alpha"
+
+_UP = re.compile(
+    r"(?P<module>.+?)(?P<mark>[._]lora)(?P<kind>_up\.|_B\.|_embedding_B|\.up\.|_linear_layer\.up\.)"
+    r"(?P<rest>(?:[^.]+\.)?weight|\.[^.]+|)"
+)
+"""The factor that comes last, as kohya, peft and diffusers call it; older diffusers have
+`.lora.up`, `to_q_lora.up` and `lora_linear_layer.up`, and peft's own state dicts the adapter's name
+before `weight`."""
+
+_DOWN = {
+    "_up.": "_down.",
+    "_B.": "_A.",
+    "_embedding_B": "_embedding_A",
+    ".up.": ".down.",
+    "_linear_layer.up.": "_linear_layer.down.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The factors of one module, by name: it changes a layer by `scale * up @ down`.
+
+    `alpha` is the tensor that says its scale, if there is one; `bias` is one beside `up`, which is
+    scaled too. With `own_rank`, what loads it takes the scale from the module alone; the others
+    share one rank, or need a configuration that says each.
+    """
+
+    module: str
+    up: str
+    down: str
+    alpha: str | None
+    bias: str | None
+    own_rank: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [self.up, self.down, *([self.bias] if self.bias else [])]
+
+
+def pairs(tensors: Mapping[str, TensorInfo]) -> tuple[list[Pair], list[str]]:
+    """The pairs of factors, by module; and the modules whose factors are no product of two.
+
+    The latter have a third factor between (`lora_mid`), or groups of channels.
+    """
+    found: list[Pair] = []
+    odd: list[str] = []
+    for name in sorted(tensors):
+        match = _UP.fullmatch(name)
+        if match is None:
+            continue
+        module, mark, kind, rest = match.groups()
+        down = f"{module}{mark}{_DOWN[kind]}{rest}"
+        if down not in tensors:
+            continue
+        alpha = next((a for a in (module + _ALPHA, module + mark + _ALPHA) if a in tensors), None)
+        bias = name.removesuffix("weight") + "bias"
+        shapes = tensors[name].shape, tensors[down].shape
+        if f"{module}{mark}_mid.{rest}" in tensors or not _is_product(*shapes):
+            odd.append(module)
+        elif {tensors[name].dtype, tensors[down].dtype} <= FLOATS:
+            own = alpha is not None or kind == "_up."
+            has_bias = rest.endswith("weight") and bias in tensors
+            found.append(Pair(module, name, down, alpha, bias if has_bias else None, own))
+    return found, odd
+
+
+def _is_product(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
+    """Whether `up` [out, rank, 1...] and `down` [rank, in...] multiply as matrices; none empty."""
+    flat = len(up) >= 2 and len(down) >= 2 and all(size == 1 for size in up[2:])
+    return flat and up[1] == down[0] and min(*up, *down) > 0
+
+
+def without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, with -1 in place of the rank where it is a factor of a LoRA."""
+    if len(shape) < 2 or not _FACTOR.search(name):
+        return shape
+    if _UP.fullmatch(name):
+        return shape[0], -1, *shape[2:]
+    as_up = (name.replace(down, up) for up, down in _DOWN.items() if down in name)
+    return (-1, *shape[1:]) if any(map(_UP.fullmatch, as_up)) else shape
+
+
+def of_several_shapes(snapshots: Sequence[Snapshot]) -> list[str]:
+    """The names of the tensors that have not one shape in all of `snapshots`."""
+    layouts = list({id(each.index.tensors): each.index.tensors for each in snapshots}.values())
+    return [
+        name
+        for name, info in (layouts[0].items() if len(layouts) > 1 else ())
+        if any(name in other and other[name].shape != info.shape for other in layouts[1:])
+    ]
 
 
 def alphas(tensors: Mapping[str, TensorInfo]) -> list[str]:

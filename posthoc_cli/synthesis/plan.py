@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,20 +151,23 @@ def make_plan(
     dtype: str = "same",
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
+    without: Collection[str] = (),
+    kept: Collection[str] = (),
 ) -> TensorPlan:
     """Plan the outputs of a consistent set of snapshots, of which `newest` is the last.
 
-    `dtype` is "same" or a key of OUTPUT_DTYPES; `copy` and `drop` are globs of tensor names.
+    `dtype` is "same" or a key of OUTPUT_DTYPES; `copy` and `drop` are globs of tensor names. Of
+    names, those of `without` are no part of the plan, and those `kept` are copied, too.
     Raises UsageError for a glob that no tensor matches, for an unknown dtype, or when no tensor is
     left; SnapshotError for a tensor whose dtype has no average.
     """
     tensors = sources[newest].tensors
-    check_output_dtype(dtype)
+    checkoutput_dtype(dtype)
     distinct = _distinct(sources)
     anywhere = dict.fromkeys(name for each in (tensors, *distinct) for name in each)
     dropped = _matching(anywhere, drop, "drop")
-    copied = _matching(anywhere, copy, "copy")
-    names = [name for name in tensors if name not in dropped]
+    copied = _matching(anywhere, copy, "copy") | {*kept}
+    names = [name for name in tensors if name not in dropped and name not in without]
     for name in names:
         code = tensors[name].dtype
         if name in copied:
@@ -177,7 +180,7 @@ def make_plan(
             continue
         remedy = "take it from the newest snapshot with copy=, or leave it out with drop="
         raise SnapshotError(f"tensor {printable(name)}", problem, remedy)
-    if not names:
+    if not names and not without:
         raise UsageError("drop=", "leaves no tensor to write", "drop fewer")
     return plan_tensors(sources, newest, names, copied, dtype)
 
@@ -187,7 +190,7 @@ def plan_tensors(
 ) -> TensorPlan:
     """The plan of an output with the tensors `names`, of which `copied` are not averaged."""
     source = sources[newest].tensors
-    tensors = {name: (_output_dtype(source[name], dtype), source[name].shape) for name in names}
+    tensors = {name: (output_dtype(source[name], dtype), source[name].shape) for name in names}
     distinct = _distinct(sources)
     place = {id(tensors): at for at, tensors in enumerate(distinct)}
     return TensorPlan(
@@ -209,7 +212,7 @@ def newest_of(steps: Sequence[float]) -> int:
     return max(range(len(steps)), key=lambda at: (steps[at], -at))
 
 
-def check_output_dtype(dtype: str) -> None:
+def checkoutput_dtype(dtype: str) -> None:
     """Raise UsageError unless `dtype` is "same" or a key of OUTPUT_DTYPES."""
     if dtype != "same" and dtype not in OUTPUT_DTYPES:
         remedy = f"choose {either(['same', *OUTPUT_DTYPES])}"
@@ -243,7 +246,8 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
     return matching
 
 
-def _output_dtype(info: TensorInfo, wanted: str) -> str:
+def output_dtype(info: TensorInfo, wanted: str) -> str:
+    """The dtype of a tensor in an output for which `wanted` was asked."""
     if wanted == "same" or info.dtype not in AVERAGED or info.dtype == "C64":
         return info.dtype
     return OUTPUT_DTYPES[wanted]

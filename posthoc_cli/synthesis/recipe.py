@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from posthoc_cli._version import __version__
+from posthoc_cli.errors import UsageError
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.solver.targets import Target
+from posthoc_cli.synthesis.products import Products, check_mode
 
 
 def make_recipe(
@@ -24,11 +26,13 @@ def make_recipe(
     *,
     copied: Sequence[str] = (),
     dropped: Sequence[str] = (),
+    lora: object = None,
 ) -> dict[str, Any]:
     """The recipe of one output: its target, and each snapshot with its weight.
 
     `snapshots`, `weights` and `fingerprints` (see storage.readers.fingerprint) go together;
-    `copied` and `dropped` are the globs of tensors that are not averaged, and left out.
+    `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `lora` is
+    the plan, which may be one of a LoRA's products.
     """
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
@@ -36,6 +40,11 @@ def make_recipe(
         "method": method,
         "target": target.as_dict(step),
         **{key: value for key, value in globs.items() if value},
+        **(
+            {"lora": {"mode": "exact", "tolerance": lora.tolerance, "rank": lora.most}}
+            if isinstance(lora, Products)
+            else {}
+        ),
         "sources": [
             {
                 "file": snapshot.file,
@@ -55,6 +64,18 @@ def _describe(step: int, sigma_rel: float, gamma: float) -> dict[str, float | No
     return {"step": step, "sigma_rel": sigma_rel, "gamma": gamma_or_null}
 
 
+def _lora(entry: Any) -> tuple[float, int | None] | None:
+    if entry is None:
+        return None
+    try:
+        tolerance, rank = float(entry["tolerance"]), entry["rank"]
+        if entry["mode"] == "exact" and check_mode("exact", rank, tolerance):
+            return tolerance, rank
+    except (TypeError, KeyError, ValueError, UsageError):
+        pass
+    raise ValueError("'lora' is not known")
+
+
 _MAX_GLOBS = 1_000
 
 
@@ -72,11 +93,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class RecipeSources:
-    """What a recipe says of how the bytes of an output come about."""
+    """What a recipe says of how the bytes of an output come about.
+
+    `lora` are tolerance and highest rank, where a LoRA's products were averaged.
+    """
 
     sources: tuple[Source, ...]
     copied: tuple[str, ...]
     dropped: tuple[str, ...]
+    lora: tuple[float, int | None] | None = None
 
 
 def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
@@ -88,7 +113,10 @@ def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
     if not isinstance(sources, list) or not sources:
         raise ValueError("it names no sources")
     return RecipeSources(
-        tuple(map(_source, sources)), _globs(recipe, "copied"), _globs(recipe, "dropped")
+        tuple(map(_source, sources)),
+        _globs(recipe, "copied"),
+        _globs(recipe, "dropped"),
+        _lora(recipe.get("lora")),
     )
 
 
