@@ -301,6 +301,7 @@ class Reading:
     ] = False
     copy: Sequence[str] | None = None
     drop: Sequence[str] | None = None
+    lora: str = "factors"
 
 
 def reads_folder(command: Callable[..., None]) -> Callable[..., None]:
@@ -343,4 +344,5 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
         skip_incomplete=reading.skip_incomplete,
         copy=reading.copy or (),
         drop=reading.drop or (),
+        lora=reading.lora,
     )

@@ -11,7 +11,20 @@ import re
 from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
-    *("copy", "device", "drop", "dtype", "exclude", "force", "gamma", "key", "max_error"),
+    *(
+        "copy",
+        "device",
+        "drop",
+        "dtype",
+        "exclude",
+        "force",
+        "gamma",
+        "key",
+        "lora",
+        "lora_rank",
+        "lora_tolerance",
+        "max_error",
+    ),
     *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
     *("skip_existing", "skip_incomplete", "step", "strict", "update_every"),
 )

@@ -18,6 +18,7 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
+from posthoc_cli.cli.lora import describe_lora, lora_lines
 from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
@@ -96,6 +97,33 @@ def synthesize(
             options.OUTPUT,
         ),
     ] = False,
+    lora: Annotated[
+        str,
+        options.in_panel(
+            options.OUTPUT,
+            "MODE",
+            "Of a LoRA: factors averages its factors as they are; exact writes the factors of the "
+            "average of their products.",
+            autocompletion=lambda: ["factors", "exact"],
+        ),
+    ] = "factors",
+    lora_rank: Annotated[
+        int | None,
+        options.in_panel(
+            options.OUTPUT,
+            "N",
+            "With --lora exact, the highest rank of a module.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_tolerance: Annotated[
+        float,
+        options.in_panel(
+            options.OUTPUT,
+            "X",
+            "With --lora exact, leave out singular values below this part of the largest.",
+        ),
+    ] = 1e-3,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -122,8 +150,9 @@ def synthesize(
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
     targets = options.read_targets(sigma_rel, gamma)
-    made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or ()}
-    reading = dataclasses.replace(reading, copy=copy, drop=drop)
+    made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or (), "lora": lora}
+    made |= {"lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
+    reading = dataclasses.replace(reading, copy=copy, drop=drop, lora=lora)
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, **targets)
@@ -155,6 +184,8 @@ def synthesize(
             note(f"{one.path}: exists already; skipped", quiet)
     if saved.nonfinite:
         note(f"warning: {saved.summary} (--strict makes this an error)", quiet)
+    for line in lora_lines(saved):
+        note(line, quiet)
     if as_json:
         print_json(_describe(folder, solution, saved))
     else:
@@ -171,6 +202,7 @@ def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[s
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None
+    describe_lora(document, saved.lora)
     from posthoc_cli.synthesis.plan import newest_of
 
     newest = newest_of([snapshot.step for snapshot in solution.snapshots])

@@ -97,7 +97,7 @@ def _is_product(up: tuple[int, ...], down: tuple[int, ...]) -> bool:
 
 def without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a tensor, with -1 in place of the rank where it is a factor of a LoRA."""
-    if len(shape) < 2 or not _FACTOR.search(name):
+    if len(shape) < 2 or "lora" not in name:
         return shape
     if _UP.fullmatch(name):
         return shape[0], -1, *shape[2:]

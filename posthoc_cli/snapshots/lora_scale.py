@@ -79,18 +79,12 @@ def scales(index: TensorIndex, pairs: Sequence[Pair]) -> list[Scale]:
     return found
 
 
-def without_config(index: TensorIndex, pairs: Sequence[Pair]) -> bool:
-    """Whether `pairs` are peft's, and no configuration beside the file says their alpha."""
-    peft = any(pair.alpha is None and pair.up.startswith(PEFT) for pair in pairs)
-    return peft and not _configs(index)
-
-
-def adapter_config(config: Mapping[str, Any], rank: int | None) -> dict[str, Any]:
-    """peft's configuration `config` as it must be beside factors of one `rank`; None: unchanged.
+def changes(rank: int) -> dict[str, Any]:
+    """What in peft's configuration must be otherwise beside factors that all have one `rank`.
 
     Alphas stay as they are: the factors are written so that their product is right with them.
     """
-    return dict(config) if rank is None else {**config, "r": rank, "rank_pattern": {}}
+    return {"r": rank, "rank_pattern": {}}
 
 
 def lora_metadata(
@@ -101,10 +95,7 @@ def lora_metadata(
     if rank is not None and METADATA in metadata:
         config = _parsed(metadata[METADATA], METADATA)
         for key in config:
-            if key.rpartition(".")[2] == "r":
-                config[key] = rank
-            elif key.rpartition(".")[2] == "rank_pattern":
-                config[key] = {}
+            config[key] = changes(rank).get(key.rpartition(".")[2], config[key])
         changed[METADATA] = json.dumps(config, indent=2, sort_keys=True)
     if "ss_network_dim" in metadata:
         changed["ss_network_dim"] = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"

@@ -10,10 +10,7 @@ from posthoc_cli.snapshots.lora import pairs
 from posthoc_cli.snapshots.lora_scale import scales
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.plan import TensorPlan
-from posthoc_cli.synthesis.products import Factors, Products, Ranks, together
-
-MEASURED = 12
-"""Modules of which the distance of the two averages is measured where it is only to be told."""
+from posthoc_cli.synthesis.products import Factors, Products, Ranks, spread, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +20,8 @@ class LoraReport:
     `distances` are those of the average of the factors from that of the products, relative to the
     latter in the Frobenius norm, on `measured` of the `modules`; None where ranks or alphas differ.
     With `exact`, `ranks` are the lowest and the highest of each target's modules, and `shared` is
-    what `r` must be in peft's configuration, None where each module has its own. `unconfigured`:
-    none was found. `odd` are the modules whose factors are averaged as they are nonetheless.
+    the one that all must have whose rank is not their own. `in_config`: it stands in peft's
+    configuration beside the file. `odd` are modules whose factors are averaged as they are.
     """
 
     exact: bool
@@ -33,7 +30,7 @@ class LoraReport:
     distances: dict[int, float | None]
     ranks: dict[int, tuple[int, int]]
     shared: dict[int, int | None]
-    unconfigured: bool
+    in_config: bool
     odd: tuple[str, ...]
 
 
@@ -50,7 +47,7 @@ def report_products(
             dict(zip(targets, found.distances, strict=True)),
             {at: (min(each), max(each)) for at, each in ranks.items()},
             {at: plan.shared_rank(each) for at, each in ranks.items()},
-            plan.unconfigured,
+            plan.in_config,
             plan.odd,
         )
     assert isinstance(plan, TensorPlan)
@@ -61,7 +58,7 @@ def report_products(
         ]
         if not some:
             return None
-        chosen = sorted({len(some) * k // MEASURED for k in range(MEASURED)})
+        chosen = spread(len(some))
         each = [scales(source, [some[at] for at in chosen]) for source in plan.sources]
         products = Products(
             plan, tuple(some[at] for at in chosen), tuple(zip(*each, strict=True)), (), "", None, 0

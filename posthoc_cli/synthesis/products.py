@@ -24,7 +24,7 @@ import numpy as np
 from posthoc_cli.errors import SnapshotError, UsageError, either, printable
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.snapshots.lora import Pair, pairs
-from posthoc_cli.snapshots.lora_scale import Scale, scales, without_config
+from posthoc_cli.snapshots.lora_scale import PEFT, Scale, scales
 from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, FLOATS, FloatArray, decode
 from posthoc_cli.storage.readers import can_open
@@ -67,10 +67,9 @@ class Products:
         return sum(info.end - info.start for info in infos)
 
     @property
-    def unconfigured(self) -> bool:
-        """Whether the factors are peft's, and no configuration beside the newest says their
-        alpha."""
-        return without_config(self.plan.sources[self.plan.newest], self.pairs)
+    def in_config(self) -> bool:
+        """Whether the rank stands in peft's configuration, beside the file."""
+        return any(not pair.own_rank and pair.module.startswith(PEFT) for pair in self.pairs)
 
     def tensors(self, ranks: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of an output whose pairs have these ranks."""
@@ -257,7 +256,7 @@ class Factors:
 
     def ranks(self, at: int, stack: Stack, weights: Weights) -> list[int]:
         """The rank that holds each target's product; `weights` is [targets, sources]."""
-        left, right = _triangle(stack.ups), _triangle(stack.downs)
+        left, right = triangle(stack.ups), triangle(stack.downs)
         found = []
         for each in weights:
             core = _core(stack, left, right, each)
@@ -300,7 +299,7 @@ class Factors:
         ranks = np.bincount(stack.owners)
         if len(set(ranks.tolist())) > 1 or len(set(scale)) > 1:
             return None
-        left, right = _triangle(stack.ups), _triangle(stack.downs)
+        left, right = triangle(stack.ups), triangle(stack.downs)
         found = []
         for each in weights:
             core = _core(stack, left, right, each)
@@ -314,7 +313,7 @@ class Factors:
         return found
 
 
-def _triangle(matrix: FloatArray) -> FloatArray:
+def triangle(matrix: FloatArray) -> FloatArray:
     """The R of a matrix's QR."""
     triangle: Any = np.linalg.qr(matrix, mode="r")
     found: FloatArray = triangle
@@ -364,6 +363,14 @@ def rounded(name: str, values: FloatArray, dtype: str) -> np.ndarray[Any, np.dty
 
 
 # All modules
+
+MEASURED = 12
+"""Modules that are looked at where it needn't be all."""
+
+
+def spread(count: int) -> list[int]:
+    """MEASURED of `count` places, spread evenly; all of fewer."""
+    return sorted({count * k // MEASURED for k in range(MEASURED)}) if count else []
 
 
 @dataclass(frozen=True, slots=True)

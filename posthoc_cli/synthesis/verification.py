@@ -7,10 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.snapshots.lora import without_rank
 from posthoc_cli.snapshots.wrappers import agree_on_names
 from posthoc_cli.storage import (
     Cache,
@@ -24,7 +26,12 @@ from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
+from posthoc_cli.synthesis.product_check import compare_products, written_ranks
+from posthoc_cli.synthesis.products import Products, make_products
 from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients
+
+Form = tuple[str, tuple[int, ...]]
+"""The dtype and shape of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +96,24 @@ def verify(
     problems = problems or _wrong_tensors(out, sources[newest], recipe)
     if problems:
         return dataclasses.replace(report, problems=problems)
-    plan, problems = _find_plan(out, sources, newest, recipe)
+    found, problems = _find_plan(out, sources, newest, recipe)
+    products, plan = (found, found.plan) if isinstance(found, Products) else (None, found)
     values = sum(segment.elements for segment in plan.segments)
+    if products is not None:
+        names = [name for pair in products.pairs for name in pair.names]
+        values += sum(out.tensors[name].elements for name in names)
     report = dataclasses.replace(report, values=values, problems=problems)
     if problems:
         return report
     weights = np.array([[source.weight for source in recipe.sources]])
-    found = compare(plan, weights, out, full=full, workers=workers, progress=progress)
+    parts = [compare(plan, weights, out, full=full, workers=workers, progress=progress)]
+    if products is not None:
+        parts.append(compare_products(products, weights, out, full=full))
     return dataclasses.replace(
-        report, compared=found.compared, rounded=found.rounded, problems=found.problems
+        report,
+        compared=sum(part.compared for part in parts),
+        rounded=sum(part.rounded for part in parts),
+        problems=[problem for part in parts for problem in part.problems],
     )
 
 
@@ -115,9 +131,7 @@ def _ingredients(out: TensorIndex) -> RecipeSources:
     try:
         return ingredients(recipe)
     except ValueError as error:
-        raise SnapshotError(
-            str(out.path), f"its recipe doesn't make sense ({error})", "synthesize it anew"
-        ) from None
+        raise _senseless(out, error) from None
 
 
 def _folder(out: TensorIndex, folder: Path | None, recipe: RecipeSources) -> Path:
@@ -168,9 +182,12 @@ def _other_tensors(
     can't be its own any more."""
     settled = (*recipe.copied, *recipe.dropped)
 
+    def shape_of(name: str, info: TensorInfo) -> tuple[int, ...]:
+        return without_rank(name, info.shape) if recipe.lora else info.shape
+
     def averaged(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {
-            name: ("float" if info.dtype in FLOATS else info.dtype, info.shape)
+            name: ("float" if info.dtype in FLOATS else info.dtype, shape_of(name, info))
             for name, info in tensors.items()
             if not fits_any(name, settled)
         }
@@ -212,7 +229,7 @@ def _wrong_tensors(out: TensorIndex, newest: TensorIndex, recipe: RecipeSources)
 
 def _find_plan(
     out: TensorIndex, sources: Sequence[TensorIndex], newest: int, recipe: RecipeSources
-) -> tuple[TensorPlan, list[Problem]]:
+) -> tuple[TensorPlan | Products, list[Problem]]:
     """The plan by which the output was made, and those of its tensors that don't fit it.
 
     Recipes don't say the dtype: it is the one that fits best.
@@ -224,20 +241,26 @@ def _find_plan(
     }
     there = {name: (info.dtype, info.shape) for name, info in out.tensors.items()}
     names = names_in_order(out)
-    best: tuple[TensorPlan, list[str]] | None = None
+    best: tuple[TensorPlan | Products, Mapping[str, Form], list[str]] | None = None
     for dtype in ("same", *OUTPUT_DTYPES):
-        plan = plan_tensors(sources, newest, names, copied, dtype)
-        wrong = [name for name in names if there[name] != plan.tensors[name]]
-        if best is None or len(wrong) < len(best[1]):
-            best = plan, wrong
+        plan: TensorPlan | Products
+        if recipe.lora is None:
+            plan = plan_tensors(sources, newest, names, copied, dtype)
+            tensors = plan.tensors
+        else:
+            plan = _products(out, sources, newest, recipe, dtype)
+            tensors = plan.tensors(written_ranks(plan, out))
+        wrong = [name for name in names if there[name] != tensors.get(name, there[name])]
+        if best is None or len(wrong) < len(best[2]):
+            best = plan, tensors, wrong
         if not wrong:
             break
     assert best is not None
-    plan, wrong = best
+    plan, tensors, wrong = best
     return plan, [
         Problem(
             out.path,
-            f"is {_form(there[name])} and should be {_form(plan.tensors[name])}",
+            f"is {_form(there[name])} and should be {_form(tensors[name])}",
             ANEW,
             name,
         )
@@ -245,5 +268,26 @@ def _find_plan(
     ]
 
 
-def _form(tensor: tuple[str, tuple[int, ...]]) -> str:
+def _products(
+    out: TensorIndex,
+    sources: Sequence[TensorIndex],
+    newest: int,
+    recipe: RecipeSources,
+    dtype: str,
+) -> Products:
+    assert recipe.lora is not None
+    tolerance, most = recipe.lora
+    how: dict[str, Any] = {"copy": recipe.copied, "drop": recipe.dropped, "dtype": dtype}
+    try:
+        return make_products(sources, newest, tolerance=tolerance, most=most, **how)
+    except UsageError as error:
+        raise _senseless(out, error.problem) from None
+
+
+def _senseless(out: TensorIndex, why: object) -> SnapshotError:
+    problem = f"its recipe doesn't make sense ({why})"
+    return SnapshotError(str(out.path), problem, "synthesize it anew")
+
+
+def _form(tensor: Form) -> str:
     return f"{tensor[0]} {list(tensor[1])}"
