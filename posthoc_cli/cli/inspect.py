@@ -25,6 +25,7 @@ from posthoc_cli.cli.console import (
     warning_lines,
 )
 from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
+from posthoc_cli.cli.lora import lora_row
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest, with_conversion
 from posthoc_cli.cli.tables import Column, Columns, shortened
@@ -306,6 +307,7 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
         ),
         ("target", recipe.target),
         ("method", f"{recipe.method} (posthoc {recipe.version})"),
+        *lora_row(recipe.document),
         ("sources", f"{counted(len(recipe.rows), 'snapshot')}:"),
     ):
         table.add_row(label, printable(text))

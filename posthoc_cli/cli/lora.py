@@ -54,6 +54,15 @@ def lora_lines(saved: Saved) -> Iterator[str]:
             )
 
 
+def lora_row(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `inspect` shows of a recipe's products: label and text, if there are any."""
+    lora = recipe.get("lora")
+    if not isinstance(lora, dict):
+        return []
+    most = "" if lora.get("rank") is None else f", of rank {lora['rank']} at most"
+    return [("lora", f"{lora.get('mode')}: factors of averaged products{most}")]
+
+
 def describe_lora(document: dict[str, Any], report: LoraReport | None) -> None:
     """Add what --json has of a LoRA to a document; docs/json.md has its schema."""
     if report is None:

@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 from posthoc_cli.snapshots.lora import different_alphas, pairs, without_rank
@@ -31,14 +32,16 @@ def inconsistencies(
     yield from _same_average(snapshots)
     if not snapshots:
         return
-    for snapshot, difference in _different_tensors(
-        snapshots, settled, dtypes=False, products=products
-    ):
-        yield (
-            snapshot.file,
-            f"{difference}; leave out with only= what isn't of the same network, or such tensors "
-            "with drop= (copy= takes them from the newest)",
-        )
+    different = partial(_different_tensors, snapshots, settled, dtypes=False)
+    remedy = (
+        "leave out with only= what isn't of the same network, or such tensors with drop= (copy= "
+        "takes them from the newest)"
+    )
+    found = list(different(products=products))
+    if found and not any(different(products=True)):
+        remedy = "of LoRAs of several ranks synthesize averages the products with lora='exact'"
+    for snapshot, difference in found:
+        yield snapshot.file, f"{difference}; {remedy}"
     if products:  # each product has the alpha of its own snapshot
         known = pairs(snapshots[-1].index.tensors)[0]
         settled = (*settled, *(glob.escape(pair.alpha) for pair in known if pair.alpha))
