@@ -33,7 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in range(1000, 9000, 1000):
         write_tensors(
             folder / "checkpoints" / f"lora-{step // 1000:06d}.safetensors",
-            {"w": rng.standard_normal(50).astype(np.float16)},
+            {
+                "lora_x.lora_up.weight": rng.standard_normal((9, 2)).astype(np.float16),
+                "lora_x.lora_down.weight": rng.standard_normal((2, 9)).astype(np.float16),
+            },
             {"ss_steps": str(step), "ss_epoch": str(step // 1000)},
         )
         for sigma_rel in (0.05, 0.10):
@@ -107,7 +110,15 @@ def test_every_example_runs(folder: Path) -> None:
         assert done.returncode == 0, (example, done.stderr)
         notes = [line for line in done.stderr.splitlines() if line.startswith("posthoc:")]
         # The examples' snapshots are few: some targets are out of their reach, and it is said.
-        told = ("out of reach", "the rounding of", "is to be expected", "drawn", "the true ones")
+        told = (
+            "of the LoRA",
+            "products of",
+            "out of reach",
+            "the rounding of",
+            "is to be expected",
+            "drawn",
+            "the true ones",
+        )
         assert all(any(each in note for each in told) for note in notes), (example, notes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.api.solution import Progress, Solution
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
@@ -197,8 +197,11 @@ class Run:
         wanted = [target.profile(step) for target in targets]
         if not METHODS[method].needs_values and not self.raw:
             check_norms(snapshots, method)
-        # LoRAs of several ranks have no values in common there.
-        leave_out = (*leave_out, *map(glob.escape, of_several_shapes(snapshots)))
+        ranks = of_several_shapes(snapshots, leave_out)
+        if ranks and (sample or METHODS[method].needs_values):
+            problem = f"LoRAs of several ranks have no values to compare (tensor '{ranks[0]}')"
+            raise UsageError("method=", problem, "use another method, and no max_error=")
+        leave_out = (*leave_out, *map(glob.escape, ranks))
         moments = trajectory = expected = seen = None
         if sample or METHODS[method].needs_values:
             from posthoc_cli.snapshots.sampling import fit_snapshots

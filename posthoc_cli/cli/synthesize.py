@@ -18,7 +18,7 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
-from posthoc_cli.cli.lora import describe_lora, lora_lines
+from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
 from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
@@ -139,7 +139,9 @@ def synthesize(
       posthoc synthesize snapshots --gamma 16.97,6.94 -o 'ema-{gamma}.safetensors'
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
       posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
+      posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o products.safetensors
     """
+    load_numpy()
     if force and skip_existing:
         raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
     from posthoc_cli.api import check_max_error

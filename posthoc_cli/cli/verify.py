@@ -9,6 +9,7 @@ import typer
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, describe_warnings, print_json, progress_bar
+from posthoc_cli.cli.lora import load_numpy
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import SnapshotError, printable
 
@@ -48,6 +49,7 @@ def verify(
       posthoc verify ema-0.07.safetensors snapshots
       posthoc verify ema-0.07.safetensors snapshots --full
     """
+    load_numpy()
     from posthoc_cli.api import verify as verify_output
 
     with progress_bar("verify", None, not quiet) as advance:

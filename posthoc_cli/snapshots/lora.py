@@ -105,13 +105,17 @@ def without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (-1, *shape[1:]) if any(map(_UP.fullmatch, as_up)) else shape
 
 
-def of_several_shapes(snapshots: Sequence[Snapshot]) -> list[str]:
-    """The names of the tensors that have not one shape in all of `snapshots`."""
+def of_several_shapes(snapshots: Sequence[Snapshot], settled: Sequence[str] = ()) -> list[str]:
+    """The names of the tensors that have not one shape in all of `snapshots`.
+
+    Those that a glob `settled` fits are none.
+    """
     layouts = list({id(each.index.tensors): each.index.tensors for each in snapshots}.values())
     return [
         name
         for name, info in (layouts[0].items() if len(layouts) > 1 else ())
         if any(name in other and other[name].shape != info.shape for other in layouts[1:])
+        and not any(fnmatch.fnmatchcase(name, glob) for glob in settled)
     ]
 
 

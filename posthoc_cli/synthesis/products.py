@@ -37,6 +37,10 @@ TOLERANCE = 1e-3
 MODES = ("factors", "exact")
 
 
+SIDE = 256
+"""Rows and columns of a product that are enough to see how far two averages are apart."""
+
+
 @dataclass(frozen=True, slots=True)
 class Products:
     """Which products make an output, whatever the weights.
@@ -293,22 +297,23 @@ class Factors:
     def distances(self, at: int, stack: Stack, weights: Weights) -> list[float] | None:
         """How far the product of the averaged factors is from each target's average of products.
 
-        Relative to the latter, by the Frobenius norm; None where ranks or alphas differ.
+        Relative to the latter, by the Frobenius norm, on up to SIDE of its rows and columns; None
+        where ranks or alphas differ.
         """
         scale = self.products.scales[at]
         ranks = np.bincount(stack.owners)
         if len(set(ranks.tolist())) > 1 or len(set(scale)) > 1:
             return None
-        left, right = triangle(stack.ups), triangle(stack.downs)
+        left, right = (each[:: -(-len(each) // SIDE)] for each in (stack.ups, stack.downs))
         found = []
         for each in weights:
-            core = _core(stack, left, right, each)
+            exact = _core(stack, left, right, each)
             up, down = (
                 (side.reshape(len(side), len(ranks), -1) * each[:, None]).sum(axis=1)
                 for side in (left, right)
             )
-            apart = np.linalg.norm(up @ down.T * scale[0].at(int(ranks[0])) - core)
-            whole = np.linalg.norm(core)
+            apart = np.linalg.norm(up @ down.T * scale[0].at(int(ranks[0])) - exact)
+            whole = np.linalg.norm(exact)
             found.append(float(apart / whole) if whole else 0.0)
         return found
 

@@ -9,11 +9,11 @@ checkpoints as kohya's trainers do, and averages them in both ways. It takes sec
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import posthoc_cli
 
@@ -32,7 +32,7 @@ def network(weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
 
 def random_weights(seed: int) -> Weights:
     made = torch.Generator().manual_seed(seed)
-    sizes = zip(SIZES, SIZES[1:], strict=False)
+    sizes = pairwise(SIZES)
     return [torch.randn(out, in_, generator=made) / in_**0.5 for in_, out in sizes]
 
 
