@@ -10,7 +10,7 @@ from posthoc_cli.snapshots.lora import pairs
 from posthoc_cli.snapshots.lora_scale import scales
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.plan import TensorPlan
-from posthoc_cli.synthesis.products import Factors, Products, Ranks, spread, together
+from posthoc_cli.synthesis.products import SIDE, Factors, Products, Ranks, spread, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def report_products(
         )
         with Factors.open(products) as factors:
             apart = [
-                factors.distances(at, factors.stack(at), weights)
+                factors.distances(at, factors.stack(at, SIDE), weights)
                 for at in range(len(products.pairs))
             ]
     except SnapshotError:  # of NaN, or a configuration that makes no sense: it stops nothing here

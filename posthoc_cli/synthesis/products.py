@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 MODES = ("factors", "exact")
 
 
-SIDE = 256
+SIDE = 128
 """Rows and columns of a product that are enough to see how far two averages are apart."""
 
 
@@ -234,15 +234,16 @@ class Factors:
             for reader in readers:
                 reader.check_unchanged()
 
-    def stack(self, at: int) -> Stack:
-        """The factors of the pair `at`; raises SnapshotError for one that is not finite."""
+    def stack(self, at: int, side: int | None = None) -> Stack:
+        """The factors of the pair `at`, or up to `side` rows and columns of their product, spread
+        evenly; raises SnapshotError for one that is not finite."""
         pair, scale = self.products.pairs[at], self.products.scales[at]
         ups, downs, biases = [], [], []
         for source, reader in enumerate(self._readers):
             index = self.products.plan.sources[source]
             up, down, *bias = (read_matrix(reader, index, name) for name in pair.names)
-            ups.append(up)
-            downs.append(down.T)
+            ups.append(_thinned(up, side))
+            downs.append(_thinned(down.T, side))
             if bias:
                 biases.append(bias[0][:, 0] * scale[source].at(up.shape[1]))
         ranks = [up.shape[1] for up in ups]
@@ -304,7 +305,7 @@ class Factors:
         ranks = np.bincount(stack.owners)
         if len(set(ranks.tolist())) > 1 or len(set(scale)) > 1:
             return None
-        left, right = (each[:: -(-len(each) // SIDE)] for each in (stack.ups, stack.downs))
+        left, right = _thinned(stack.ups, SIDE), _thinned(stack.downs, SIDE)
         found = []
         for each in weights:
             exact = _core(stack, left, right, each)
@@ -316,6 +317,11 @@ class Factors:
             whole = np.linalg.norm(exact)
             found.append(float(apart / whole) if whole else 0.0)
         return found
+
+
+def _thinned(rows: FloatArray, most: int | None) -> FloatArray:
+    """At most so many of the rows, at even distances."""
+    return rows if most is None or len(rows) <= most else rows[:: -(-len(rows) // most)].copy()
 
 
 def triangle(matrix: FloatArray) -> FloatArray:

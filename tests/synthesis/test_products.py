@@ -357,3 +357,23 @@ def test_options_that_make_no_sense(tmp_path: Path, options, message: str) -> No
     solution = posthoc_cli.open_snapshots(folder, raw=True).solve(gamma=2.0)
     with pytest.raises(UsageError, match=message):
         solution.save(tmp_path / "out.safetensors", **options)
+
+
+def test_a_part_of_large_products_tells_how_far_apart_they_are(tmp_path: Path) -> None:
+    def large(step: int, rank: int) -> Tensors:
+        up, down = factors(step, rank, 700, (900,))
+        return {"x.lora_up.weight": up, "x.lora_down.weight": down}
+
+    folder = write(tmp_path / "run", large)
+    solution = posthoc_cli.open_snapshots(folder, raw=True).solve(gamma=2.0)
+    told = [solution.save(tmp_path / "a.safetensors").lora]
+    told.append(solution.save(tmp_path / "b.safetensors", lora="exact").lora)
+    ups, downs = zip(*(factors(step, 4, 700, (900,)) for step in STEPS), strict=True)
+    each = list(zip(solution.weights[0], ups, downs, strict=True))
+    exact = sum(weight * up @ down for weight, up, down in each)
+    by_factors = sum(w * up for w, up, _ in each) @ sum(w * down for w, _, down in each)
+    apart = np.linalg.norm(by_factors - exact) / np.linalg.norm(exact)
+    for one in told:
+        assert one is not None
+        assert one.distances[0] == pytest.approx(apart, rel=0.1)
+    assert told[0].distances == told[1].distances
