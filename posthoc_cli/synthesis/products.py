@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,9 @@ TOLERANCE = 1e-3
 
 MODES = ("factors", "exact")
 
+
+_HUGE = 1e150
+"""Numbers beyond it, whose products overflow, count as infinite."""
 
 SIDE = 128
 """Rows and columns of a product that are enough to see how far two averages are apart."""
@@ -149,8 +152,13 @@ def make_products(
     """
     tensors = sources[newest].tensors
     found, odd = pairs(tensors)
-    kept = [pair for pair in found if not any(fits_any(each, drop) for each in pair.names)]
-    chosen = [pair for pair in kept if not any(fits_any(each, copy) for each in pair.names)]
+    found = [
+        replace(pair, bias=None) if pair.bias and fits_any(pair.bias, drop) else pair
+        for pair in found
+    ]
+    kept = [pair for pair in found if not all(fits_any(each, drop) for each in pair.names)]
+    globs = (*copy, *drop)
+    chosen = [pair for pair in kept if not any(fits_any(each, globs) for each in pair.names)]
     if not chosen:
         problem = "the snapshots hold no pairs of LoRA factors"
         raise UsageError("lora='exact'", problem, "leave it out: they are averaged as they are")
@@ -176,7 +184,9 @@ def make_products(
         tuple(chosen),
         tuple(zip(*each, strict=True)),
         tuple(
-            _as_written(scale, tensors[pair.alpha] if pair.alpha else None, dtype)
+            Scale()  # as without an alpha
+            if pair.alpha and fits_any(pair.alpha, drop)
+            else _as_written(scale, tensors[pair.alpha] if pair.alpha else None, dtype)
             for pair, scale in zip(chosen, each[newest], strict=True)
         ),
         dtype,
@@ -343,7 +353,7 @@ def read_matrix(reader: Reader, index: TensorIndex, name: str) -> FloatArray:
     reader.read(info.start, data.data)
     with np.errstate(invalid="ignore"):
         values = decode(info.dtype, data).astype(np.float64)
-    if not np.isfinite(values).all():
+    if not (np.abs(values) < _HUGE).all():
         raise SnapshotError(
             str(index.path),
             f"tensor '{printable(name)}' holds NaN or infinity: its product has no factors",

@@ -377,3 +377,19 @@ def test_a_part_of_large_products_tells_how_far_apart_they_are(tmp_path: Path) -
         assert one is not None
         assert one.distances[0] == pytest.approx(apart, rel=0.1)
     assert told[0].distances == told[1].distances
+
+
+def test_alphas_and_biases_may_be_dropped(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", kohya)
+    output = tmp_path / "out.safetensors"
+    solution = save(folder, output, drop=["*.alpha"], lora_tolerance=0.0)
+    assert "lora_te_q.alpha" not in read_tensors(output)
+    # What loads it takes the rank for the alpha then.
+    assert compared(folder, output, solution.weights[0], by_tensor, by_nothing) < 2e-6
+    assert posthoc_cli.verify(output, folder, full=True).problems == []
+    other = write(tmp_path / "peft", peft, config=CONFIG)
+    output = tmp_path / "peft.safetensors"
+    save(other, output, drop=["*.bias"])
+    made = read_tensors(output)
+    assert "base_model.model.a.q.lora_B.bias" not in made
+    assert len({tensor.shape[0] for name, tensor in made.items() if "_A" in name}) == 1
