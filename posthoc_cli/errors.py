@@ -5,6 +5,7 @@ PosthocError
 ├── UsageError      2  the command line is wrong
 └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
     ├── IncompleteError    ... a part of one isn't there: it may still be being written
+    ├── NoNetworkError     ... a file holds something else: a log, an optimizer's state
     ├── UnknownError       ... nothing says the step and profile of one
     └── AmbiguousError     ... their names can be read in two ways
 """
@@ -106,6 +107,10 @@ class SnapshotError(PosthocError):
 
 class IncompleteError(SnapshotError):
     """A part of a snapshot isn't there: it may still be being written."""
+
+
+class NoNetworkError(SnapshotError):
+    """A file holds something else than a network: a log, an optimizer's state."""
 
 
 class UnknownError(SnapshotError):

@@ -40,6 +40,9 @@ def open_snapshots(
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
     lora: str = "factors",
+    key: str | None = None,
+    tool: str = "auto",
+    update_every: int | None = None,
 ) -> Run:
     """Read which snapshots a folder holds; their headers only.
 
@@ -54,10 +57,15 @@ def open_snapshots(
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
         copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
         lora: what `save` will be given: with "exact", the ranks of a LoRA may differ.
+        key: where in a checkpoint of torch the network is: "ema", or "outer.inner".
+        tool: what wrote such checkpoints: "ema-pytorch", "posthoc-ema", "edm2", "torch" for any
+            other state dict, or "auto", by their contents.
+        update_every: that of training with ema-pytorch or posthoc-ema, 1 without it: above 1 their
+            averages have another width than was asked for.
 
     What is wrong with single files is collected in `problems`. Raises UsageError when an argument
-    or the folder doesn't fit, SnapshotError when there is no safetensors file, MachineError when
-    the folder or a file can't be read.
+    or the folder doesn't fit, SnapshotError when there is no file that may be a snapshot,
+    MachineError when the folder or a file can't be read.
     """
     contents = read_folder(
         folder,
@@ -71,6 +79,9 @@ def open_snapshots(
         copy=copy,
         drop=drop,
         lora=lora,
+        key=key,
+        tool=tool,
+        update_every=update_every,
     )
     return Run(contents, raw)
 

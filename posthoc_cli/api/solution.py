@@ -167,6 +167,7 @@ class Solution:
                     copied=copy,
                     dropped=drop,
                     lora=plan,
+                    how=self.run.contents.how,
                 )
                 for at in wanted
             ]

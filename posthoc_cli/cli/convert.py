@@ -21,7 +21,7 @@ from posthoc_cli.cli.console import (
 )
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.tables import Column, Columns, shortened
-from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
+from posthoc_cli.errors import MachineError, NoNetworkError, SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,7 +131,7 @@ def convert(
     options.check_choice("--dtype", dtype, options.dtypes())
 
     from posthoc_cli.snapshots import compile_pattern
-    from posthoc_cli.synthesis.conversion import explanations
+    from posthoc_cli.synthesis.conversion import explain
     from posthoc_cli.synthesis.conversion_files import nothing_left
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 
@@ -155,7 +155,7 @@ def convert(
     )
     outcome = _work(jobs, chosen, force, left_out, progress=not quiet)
     told = [(one.name, text) for one in outcome.converted for text in one.warnings]
-    explained = explanations(outcome.converted, chosen)
+    explained = explain(outcome.converted, chosen)
     warn([*explained, *_left_out(left_out), *_grouped(told)], quiet)
     if as_json:
         warnings = describe_warnings([*(("", text) for text in explained), *told])
@@ -193,7 +193,6 @@ def _work(
     progress: bool,
 ) -> _Outcome:
     from posthoc_cli.synthesis.conversion import convert as convert_one
-    from posthoc_cli.synthesis.conversion_jobs import LeftOutError
 
     outcome = _Outcome([job.done for job in jobs if job.done], [], left_out)
     # What has no number in its name, as last.ckpt, may be a copy of one that has: it comes last.
@@ -215,7 +214,7 @@ def _work(
                 outcome.converted.append(
                     convert_one(job, chosen, earlier, overwrite=force, progress=count)
                 )
-            except LeftOutError as error:
+            except NoNetworkError as error:
                 left_out.append((job.name, error.problem))
             except SnapshotError as error:
                 outcome.problems.append((job.name, error))

@@ -27,7 +27,7 @@ from posthoc_cli.cli.console import (
 from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
 from posthoc_cli.cli.lora import lora_row
 from posthoc_cli.cli.spelling import spelled
-from posthoc_cli.cli.suggestions import suggest, with_conversion
+from posthoc_cli.cli.suggestions import suggest
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
 
@@ -70,10 +70,7 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
-    try:
-        opened = options.open_folder(folder, reading)
-    except SnapshotError as error:
-        raise with_conversion(error, folder[0]) from None
+    opened = options.open_folder(folder, reading)
     single = len(folder) == 1 and os.path.isfile(folder[0])
     if single:
         from posthoc_cli.storage import index_of_shard

@@ -34,6 +34,13 @@ def _methods() -> list[str]:
     return list(METHODS)
 
 
+def tools() -> list[str]:
+    """What --from may be."""
+    from posthoc_cli.formats import KINDS
+
+    return ["auto", *KINDS]
+
+
 def dtypes() -> list[str]:
     """What --dtype may be."""
     from posthoc_cli.storage.dtypes import OUTPUT_DTYPES
@@ -299,6 +306,37 @@ class Reading:
             READING,
         ),
     ] = False
+    key: Annotated[
+        str | None,
+        in_panel(
+            READING,
+            "KEY",
+            "Where in a checkpoint of torch the network is: ema, or outer.inner.",
+            show_default=False,
+        ),
+    ] = None
+    tool: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="TOOL",
+            rich_help_panel=READING,
+            autocompletion=tools,
+            help="What wrote such checkpoints: ema-pytorch, posthoc-ema (pytorch-posthoc-ema), "
+            "edm2, torch for any other state dict, or auto: by the contents of each.",
+        ),
+    ] = "auto"
+    update_every: Annotated[
+        int | None,
+        in_panel(
+            READING,
+            "N",
+            "The update_every of training with ema-pytorch (100 if it wasn't set) or posthoc-ema "
+            "(10), taken to be 1 without this. Above 1 their averages have another width than was "
+            "asked for, and that is what is used.",
+            show_default=False,
+        ),
+    ] = None
     copy: Sequence[str] | None = None
     drop: Sequence[str] | None = None
     lora: str = "factors"
@@ -333,6 +371,7 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
 
     if reading.raw and reading.profiles:
         raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
+    check_choice("--from", reading.tool, tools())
     return open_snapshots(
         paths,
         pattern=reading.pattern,
@@ -345,4 +384,7 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
         copy=reading.copy or (),
         drop=reading.drop or (),
         lora=reading.lora,
+        key=reading.key,
+        tool=reading.tool,
+        update_every=reading.update_every,
     )

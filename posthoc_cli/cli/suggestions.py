@@ -13,12 +13,11 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posthoc_cli.cli.options import Reading
 from posthoc_cli.cli.spelling import OPTIONS
-from posthoc_cli.errors import PosthocError, SnapshotError, printable
+from posthoc_cli.errors import PosthocError, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
@@ -51,21 +50,15 @@ def command(name: str, folder: str, reading: Reading) -> str:
         option = OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
         if value is True:
             words.append(option)
-        elif isinstance(value, str):
-            words += [option, value]
+        elif isinstance(value, str) and value == field.default:
+            continue
+        elif isinstance(value, str | int) and value is not False:
+            words += [option, str(value)]
         elif value:
             words += [word for each in value for word in (option, str(each))]
     if folder.startswith("-"):
         folder = f"./{folder}"
     return printable(shlex.join(["posthoc", name, folder, *words]))
-
-
-def with_conversion(error: SnapshotError, folder: str) -> SnapshotError:
-    """The same error, with the whole command where other tools' checkpoints are what is there."""
-    if "posthoc convert" not in error.remedy or error.subject != str(Path(folder)):
-        return error
-    words = shlex.join(["posthoc", "convert", folder, folder.rstrip("/") + "-snapshots"])
-    return SnapshotError(error.subject, error.problem, f"make snapshots of them with {words}")
 
 
 def _others(reading: Reading, run: Run) -> Iterator[Reading]:

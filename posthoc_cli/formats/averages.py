@@ -17,11 +17,12 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import PosthocError
 from posthoc_cli.formats.checkpoint import Checkpoint, candidates, tensor_lists
+from posthoc_cli.formats.laying import read_elements
 from posthoc_cli.formats.pickles import refused
 from posthoc_cli.formats.tensors import StoredTensor
 from posthoc_cli.formats.torchfile import read_checkpoint
-from posthoc_cli.storage import ENDING, TensorIndex, read_header
-from posthoc_cli.storage.disk import list_folder, open_file
+from posthoc_cli.storage import ENDING, Reader, TensorIndex, read_header
+from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.dtypes import FLOATS, bytes_of, decode
 
 PREFIX = "ema_model."
@@ -226,12 +227,17 @@ def _nearest(
     """The names of `tensors`, all of one shape, by their values; none where that isn't sure."""
     infos = [index.tensors[name] for name in names]
     dtypes = {info.dtype for info in infos} | {tensor.dtype for tensor in tensors}
-    contiguous = all(tensor.contiguous for tensor in tensors)
-    if not (contiguous and dtypes <= FLOATS and len(names) <= _MOST_ALIKE):
+    if not (dtypes <= FLOATS and len(names) <= _MOST_ALIKE):
         return []
-    start, count = index.parts[0].data_start, min(tensors[0].elements, _SAMPLE)
-    network = _sample(index.path, [(start + info.start, info.dtype) for info in infos], count)
-    averages = _sample(checkpoint.path, [(one.offset, one.dtype) for one in tensors], count)
+    count = min(tensors[0].elements, _SAMPLE)
+    with Reader(index) as reader:
+        rows = []
+        for info in infos:
+            data = bytearray(bytes_of(info.dtype, count))
+            reader.read(info.start, memoryview(data))
+            rows.append(_values(info.dtype, data))
+    network = np.stack(rows)
+    averages = [_values(one.dtype, read_elements(checkpoint, one, count)) for one in tensors]
     chosen = []
     for average in averages:
         far = np.linalg.norm(network - average, axis=1)
@@ -242,12 +248,5 @@ def _nearest(
     return chosen if len(set(chosen)) == len(names) else []
 
 
-def _sample(path: Path, places: list[tuple[int, str]], count: int) -> npt.NDArray[np.float64]:
-    """The first `count` elements of the tensors that begin at these bytes."""
-    rows = []
-    with open_file(path) as (file, _):
-        for start, dtype in places:
-            file.seek(start)
-            data = np.frombuffer(file.read(bytes_of(dtype, count)), np.uint8)
-            rows.append(decode(dtype, data).astype(np.float64))
-    return np.stack(rows)
+def _values(dtype: str, data: bytes | bytearray) -> npt.NDArray[np.float64]:
+    return decode(dtype, np.frombuffer(data, np.uint8)).astype(np.float64)

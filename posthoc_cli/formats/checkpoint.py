@@ -10,6 +10,7 @@ from typing import Any
 from posthoc_cli.errors import in_bytes
 from posthoc_cli.formats.pickles import Call, Global, naming, needed, refused, shown
 from posthoc_cli.formats.tensors import StoredTensor
+from posthoc_cli.storage import File
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,14 +19,14 @@ class Checkpoint:
 
     `root` is made of dicts, lists, tuples, text, numbers, None and StoredTensors, with `Span` for
     bytes (and for texts above 1 MiB) and `Call` or `Global` for what is neither, such as a numpy
-    array or a device. Values may be shared, or contain themselves. `size` is the file's length
-    and `modified` the time of its last change in nanoseconds.
+    array or a device. Values may be shared, or contain themselves. `structure` is the digest of
+    all in the file but the tensors.
     """
 
     path: Path
     root: Any
-    size: int
-    modified: int
+    file: File
+    structure: bytes = b""
 
 
 def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, StoredTensor]:

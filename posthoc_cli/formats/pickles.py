@@ -110,6 +110,7 @@ def unpickle(
     persistent: Persistent | None = None,
     allowance: Allowance | None = None,
     others: Others | None = None,
+    base: int = 0,
 ) -> Any:
     """The value of the pickle at the position of `file`, which is left after its end.
 
@@ -117,13 +118,16 @@ def unpickle(
     of a call from its arguments, or None. `others(module, name)` says the same of any other name,
     or raises; without it, no other may be named. `persistent(identity)` is the value of a
     persistent id. All must be quick, whatever they are given. The pickle lies before byte `end`.
+    `base` is added to the places of what is left unread.
     Values may be shared and may contain themselves: who walks them must count. Sets come as lists
     and frozensets as tuples.
 
     Raises SnapshotError, without the file's name, for a pickle that is broken, too large for its
     `allowance`, or that names anything else; OSError when the file can't be read.
     """
-    return _Unpickler(file, end, names, persistent, allowance or Allowance(), others).load()
+    machine = _Unpickler(file, end, names, persistent, allowance or Allowance(), others)
+    machine.base = base
+    return machine.load()
 
 
 def refused(problem: str, remedy: str) -> SnapshotError:
@@ -164,6 +168,7 @@ class _Unpickler(pickle._Unpickler):
     stack: list[Any]
     metastack: list[list[Any]]
     memo: dict[int, Any]
+    base: int
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
@@ -249,7 +254,7 @@ class _Unpickler(pickle._Unpickler):
         """Go past bytes without reading them."""
         position = self.claim(length)
         self.file.seek(position + length)
-        self.append(Span(position, length))
+        self.append(Span(self.base + position, length))
 
     def text(self, length: int) -> None:
         if length > MAX_TEXT:

@@ -12,6 +12,7 @@ from typing import Any
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats.pickles import Global, Make, corrupt, refused, shown
+from posthoc_cli.storage.deflated import Deflated
 from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
 
 _MAX_DIMENSIONS = 64
@@ -21,11 +22,16 @@ _MAX_REPEATED = 256 << 20
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """`size` bytes of a file, from byte `offset`; `dtype` is torch's name."""
+    """`size` bytes of a file, from byte `offset`; `dtype` is torch's name.
+
+    Where `content` gives them, that knows where they lie. With `swapped` they are big-endian.
+    """
 
     dtype: str
     size: int
     offset: int = 0
+    swapped: bool = False
+    content: Deflated | None = None
 
 
 @dataclass(frozen=True, slots=True)

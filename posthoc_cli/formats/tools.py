@@ -26,10 +26,10 @@ from posthoc_cli.formats.averages import (
 )
 from posthoc_cli.formats.checkpoint import Checkpoint, candidates, state_dict
 from posthoc_cli.formats.edm2 import is_edm2, network_state
+from posthoc_cli.formats.laying import read_elements
 from posthoc_cli.formats.pickles import naming, refused
 from posthoc_cli.formats.tensors import StoredTensor
-from posthoc_cli.storage.disk import open_file
-from posthoc_cli.storage.dtypes import DTYPES, FLOATS, bytes_of, decode
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
 
 KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 
@@ -126,17 +126,23 @@ def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
     return stated
 
 
-def averaged_steps(checkpoint: Checkpoint, named: int) -> int:
+def counter_of(checkpoint: Checkpoint) -> str:
+    """pytorch-posthoc-ema's own counter of steps, and by how much of itself it may be rounded."""
+    counter = checkpoint.root.get("step") if isinstance(checkpoint.root, dict) else None
+    value = _number(checkpoint, counter)
+    rounding = {"F16": 2.0**-11, "BF16": 2.0**-8}.get(getattr(counter, "dtype", ""), 0.0)
+    return f"{0 if value is None else value} {rounding}"
+
+
+def averaged_steps(counted: str, named: int) -> int:
     """The steps that pytorch-posthoc-ema has averaged over, where its file is named after `named`.
 
     Its averages start late, by default at step 100, and their decay goes by a counter that starts
-    with them. In half precision the counter is rounded: what `named` would be rounded to is it.
+    with them: see `counter_of`. Where that is rounded, what `named` would be rounded to is it.
     """
-    counter = checkpoint.root.get("step")
-    value = _number(checkpoint, counter)
-    if value is None or not 1 <= value < named:
+    value, rounding = map(float, counted.split())
+    if not 1 <= value < named:
         return named
-    rounding = {"F16": 2.0**-11, "BF16": 2.0**-8}.get(getattr(counter, "dtype", ""), 0.0)
     return named if named - value <= named * rounding else int(value)
 
 
@@ -156,15 +162,13 @@ def _number(checkpoint: Checkpoint, value: Any) -> int | float | None:
         and value.shape in ((), (1,))
         and value.dtype in FLOATS | {"I64", "I32"}
     ):
-        kind, size = value.dtype, bytes_of(value.dtype, 1)
         try:
-            with open_file(checkpoint.path) as (file, _):
-                file.seek(value.offset)
-                data = np.frombuffer(file.read(size), np.uint8)
-            stored = decode(kind, data) if kind in FLOATS else data.view(DTYPES[kind].numpy())
-            (value,) = stored.tolist()
-        except (PosthocError, ValueError):
+            data = np.frombuffer(read_elements(checkpoint, value, 1), np.uint8)
+        except PosthocError:
             return None
+        known = value.dtype in FLOATS
+        stored = decode(value.dtype, data) if known else data.view(DTYPES[value.dtype].numpy())
+        (value,) = stored.tolist()
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None

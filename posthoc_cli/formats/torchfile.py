@@ -7,13 +7,14 @@ which tensors there are. The tensors' bytes are never read here.
 
 from __future__ import annotations
 
-import struct
-import zipfile
-from collections import Counter
+import hashlib
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
+from posthoc_cli.errors import SnapshotError
+from posthoc_cli.formats.archive import DEFLATED, Entry, entry_start, read_directory
 from posthoc_cli.formats.checkpoint import Checkpoint
 from posthoc_cli.formats.inert import inert
 from posthoc_cli.formats.pickles import (
@@ -28,26 +29,30 @@ from posthoc_cli.formats.pickles import (
     unpickle,
 )
 from posthoc_cli.formats.tensors import NAMES, Storage, claim_storage, itemsize, unsupported
+from posthoc_cli.storage import Cache, File
+from posthoc_cli.storage.deflated import Deflated
 from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.sniffing import read_start, sniff, unfilled
 
 _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_LOCAL_HEADER = 30
-_MAX_DIRECTORY = 8 << 20
+_MAX_PICKLE = 32 << 20
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, cache: Cache | None = None) -> Checkpoint:
     """Read what the checkpoint at `path` holds, and where its tensors lie; none of their data.
 
     Reads `torch.save`'s files, of any version but the tar archives of 2016, and plain pickles.
     Raises SnapshotError for a file that is none of them, that is corrupt, or that names anything
     that is not data; MachineError for one that cannot be read.
+
+    `cache` lets calls share what is the same in the file before: then its `root` is that one's, and
+    what it says of places holds until the next call.
     """
     with naming(path), open_file(path, "leave it out") as (file, status):
-        root = _read(file, status.st_size)
-    return Checkpoint(path, root, status.st_size, status.st_mtime_ns)
+        root, structure = _read(file, status.st_size, {} if cache is None else cache)
+    return Checkpoint(path, root, File.of(path, status), structure)
 
 
 def _other(start: bytes, size: int) -> tuple[str, str]:
@@ -58,11 +63,11 @@ def _other(start: bytes, size: int) -> tuple[str, str]:
     return f", but {what}" if what else "", remedy
 
 
-def _read(file: BinaryIO, size: int) -> Any:
+def _read(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
     start = file.read(512)
     file.seek(0)
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _read_zip(file, size)
+        return _read_zip(file, size, cache)
     if start[257:262] == b"ustar":
         raise unsupported("a tar archive of torch before 0.1.10")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
@@ -73,9 +78,10 @@ def _read(file: BinaryIO, size: int) -> Any:
     return _read_pickle(file, size)
 
 
-def _read_pickle(file: BinaryIO, size: int) -> Any:
+def _read_pickle(file: BinaryIO, size: int) -> tuple[Any, bytes]:
     """A plain pickle, in which each storage is a legacy file of its own; or a legacy file."""
     allowance = Allowance()
+    storages: list[tuple[int, int]] = []
 
     def storage(args: tuple[Any, ...]) -> Any:
         if args and isinstance(args[0], Call):  # text that was bytes, before protocol 3
@@ -85,9 +91,10 @@ def _read_pickle(file: BinaryIO, size: int) -> Any:
             )
         if not args or not isinstance(args[0], Span):
             raise corrupt("a storage isn't where it should be")
-        after = file.tell()
+        after, end = file.tell(), args[0].offset + args[0].length
         file.seek(args[0].offset)
-        value = _read_legacy(file, args[0].offset + args[0].length, allowance)
+        value, found = _read_legacy(file, end, allowance)
+        storages.extend((each.offset, each.size) for each in found)
         file.seek(after)
         return value
 
@@ -95,11 +102,26 @@ def _read_pickle(file: BinaryIO, size: int) -> Any:
     root = unpickle(file, size, names, None, allowance, inert)
     if isinstance(root, int) and root == _MAGIC:
         file.seek(0)
-        return _read_legacy(file, size, Allowance())
-    return root
+        root, found = _read_legacy(file, size, Allowance())
+        storages = [(each.offset, each.size) for each in found]
+        return root, _digest(file, size, storages)
+    return root, _digest(file, file.tell(), storages)
 
 
-def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> Any:
+def _digest(file: BinaryIO, end: int, storages: list[tuple[int, int]]) -> bytes:
+    """Of all that lies before `end` and is in no storage."""
+    digest, at = hashlib.sha256(), 0
+    for offset, length in [*sorted(storages), (end, 0)]:
+        file.seek(at)
+        while at < offset:
+            data = file.read(min(offset - at, 1 << 16))
+            digest.update(data)
+            at += len(data) or offset
+        at = max(at, offset + length)
+    return digest.digest()
+
+
+def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> tuple[Any, list[Storage]]:
     """A file of torch before 1.6: pickles, and the storages one after the other behind them."""
 
     def value(persistent: Persistent | None = None) -> Any:
@@ -111,8 +133,9 @@ def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> Any:
     version, system = value(), value()
     if version != _LEGACY_PROTOCOL:
         raise corrupt(f"its version is not {_LEGACY_PROTOCOL}")
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise unsupported("a checkpoint of a big-endian machine")
+    # What the system says of its byte order is none of the storages': they are little-endian.
+    if not isinstance(system, dict):
+        raise corrupt("it doesn't say what system wrote it")
     storages: dict[str, Storage] = {}
     root = value(partial(claim_storage, storages, legacy=True))
     keys = value()
@@ -132,15 +155,15 @@ def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> Any:
         file.seek(storage.offset + storage.size)
     if missing:
         raise corrupt("a storage is missing")
-    return root
+    return root, list(storages.values())
 
 
 # Zip archives.
 
 
-def _read_zip(file: BinaryIO, size: int) -> Any:
-    entries = _entries(file)
-    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+def _read_zip(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
+    entries = read_directory(file, size)
+    pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if not pickles and any(name.endswith(".npy") for name in entries):
         raise unsupported("an .npz archive of numpy")
     if len(pickles) != 1:
@@ -151,74 +174,79 @@ def _read_zip(file: BinaryIO, size: int) -> Any:
             "is a TorchScript archive, which is not read",
             "load it with torch.jit.load and save its state_dict() with torch.save",
         )
-    order = f"{folder}byteorder"
-    if order in entries:
-        start, end = _span(file, size, entries[order], "byteorder")
-        file.seek(start)
-        if file.read(min(end - start, 16)) != b"little":
-            raise unsupported("a checkpoint of a big-endian machine")
-    storages: dict[str, Storage] = {}
-    start, end = _span(file, size, entries[pickles[0]], "data.pkl")
-    file.seek(start)
-    root = unpickle(file, end, NAMES, partial(claim_storage, storages), None, inert)
+    order = _small(file, size, entries.get(f"{folder}byteorder"), "byteorder", 16)
+    if order not in (b"", b"little", b"big"):
+        raise unsupported("a checkpoint of a machine with another byte order")
+    root, storages, digest = _unpickled(file, size, entries[pickles[0]], cache)
+    swapped, taken = order == b"big", 0
     for key, storage in storages.items():
         entry = entries.get(f"{folder}data/{key}")
+        what = f"storage {key}"
         if entry is None:
-            raise corrupt(f"storage {shown(key)} is missing")
-        storage.offset, end = _span(file, size, entry, f"storage {shown(key)}")
-        if storage.size > end - storage.offset:
-            raise corrupt(f"storage {shown(key)} is shorter than its pickle says")
-    if sum(storage.size for storage in storages.values()) > size:
+            raise corrupt(f"{shown(what)} is missing")
+        storage.offset = offset = entry_start(file, size, entry, what)
+        storage.swapped, storage.content = swapped, None
+        _, packed, length, method, _ = entry
+        if storage.size > length:
+            raise corrupt(f"{shown(what)} is shorter than its pickle says")
+        if method == DEFLATED:
+            storage.content = Deflated(offset, packed, length)
+            if storage.size:
+                _inflated(file, storage.content, 1)
+        taken += min(packed, storage.size)
+    if taken > size:
         raise corrupt("its storages overlap")  # of an honest archive every byte has one owner
-    return root
+    return root, digest
 
 
-def _entries(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
-    """The entries of the archive by name, as its central directory has them."""
+def _unpickled(
+    file: BinaryIO, size: int, entry: Entry, cache: Cache
+) -> tuple[Any, dict[str, Storage], bytes]:
+    """What the pickle of an archive holds, the storages by their keys, and the pickle's digest."""
+    storages: dict[str, Storage] = {}
+    values = NAMES, partial(claim_storage, storages), None, inert
+    start = entry_start(file, size, entry, "data.pkl")
+    _, _, length, method, _ = entry
+    if length > _MAX_PICKLE and method != DEFLATED:  # large arrays lie in it
+        file.seek(start)
+        root = unpickle(file, start + length, *values)
+        file.seek(start)
+        return root, storages, hashlib.sha256(file.read(_MAX_PICKLE)).digest()
+    data = _small(file, size, entry, "data.pkl", _MAX_PICKLE)
+    digest = hashlib.sha256(data).digest()
+    # Of many that differ only the last is kept: all of them would fill the memory.
+    last, *known = cache.get("pickle", (None, None, None))
+    if last != digest:
+        root = unpickle(BytesIO(data), len(data), *values, base=start)
+        cache["pickle"] = digest, root, storages
+        return root, storages, digest
+    return known[0], known[1], digest
+
+
+def _small(file: BinaryIO, size: int, entry: Entry | None, what: str, most: int) -> bytes:
+    """The bytes of an entry that are needed at once; none where there is no such entry."""
+    if entry is None:
+        return b""
+    start = entry_start(file, size, entry, what)
+    _, packed, length, method, _ = entry
+    if length > most:
+        raise corrupt(f"{what} is too long")
+    if method == DEFLATED:
+        return _inflated(file, Deflated(start, packed, length), length)
+    file.seek(start)
+    return file.read(length)
+
+
+def _inflated(file: BinaryIO, content: Deflated, length: int) -> bytes:
+    """The first bytes of a deflated entry."""
+
+    def read(offset: int, into: memoryview) -> None:
+        file.seek(offset)
+        into[:] = file.read(len(into))
+
+    data = bytearray(length)
     try:
-        with zipfile.ZipFile(cast(BinaryIO, _Directory(file))) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error):
-        raise corrupt("its directory is missing or broken") from None
-    named = {entry.filename: entry for entry in entries}
-    if len(named) != len(entries):
-        ((name, _),) = Counter(entry.filename for entry in entries).most_common(1)
-        raise corrupt(f"two entries are named {shown(name)}")
-    return named
-
-
-class _Directory:
-    """A file of which no more is read at a time than a directory may be long."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.tell, self._file = file.tell, file
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        if whence == 0 and offset < 0:
-            raise ValueError
-        return self._file.seek(offset, whence)
-
-    def read(self, size: int = -1) -> bytes:
-        if size > _MAX_DIRECTORY:
-            raise corrupt("its directory is too large")
-        return self._file.read(size)
-
-
-def _span(file: BinaryIO, size: int, entry: zipfile.ZipInfo, what: str) -> tuple[int, int]:
-    """Start and end of an entry's bytes in the file of `size` bytes."""
-    if (
-        entry.compress_type != zipfile.ZIP_STORED
-        or entry.flag_bits & 1
-        or entry.file_size != entry.compress_size
-    ):
-        raise unsupported(f"a zip archive whose {what} is compressed or encrypted")
-    if not 0 <= entry.header_offset < size:
-        raise corrupt(f"{what} lies outside of it")
-    file.seek(entry.header_offset)
-    header = file.read(_LOCAL_HEADER)
-    if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise corrupt(f"{what} is not where its directory says")
-    start = entry.header_offset + _LOCAL_HEADER + sum(struct.unpack_from("<2H", header, 26))
-    if start + entry.file_size > size:
-        raise corrupt(f"{what} ends outside of it")
-    return start, start + entry.file_size
+        content.open([read])(0, memoryview(data))
+    except SnapshotError as error:
+        raise corrupt(f"an entry is broken: {error.problem}") from None
+    return bytes(data)

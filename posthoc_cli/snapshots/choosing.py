@@ -12,25 +12,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.formats import index_of_shard, preferred, without_ending
 from posthoc_cli.snapshots.listing import Listing, Network, counts, title
 from posthoc_cli.snapshots.names import Pattern
 from posthoc_cli.storage import ENDING
-from posthoc_cli.storage.shards import is_index, preferred, stem_of_shard
+from posthoc_cli.storage.shards import stem_of_shard
+
+_INDEX = ".index.json"
 
 Fits = Callable[[str], bool]
 
 
 @dataclass(slots=True)
 class Choice:
-    """The names of the snapshots to open, what is left out, and what is to be decided first.
-
-    `others` are checkpoints of other formats that weren't excluded.
-    """
+    """The names of the snapshots to open, what is left out, and what is to be decided first."""
 
     names: list[str] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
 
 
 def choose(
@@ -46,13 +45,20 @@ def choose(
     that fits none of what is left.
     """
     networks = [each for each in listing.networks if given is None or _covered(each.path, given)]
-    others = [path for path in listing.others if given is None or _covered(path, given)]
+    others = [each for each in listing.others if given is None or each.path in given]
+    if given is not None:
+        networks += others
     left_out = [each for each in listing.left_out if given is None or _covered(each[0], given)]
     paths = [each.path for each in networks]
-    many = len(networks)
-    described = f"{many} {ENDING} file{'' if many == 1 else 's'}"
-    everything = [*paths, *others, *(name for name, _ in left_out)]
+    described = _described(paths)
+    beside = [each.path for each in others]
+    everything = [*paths, *beside, *(name for name, _ in left_out)]
     wanted = [_glob("only=", glob, everything, described) for glob in only]
+    for fits in wanted:  # what isn't taken by itself, such as an average beside the network
+        if not any(map(fits, paths)):
+            networks += [each for each in others if fits(each.path) and each not in networks]
+    asked = {each.path for each in networks} - {*paths}
+    left_out = [each for each in left_out if each[0] not in asked]
     unwanted = [_glob("exclude=", glob, everything, described) for glob in exclude]
 
     def stays(path: str) -> bool:
@@ -62,11 +68,10 @@ def choose(
     kept = [each for each in networks if stays(each.path)]
     choice = Choice(
         left_out=[each for each in left_out if stays(each[0])],
-        others=[path for path in others if stays(path)],
     )
     if not kept and not (only or exclude) and not choice.left_out:
         raise SnapshotError(
-            given[0] if given else "", f"no {ENDING} file, nor a folder with any", "give others"
+            given[0] if given else "", "no snapshot, nor a folder with any", "give others"
         )
     if not kept and (only or exclude) and (paths or not choice.left_out):
         option, glob = ("exclude=", exclude[-1]) if exclude else ("only=", only[-1])
@@ -106,6 +111,11 @@ def choose(
         choice.problems += [(home, _loose(home, len(homes[home]))) for home in loose]
     _check_pattern(choice.names, pattern)
     return choice
+
+
+def _described(paths: Sequence[str]) -> str:
+    kind = "" if any(without_ending(path) for path in paths) else f"{ENDING} "
+    return f"{len(paths)} {kind}file{'' if len(paths) == 1 else 's'}"
 
 
 def choose_by_globs(names: list[str], only: Sequence[str], described: str) -> list[str]:
@@ -153,7 +163,7 @@ def _reading(test: Callable[[str, str], bool], glob: str) -> Fits:
 
     def fits(path: str) -> bool:
         parts = path.split("/")
-        shorter = path.removesuffix(".index.json").split("/") if is_index(path) else parts
+        shorter = path.removesuffix(_INDEX).split("/")
         if not anchored:
             return any(test(part, globs[0]) for part in {*parts, shorter[-1]})
         return _begins(parts, globs, test) or _begins(shorter, globs, test)
@@ -172,9 +182,12 @@ def _begins(parts: list[str], globs: list[str], test: Callable[[str, str], bool]
 def _covered(path: str, given: Sequence[str]) -> bool:
     """Whether `path` is among those given, or in a folder that is, or the index of such a shard."""
     # The index of shards stands for each of them.
-    own = {path, path.removesuffix(".index.json")} if is_index(path) else {path}
+    own = {path, path.removesuffix(_INDEX)}
     return any(
-        each in own or path.startswith(each + "/") or stem_of_shard(each) + ENDING in own
+        each in own
+        or path.startswith(each + "/")
+        or stem_of_shard(each) + ENDING in own
+        or index_of_shard(each) in own
         for each in given
     )
 
@@ -320,6 +333,6 @@ def _check_pattern(names: Sequence[str], pattern: Pattern | None) -> None:
             return
         raise UsageError(
             "pattern=",
-            f"'{pattern.text}' fits none of {len(names)} {ENDING} files, such as '{names[0]}'",
-            f"write it for the whole path below the folder, {ENDING} included",
+            f"'{pattern.text}' fits none of {_described(names)}, such as '{names[0]}'",
+            "write it for the whole path below the folder, its ending included",
         )

@@ -7,12 +7,12 @@ numbered snapshot it is left out; else it is for the user to say what it is.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from posthoc_cli.errors import brief, printable
+from posthoc_cli.errors import SnapshotError, brief, printable
+from posthoc_cli.formats import as_snapshot
 from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.listing import counts
 from posthoc_cli.snapshots.names import SAME_WIDTH, read_name
@@ -92,45 +92,33 @@ def _settle(
     contents.problems.append((name, brief(printable(f"{problem}; {remedy}"))))
 
 
-def other_formats(
-    others: Sequence[str], snapshots: Sequence[Snapshot]
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Problems of steps that are there in another format only, and what is left out besides.
+def other_formats(contents: Contents, failed: Mapping[str, SnapshotError]) -> None:
+    """Leave out checkpoints of other tools beside safetensors files that they are no part of.
 
-    `others` are the paths of checkpoints that posthoc doesn't read as they are.
+    `failed` are those that aren't snapshots, by name, with why. What is not named like the
+    snapshots is for training to go on from; what is of a step that there is, that step once more.
     """
-    steps = {each.step for each in snapshots}
-    for each in snapshots:
+    plain = [each for each in contents.snapshots if each.index.structure is None]
+    if not plain:
+        return
+    steps = {each.step for each in plain}
+    for each in plain:
         steps |= _steps(_step_part(each.file))
-    # Beside EMAs of other names, a plain checkpoint is for training to go on from.
-    heads = {_head(each.file) for each in snapshots}
-    raw = any(each.profile.raw for each in snapshots)
-    alone, left_out = [], []
-    for path in others:
-        if _steps(_step_part(path)) & steps:
-            left_out.append((path, f"there is a {ENDING} file of its step"))
-        elif raw or _head(path) in heads:
-            alone.append(path)
-        else:
-            left_out.append((path, "not a safetensors file, and not named like the snapshots"))
-    if not alone:
-        return [], left_out
-    ending = os.path.splitext(alone[0])[1]
-    numbers = sorted(min(_steps(_step_part(path))) for path in alone)
-    shown = ", ".join(map(str, numbers[:5]))
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    problem = (
-        f"{ENDING} files for some steps, but {ending} for {shown}{more}; make snapshots of those "
-        f"with posthoc convert, or do without them: exclude='{_glob_of(alone)}'"
-    )
-    return [(alone[0], problem)], left_out
-
-
-def _glob_of(paths: Sequence[str]) -> str:
-    """A glob that fits these and no safetensors file."""
-    if any("/" in path for path in paths):
-        return f"*/{paths[0].rpartition('/')[2]}"
-    return f"*{os.path.splitext(paths[0])[1]}"
+    heads = {_head(each.file) for each in plain}
+    raw = any(each.profile.raw for each in plain)
+    for name in failed:
+        reason = None
+        if _steps(_step_part(name)) & steps:
+            reason = f"there is a {ENDING} file of its step"
+        elif not raw and _head(name) not in heads:
+            reason = "not a safetensors file, and not named like the snapshots"
+        if reason:
+            contents.problems[:] = [each for each in contents.problems if each[0] != name]
+            contents.skipped.append((name, reason))
+    for each in list(contents.snapshots):
+        if each.index.structure is not None and _of_its_step(each, plain):
+            contents.snapshots.remove(each)
+            contents.skipped.append((each.file, f"there is a {ENDING} file of its step"))
 
 
 def _head(path: str) -> str:
@@ -146,7 +134,8 @@ def _step_part(name: str) -> str:
 
 def _steps(part: str) -> set[int]:
     """All that a name may say its step is."""
-    name = os.path.splitext(part)[0] + ENDING if "." in part else part + ENDING
+    name = as_snapshot(part)
+    name = name if name.lower().endswith(ENDING) else part + ENDING
     reading = read_name(name)
     return {*read_counts(name).values(), *(reading.steps if reading else ())}
 

@@ -14,12 +14,14 @@ from posthoc_cli.errors import (
     AmbiguousError,
     IncompleteError,
     MachineError,
+    NoNetworkError,
     SnapshotError,
     UnknownError,
     UsageError,
     in_line,
     printable,
 )
+from posthoc_cli.formats import AS_USUAL, How, open_network, without_ending
 from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
@@ -33,10 +35,11 @@ from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
+from posthoc_cli.snapshots.trained import Reading, Trained, explanations, identify_trained
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
-from posthoc_cli.storage import Cache, TensorIndex, open_tensors
+from posthoc_cli.storage import Cache, TensorIndex
 from posthoc_cli.storage.disk import file_status, is_gone
-from posthoc_cli.storage.metadata import read_recipe
+from posthoc_cli.storage.metadata import TOOL, read_recipe
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 
@@ -45,12 +48,13 @@ __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 class FolderContents:
     """What a folder holds. File names are as they are; all messages can go to a terminal.
 
-    `snapshots` are those with a step and a profile, by step, sigma_rel and file name; with
-    `problems`, that is not yet a set that can be summed: `usable` says so. A warning that is about
-    no single file has "" in its place.
+    `how` is how checkpoints of other tools were read. `snapshots` are those with a step and a
+    profile, by step, sigma_rel and file name; with `problems`, that is not yet a set that can be
+    summed: `usable` says so. A warning that is about no single file has "" in its place.
     """
 
     folder: Path
+    how: How = AS_USUAL
     snapshots: list[Snapshot] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
@@ -89,8 +93,11 @@ def read_folder(
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
     lora: str = "factors",
+    key: str | None = None,
+    tool: str = "auto",
+    update_every: int | None = None,
 ) -> FolderContents:
-    """Read the headers of the snapshots in `folder`: safetensors files, shards and folders.
+    """Read what the snapshots in `folder` hold: files of any format, shards and folders.
 
     Arguments:
         folder: the folder; or files and folders that lie in one, as a shell's glob gives them.
@@ -103,21 +110,25 @@ def read_folder(
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
         copy, drop: globs of tensors that won't be averaged, and may be as they like.
         lora: "exact" where products of a LoRA's factors are averaged, whose ranks may differ.
+        key, tool: of checkpoints of other tools, where the network is, and what wrote them.
+        update_every: of averages that weren't updated at every step, at which of them they were.
 
     Names that start with a dot, as our unfinished outputs have, never count.
 
-    Raises UsageError when an argument doesn't fit, SnapshotError when there is no .safetensors
-    file, MachineError when one can't be read.
+    Raises UsageError when an argument doesn't fit, SnapshotError when there is no file that may be
+    a snapshot, MachineError when one can't be read.
     """
     folder, given = folder_of(folder)
     compiled = compile_pattern(pattern, raw) if pattern is not None else None
     widths = () if raw else check_profiles(profiles, compiled)
+    reading = Reading(compiled, widths, How(key, tool), update_every)
+    reading.check()
     deep = any("/" in each for each in (pattern or "", *only))
     choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
     names = choice.names
     written = _clock(folder)
     doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
-    contents = FolderContents(folder, skipped=choice.left_out)
+    contents = FolderContents(folder, reading.how, skipped=choice.left_out)
     contents.problems += [(name, in_line(text)) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
     if widths and compiled is None and not any(_has_index(name) for name in names):
@@ -127,9 +138,11 @@ def read_folder(
     counts: dict[str, StepCounts] = {}
     found: dict[str, tuple[Identity, list[str]]] = {}
     unsaid: dict[str, TensorIndex] = {}
+    trained: list[Trained] = []
+    failed: dict[str, SnapshotError] = {}
     for name in names:
         try:
-            index = _open(folder / name, headers)
+            index = _open(folder / name, headers, reading.how)
             if read_recipe(index.metadata) is not None:
                 contents.skipped.append((name, "made by posthoc: it carries a recipe"))
                 continue
@@ -137,11 +150,20 @@ def read_folder(
             if raw:
                 doubted = isinstance(doubts.get(name), UnknownError)
                 counts[name] = step_counts(title(name, compiled), index.metadata, compiled, doubted)
+            elif TOOL in index.metadata:
+                one, warnings = identify_trained(
+                    name, title(name, compiled), index.metadata, reading, doubts.get(name)
+                )
+                assert one.identity is not None
+                trained.append(one)
+                found[name] = one.identity, warnings
             else:
                 found[name] = identify(
                     title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
                 )
         except SnapshotError as error:
+            if without_ending(name) or (name in opened and TOOL in opened[name].metadata):
+                failed[name] = error
             if isinstance(error, UnknownError) and compiled is None:
                 unsaid[name] = opened[name]
             _leave_out(contents, name, error, skip_incomplete)
@@ -167,9 +189,8 @@ def read_folder(
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
     settle_copies(contents, unsaid)
-    missing, beside = other_formats(choice.others, contents.snapshots)
-    contents.problems += [(name, in_line(text)) for name, text in missing]
-    contents.skipped += beside
+    other_formats(contents, failed)
+    contents.warnings += [("", text) for text in explanations(trained, reading)]
     settled = (*copy, *drop)
     odd = list(misfitting(contents.snapshots, settled))
     wrong = list(mixed_runs(contents.snapshots))
@@ -200,9 +221,9 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 
-def _open(path: Path, headers: Cache) -> TensorIndex:
+def _open(path: Path, headers: Cache, how: How) -> TensorIndex:
     try:
-        index = open_tensors(path, headers)
+        index = open_network(path, how, headers)
     except (MachineError, UsageError) as error:
         if os.path.lexists(path) and not is_gone(error):
             raise
@@ -224,6 +245,8 @@ def _leave_out(
         contents.ambiguous.append(error)
     if skip_incomplete and isinstance(error, IncompleteError):
         contents.skipped.append((name, printable(f"incomplete: {error.problem}")))
+    elif isinstance(error, NoNetworkError):
+        contents.skipped.append((name, printable(error.problem)))
     elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
         contents.skipped.append((name, f"a folder, and {error.problem}"))
     else:

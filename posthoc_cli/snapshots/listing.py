@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.formats import (
+    as_snapshot,
+    find_checkpoint,
+    list_checkpoints,
+    of_training,
+)
 from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.storage import ENDING, made_by_posthoc
 from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.shards import find_network, is_index, is_training_state, list_networks
-
-_OTHER_FORMATS = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".npz")
 
 _BELOW = 2
 """Folders below a step folder in which its networks may lie: `checkpoint-500/ema/unet`."""
@@ -59,10 +62,10 @@ class Network:
 
 @dataclass(slots=True)
 class Listing:
-    """What may be a snapshot, what is a checkpoint of another format, and what is left out."""
+    """What may be a snapshot, what is one only where it is asked for, and what is left out."""
 
     networks: list[Network] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
+    others: list[Network] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -108,6 +111,8 @@ def list_candidates(
     files = [name for name in there if name not in folders]
     listing = Listing()
     found, missing = list_networks(folder, files)
+    checkpoints = list_checkpoints(files)
+    stems = {as_snapshot(name) for name in found}
     ours = {index for index in missing if _left_by_posthoc(folder, index, files)}
     listing.left_out += [(index, "shards that posthoc wrote, without an index") for index in ours]
     single = {name: Network(name, name) for name in [*found, *missing] if name not in ours}
@@ -123,10 +128,20 @@ def list_candidates(
                 listing.left_out.append((name, "a part of a pipeline, by its name"))
             elif not _list_below(folder, name, listing, pattern, deep or given is not None):
                 empty.append(name)
-        elif _is_other(name) and counts(name):
-            listing.others.append(name)
         elif is_training_state(name) and name.lower().endswith(ENDING):
             listing.left_out.append((name, "an optimizer's, scheduler's or generator's state"))
+    stepped = any(counts(network.home) for network in listing.networks if network.home)
+    for name in checkpoints:
+        if as_snapshot(name) in stems:
+            listing.left_out.append((name, f"there is a {ENDING} file of its step"))
+        elif reason := of_training(name):
+            if not (found or stepped):
+                listing.left_out.append((name, reason))
+            listing.others.append(Network(name, name))
+        elif counts(name) or not found:
+            listing.networks.append(Network(name, name))
+        else:
+            listing.others.append(Network(name, name))
     shapes = {_shape(network.home) for network in listing.networks if network.home}
     listing.left_out += [
         (name, "a folder without a network") for name in empty if _shape(name) in shapes
@@ -139,7 +154,7 @@ def list_candidates(
             if runs
         ]
     if not listing.networks and not listing.left_out:
-        if given is not None and not any(map(_is_other, there)):
+        if given is not None:
             problem = f"no {ENDING} file, nor a folder that holds any"
             raise SnapshotError(str(folder / min(given)), problem, "give the snapshots' files")
         runs = [run for name in sorted(folders) for run in runs_below(folder, name, _BELOW + 1)]
@@ -152,7 +167,11 @@ def list_candidates(
                 f"holds no {ENDING} files itself",
                 f"give {more}: {_listed(folder, runs)}",
             )
-        raise _none_found(folder, [*there, *(path for path in listing.others if "/" in path)])
+        raise SnapshotError(
+            str(folder),
+            f"holds no {ENDING} files, nor checkpoints of another kind",
+            "give the folder that they lie in",
+        )
     return listing
 
 
@@ -179,8 +198,8 @@ def counts(name: str) -> bool:
     """Whether the name of a file or folder counts training, as `checkpoint-500` does."""
     if _COMPONENT.fullmatch(name):
         return False
-    whole = name if os.path.splitext(name)[1] in (ENDING, *_OTHER_FORMATS) else name + ENDING
-    whole = os.path.splitext(whole)[0] + ENDING
+    whole = as_snapshot(name)
+    whole = whole if whole.lower().endswith(ENDING) else whole + ENDING
     return bool(read_counts(whole)) or read_name(whole) is not None
 
 
@@ -196,7 +215,7 @@ def title(name: str, pattern: Pattern | None) -> str:
     if pattern is not None:
         whole = "/" in pattern.text or pattern.greedy.fullmatch(name)
         return name if whole else next(filter(pattern.greedy.fullmatch, folders), name)
-    last = name.rpartition("/")[2]
+    last = as_snapshot(name).rpartition("/")[2]
     counting = [part for part in folders if counts(part)]
     sure = [part for part in counting if _CHECKPOINT.fullmatch(part)]
     if folders and read_name(last) is None and (sure or not counts(last)):
@@ -219,9 +238,7 @@ def _list_below(
     listing.networks += below.networks
     if below.networks:
         return True
-    if below.others and stepped:
-        listing.others.append(below.others[0])
-        return True
+    listing.others += below.others
     if name.lower().endswith(ENDING):
         listing.left_out.append((name, "a folder, not a file"))
         return True
@@ -232,25 +249,16 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
     """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
     names = [name for name in list_folder(folder / place) if not name.startswith(".")]
     found, missing = list_networks(folder / place, names)
-    one = find_network(folder / place) if found or missing else None
-    listing.networks += [
-        Network(f"{place}/{name}", place if name == one else f"{place}/{name}")
-        for name in sorted([*found, *missing])
-    ]
-    listing.others += [f"{place}/{name}" for name in names if _is_other(name)]
+    safetensors = [*found, *missing]
+    one = find_network(folder / place) if safetensors else find_checkpoint(folder / place)
+    for name in sorted([*safetensors, *list_checkpoints(names)]):
+        network = Network(f"{place}/{name}", place if name == one else f"{place}/{name}")
+        beside = safetensors or of_training(name)  # the same network once more, or none
+        (listing.others if beside and name not in safetensors else listing.networks).append(network)
     if levels:
         for name in names:
             if os.path.isdir(folder / place / name):
                 _walk(folder, f"{place}/{name}", levels - 1, listing)
-
-
-def _is_other(name: str) -> bool:
-    """Whether a file may be a checkpoint that is to be converted first."""
-    return (
-        name.lower().endswith(_OTHER_FORMATS)
-        and not is_training_state(name)
-        and not name.lower().startswith(("training_args", "training-state"))
-    )
 
 
 def _left_by_posthoc(folder: Path, index: str, names: Sequence[str]) -> bool:
@@ -263,17 +271,3 @@ def _left_by_posthoc(folder: Path, index: str, names: Sequence[str]) -> bool:
 def _shape(name: str) -> str:
     """`checkpoint-500` -> `checkpoint-#`."""
     return re.sub("[0-9]+", "#", name)
-
-
-def _none_found(folder: Path, names: Sequence[str]) -> SnapshotError:
-    endings = Counter(os.path.splitext(name)[1].lower() for name in names)
-    for ending in _OTHER_FORMATS:
-        if count := endings[ending]:
-            return SnapshotError(
-                str(folder),
-                f"holds no {ENDING} files, but {count} {ending} file{'s' if count > 1 else ''}",
-                "make snapshots of them with posthoc convert",
-            )
-    return SnapshotError(
-        str(folder), f"holds no {ENDING} files", "give the folder that they lie in"
-    )

@@ -21,8 +21,12 @@ class Contents:
 
     @classmethod
     def of(cls, tensors: Mapping[str, TensorInfo]) -> Contents:
-        dtypes = Counter(info.dtype for info in tensors.values())
-        elements = sum(info.elements for info in tensors.values())
+        return cls.of_layout({name: (info.dtype, info.shape) for name, info in tensors.items()})
+
+    @classmethod
+    def of_layout(cls, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Contents:
+        dtypes = Counter(dtype for dtype, _ in tensors.values())
+        elements = sum(math.prod(shape) for _, shape in tensors.values())
         return cls(dict(sorted(dtypes.items())), elements)
 
 

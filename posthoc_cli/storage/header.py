@@ -113,8 +113,8 @@ def spans(parts: Sequence[Part], start: int, length: int) -> Iterator[tuple[int,
         at += 1
 
 
-Cache = dict[Hashable, Mapping[str, TensorInfo]]
-"""The tensors of headers read before, by what tells them apart."""
+Cache = dict[Hashable, Any]
+"""The tensors of headers read before, by what tells them apart; `formats` keeps more in it."""
 
 
 def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:

@@ -25,6 +25,10 @@ STARTED, SAVED = "ss_training_started_at", "ss_training_finished_at"
 CONVERTED = "converted"
 """What `convert` made a snapshot of, as JSON."""
 
+TOOL, COUNTED = "posthoc_tool", "posthoc_counted"
+"""What no file has: the index of another tool's checkpoint says so which tool wrote it, and what
+its own counter of steps says, with the counter's relative rounding."""
+
 RECIPE = "posthoc"
 """How an output was made, as JSON: the sources and their weights. No snapshot has it."""
 
@@ -49,7 +53,7 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
-    gone = {STEP, GAMMA, SIGMA_REL, CONVERTED, RECIPE}
+    gone = {STEP, GAMMA, SIGMA_REL, CONVERTED, RECIPE, TOOL, COUNTED}
     return {
         key: value
         for key, value in metadata.items()

@@ -139,7 +139,12 @@ def list_networks(folder: Path, names: Sequence[str] | None = None) -> tuple[lis
 
 def preferred(names: Sequence[str]) -> list[str]:
     """Those of `names`, of networks in one folder, that Hugging Face's libraries give; else all."""
-    return [name for name in names if _WELL_KNOWN.fullmatch(name)] or list(names)
+    return [name for name in names if is_known(name)] or list(names)
+
+
+def is_known(name: str) -> bool:
+    """Whether it is what Hugging Face's libraries call a network."""
+    return _WELL_KNOWN.fullmatch(name) is not None
 
 
 def stem_of_shard(name: str) -> str:

@@ -8,7 +8,6 @@ step 0, is left out unless it is named by itself.
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,53 +15,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, either
+from posthoc_cli.formats.files import (
+    ENDINGS,
+    INDEX,
+    KNOWN,
+    list_checkpoints,
+    of_training,
+    shards_of,
+    without_ending,
+)
 from posthoc_cli.snapshots import Pattern, choose_by_globs, read_name
 from posthoc_cli.storage import ENDING
-from posthoc_cli.storage.disk import list_folder, open_file
-
-ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
-"""Of the files in a folder that count, in capitals too; `.tar` may follow."""
-
-_INDEX = ".index.json"
-_MAX_INDEX = 256 << 20
-_KNOWN = (
-    *("pytorch_model", "diffusion_pytorch_model", "model", "adapter_model"),
-    *("pytorch_lora_weights", "mp_rank_00_model_states"),
-)
-"""What libraries call the network in a folder of its own, without ending."""
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
-_ZERO_3 = re.compile(r".*zero_pp_rank_[0-9]+_mp_rank_[0-9]+_model_states\.pt")
-_COUNTED = r"(?:[-_.]?[0-9]+)*"
-_OF_TRAINING = [
-    (re.compile(rf"(?i:{regex})"), reason)
-    for regex, reason in (
-        (r"training[-_]state.*", "a state of training, to go on from"),
-        (r"trainer[-_]state.*", "a state of the trainer"),
-        (r"training[-_]args.*", "the arguments of training"),
-        (rf"(?:.*[-_.])?(?:optimizer|optim)(?:[-_.]states?)?{_COUNTED}", "an optimizer's state"),
-        (r".*_optim_states", "an optimizer's state"),
-        (rf"(?:lr[-_]?)?scheduler(?:[-_.]states?)?{_COUNTED}", "a scheduler's state"),
-        (rf"(?:grad[-_]?)?scaler(?:[-_.]states?)?{_COUNTED}", "a gradient scaler's state"),
-        (rf"(?:rng|random)[-_.]?states?{_COUNTED}", "random states"),
-        (rf"(?:sampler|dl_state_dict|dataloader)(?:[-_.]states?)?{_COUNTED}", "a sampler's state"),
-    )
-]
-"""Names, without ending, of what training saves beside the network."""
+from posthoc_cli.storage.disk import list_folder
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """A checkpoint: its name below the folder, what its snapshot is to be called, and its files.
 
-    `index` says which tensor is in which of several files, where there is one. `given` is whether
-    the user named it, so that nothing is left out in silence.
+    `path` is that of the only file, or of the index of several. `given` is whether the user named
+    it, so that nothing is left out in silence.
     """
 
     name: str
     stem: str
     paths: tuple[Path, ...]
-    index: Path | None = None
+    path: Path
     given: bool = False
 
     def title(self, pattern: Pattern | None) -> str:
@@ -130,43 +108,6 @@ def nothing_left(source: Path, left_out: Sequence[tuple[str, str]]) -> SnapshotE
     )
 
 
-def index_of(one: Found) -> dict[str, str]:
-    """Which of a checkpoint's files has which tensor, by its index; empty without one.
-
-    Raises SnapshotError for an index that is none, or that is of other files.
-    """
-    if one.index is None:
-        return {}
-    with open_file(one.index) as (file, status):
-        data = file.read(_MAX_INDEX) if status.st_size <= _MAX_INDEX else b""
-    try:
-        places = json.loads(data)["weight_map"]
-        if not all(isinstance(file, str) for file in places.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SnapshotError(
-            str(one.index), "is not an index of shards", "copy it again, or remove it"
-        ) from None
-    return dict(places)
-
-
-def without_ending(name: str) -> str | None:
-    """A checkpoint's name without its ending; None for what doesn't end as one does."""
-    bare = name[:-4] if name.lower().endswith(".tar") else name
-    stem, ending = os.path.splitext(bare)
-    if ending.lower() in ENDINGS and stem:
-        return stem
-    return bare if bare != name else None  # `name.tar`, as torch's tutorials have it
-
-
-def may_be_other(one: Found) -> bool:
-    """Whether a file's name is as usual for quite other things: `vocab.bin`, `images.tar`."""
-    name = one.paths[0].name.lower()
-    bare = os.path.splitext(name)[0]
-    other = name.endswith(".bin") or (name.endswith(".tar") and not bare.endswith(ENDINGS))
-    return other and not one.given and bare not in _KNOWN and len(one.paths) == 1
-
-
 def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, str]]]:
     names = [n for n in list_folder(source, "give the folder of checkpoints") if n[0] != "."]
     folders = [name for name in names if os.path.isdir(source / name)]
@@ -185,12 +126,12 @@ def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, st
             steps += inside
         else:
             others.append((name, reason))
-    used = {path.name for one in found for path in (*one.paths, *filter(None, [one.index]))}
+    used = {path.name for one in found for path in (*one.paths, one.path)}
     for name in files:
         if name not in used and not (name.endswith(ENDING) and _same(source, output)):
             others.append((name, _no_checkpoint(name)))
     if steps:  # the last one of all, as Trainer saves it once more
-        last = [one for one in found if one.stem in _KNOWN]
+        last = [one for one in found if one.stem in KNOWN]
         found = [one for one in found if one not in last]
         others += [
             (one.name, "no step in its name, beside the folders of steps: give it by itself")
@@ -225,7 +166,7 @@ def _inside(source: Path, folder: str) -> tuple[list[Found], str]:
     found = _grouped(source, f"{folder}/", files)
     if not re.search("[0-9]", folder):
         return [], "a folder whose name says no step" if found else "a folder without checkpoints"
-    if [one for one in found if _of_training(one) is None]:
+    if [one for one in found if of_training(one.paths[0].name) is None]:
         return found, ""
     if any(name.lower().endswith(ENDING) for name in files):
         return [], f"a folder with {ENDING} files, which can be used as they are"
@@ -234,7 +175,7 @@ def _inside(source: Path, folder: str) -> tuple[list[Found], str]:
         return [], "only DeepSpeed's parts: make one file of them with its zero_to_fp32.py"
     for below in deeper:
         path = source / folder / below
-        if any(without_ending(name) in _KNOWN for name in list_folder(path)):
+        if any(without_ending(name) in KNOWN for name in list_folder(path)):
             return [], f"a folder with checkpoints in '{below}', one deeper: give that folder"
     return [], "a folder without checkpoints"
 
@@ -244,56 +185,19 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
 
     Raises SnapshotError where shards are missing.
     """
-    names = list(names)
-    there = set(names)
     folder = source / below if below else source
-    found, shards = [], dict[tuple[str, str, int], dict[int, str]]()
-    ranks = [name for name in names if _ZERO_3.fullmatch(name)]
-    for name in names:
-        stem = without_ending(name)
-        if stem is None or name in ranks[1:]:  # of which none has values
-            continue
-        match = _SHARD.fullmatch(stem)
-        if match is None:
-            found.append(Found(below + name, below.removesuffix("/") or stem, (folder / name,)))
-        else:
-            ending = name[len(stem) :]
-            group = shards.setdefault((match["stem"], ending, int(match["count"])), {})
-            group[int(match["number"])] = name
-    for (stem, ending, count), group in shards.items():
-        paths = tuple(folder / group[number] for number in sorted(group))
-        index = f"{stem}{ending}{_INDEX}"
-        found.append(
-            Found(
-                f"{below}{stem}{ending}",
-                below.removesuffix("/") or stem,
-                paths,
-                folder / index if index in there or (folder / index).is_file() else None,
-            )
-        )
-        if len(names) == 1:  # a shard that was given by itself: its siblings are needed too
-            listed = set(list_folder(folder))
-            every = [f"{stem}-{n:05}-of-{count:05}{ending}" for n in range(1, count + 1)]
-            paths = tuple(folder / name for name in every if name in listed)
-            found[-1] = replace(found[-1], paths=paths)
-        if len(paths) != count:
-            lacking = next(n for n in range(1, count + 1) if n not in group)
-            raise SnapshotError(
-                str(folder / f"{stem}-{lacking:05}-of-{count:05}{ending}"),
-                f"missing: {len(paths)} of {count} shards are there",
-                "wait until it is written, copy it again, or leave it out with exclude=",
-            )
+    found = []
+    for name in list_checkpoints(names):
+        path = folder / name
+        paths = shards_of(path) if name.endswith(INDEX) else [path]
+        stem = below.removesuffix("/") or without_ending(name) or ""
+        found.append(Found(below + name.removesuffix(INDEX), stem, tuple(paths), path))
     return found
-
-
-def _of_training(one: Found) -> str | None:
-    stem = without_ending(one.paths[0].name) or ""
-    return next((reason for regex, reason in _OF_TRAINING if regex.fullmatch(stem)), None)
 
 
 def _reason(one: Found, pattern: Pattern | None) -> str | None:
     """Why a file is left out, by its name alone; None if it isn't."""
-    if reason := _of_training(one):
+    if reason := of_training(one.paths[0].name):
         return reason
     try:
         named = read_name(one.title(pattern), pattern)
@@ -314,7 +218,7 @@ def _one_a_folder(found: list[Found], chosen: bool, left_out: list[tuple[str, st
         folders.setdefault(one.name.rpartition("/")[0], []).append(one)
     kept = folders.pop("", [])
     for folder, inside in folders.items():
-        known = [one for one in inside if without_ending(one.name.rpartition("/")[2]) in _KNOWN]
+        known = [one for one in inside if without_ending(one.name.rpartition("/")[2]) in KNOWN]
         if len(inside) > 1 and len(known) == 1 and not chosen:
             hint = "beside '{}': only='*/{}' takes it instead"
             left_out += [

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
-from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS
+from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS, How
 from posthoc_cli.snapshots import (
     Identity,
     Pattern,
@@ -21,13 +21,12 @@ from posthoc_cli.snapshots import (
     identify,
     read_name,
 )
+from posthoc_cli.snapshots.trained import Reading
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import CONVERTED, STEP
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
-
-MAX_UPDATE_EVERY = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,11 @@ class Options:
     profiles: tuple[float, ...] = ()
     pattern: Pattern | None = None
     key: str | None = None
+
+    @property
+    def reading(self) -> Reading:
+        how = How(self.key, self.kind)
+        return Reading(self.pattern, self.profiles, how, self.update_every)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +117,6 @@ def _title(found: Found) -> str:
     return found.name if found.name.startswith(f"{found.stem}.") else f"{found.stem}{ENDING}"
 
 
-class LeftOutError(SnapshotError):
-    """A file of the run's folder that is no checkpoint: to be named, but no mistake."""
-
-
 def find_jobs(
     source: Path,
     folder: Path,
@@ -136,7 +136,8 @@ def find_jobs(
     is false; SnapshotError when there is no checkpoint; MachineError when the folder can't be
     listed.
     """
-    _check(options)
+    check_profiles(options.profiles or None, options.pattern)
+    options.reading.check()
     rest = left_out if left_out is not None else []
     found = find_checkpoints(source, only, exclude, options.pattern, folder, rest)
     if options.pattern and not any(options.pattern.greedy.fullmatch(one.name) for one in found):
@@ -167,24 +168,6 @@ def find_jobs(
             )
         jobs.append(replace(job, done=done, doubt=doubts.get(_title(one))))
     return jobs
-
-
-def _check(options: Options) -> None:
-    """Raise UsageError for options that are out of bounds or don't go together."""
-    check_profiles(options.profiles or None, options.pattern)
-    if options.update_every is not None:
-        if not 1 <= options.update_every <= MAX_UPDATE_EVERY:
-            raise UsageError(
-                "update_every=",
-                f"{options.update_every} is out of bounds",
-                "give the steps from one update of the averages to the next, from 1 on",
-            )
-        if options.kind not in ("auto", *DEFAULT_UPDATE_EVERY):
-            raise UsageError(
-                "update_every=", f"doesn't go with tool='{options.kind}'", "leave it out"
-            )
-    if options.key is not None and options.kind == "edm2":
-        raise UsageError("key=", f"doesn't go with tool='{options.kind}'", "leave it out")
 
 
 def _outputs(found: Sequence[Found], folder: Path) -> list[Path]:

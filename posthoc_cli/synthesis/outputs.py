@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.lora_scale import lora_metadata
 from posthoc_cli.storage import Part as FilePart
@@ -213,6 +215,28 @@ def _write_products(
                 progress(products.bytes_of(pair))
 
 
+def write_copy(
+    plan: TensorPlan,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[int, list[str]]:
+    """Write a plan of which nothing is averaged; the file's size, and which tensors overflowed.
+
+    Raises what `write_outputs` does.
+    """
+    output = output_files(plan, path, None, metadata=metadata, overwrite=overwrite)
+    weights = np.ones((1, 1))
+    report = NonfiniteReport(plan, weights)
+    engine = Engine(plan, weights, report=report, progress=progress)
+    with engine, _opened(plan, [output], beside=True):
+        engine.run(FileSink([output]))
+    found = [each.tensor for each in report.tensors(engine.varies) if each.overflowed]
+    return sum(file.size for file in output.files), sorted(found)
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFiles:
     """The files of one output, in the order in which they are committed, and its data's places.
@@ -252,8 +276,9 @@ class OutputFiles:
 def output_files(
     plan: TensorPlan,
     path: Path,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None,
     *,
+    metadata: Mapping[str, str] | None = None,
     shard_bytes: int | None = None,
     overwrite: bool = False,
     products: Products | None = None,
@@ -261,8 +286,9 @@ def output_files(
 ) -> OutputFiles:
     """The files of an output; shards with an index where one would hold more than `shard_bytes`.
 
-    With `products`, their factors of these `ranks` are among its tensors. Raises UsageError when
-    the output exists and `overwrite` is false.
+    With `products`, their factors of these `ranks` are among its tensors. The metadata is that of
+    the newest snapshot with the recipe, or else `metadata`. Raises UsageError when the output
+    exists and `overwrite` is false.
     """
     tensors = products.tensors(ranks) if products else plan.tensors
     places = make_header(tensors, {})[1]
@@ -270,7 +296,8 @@ def output_files(
     carried = carried_over(plan.sources[plan.newest].metadata)
     if products is not None:
         carried = lora_metadata(carried, products.shared_rank(ranks), ranks)
-    metadata = carried | {RECIPE: json.dumps(recipe)}
+    if metadata is None:
+        metadata = carried | {RECIPE: json.dumps(recipe)}
     if len(shards) > 1:
         metadata = {FORMAT: "pt", **metadata}  # without it transformers loads no shard
     paths = [path] if len(shards) == 1 else shard_paths(path, len(shards))
@@ -315,16 +342,20 @@ class FileSink:
 
 
 @contextlib.contextmanager
-def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
+def _opened(
+    plan: TensorPlan, outputs: Sequence[OutputFiles], *, beside: bool = False
+) -> Iterator[None]:
     """Open the files of `outputs` for a `with` block, at the end of which all appear, or none.
 
-    Raises UsageError when one is a snapshot or lies among them, MachineError when the disk fails.
+    Raises UsageError when one is a snapshot or takes the place of what lies beside them and isn't
+    ours, unless that is what `beside` allows, MachineError when the disk fails.
     """
 
     def group(output: OutputFiles) -> Group:
         def old() -> list[Path]:
             replaced = output.replaced()
-            _refuse_inputs(plan.sources, {*(file.path for file in output.files), *replaced})
+            paths = {*(file.path for file in output.files), *replaced}
+            _refuse_inputs(plan.sources, paths, beside)
             return replaced
 
         return Group(output.files, old, output.path)
@@ -338,8 +369,9 @@ def _opened(plan: TensorPlan, outputs: Sequence[OutputFiles]) -> Iterator[None]:
             yield
 
 
-def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path]) -> None:
-    """Never write over a snapshot, whatever name or link it goes by, nor over one not used."""
+def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path], beside: bool) -> None:
+    """Never write over a snapshot, whatever name or link it goes by; nor over one not used, which
+    is what `beside` allows."""
     inputs = [file.path for source in sources for file in source.files]
     folders = {source.path.parent for source in sources}
     for path in outputs:
@@ -348,7 +380,7 @@ def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path]) ->
         if any(os.path.samefile(path, source) for source in inputs):
             raise UsageError(str(path), "is one of the snapshots", "choose another output")
         among = any(os.path.samefile(path.parent, folder) for folder in folders)
-        if among and not made_by_posthoc(path):
+        if among and not beside and not made_by_posthoc(path):
             raise UsageError(
                 str(path),
                 "lies among the snapshots, and posthoc didn't make it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from posthoc_cli._version import __version__
 from posthoc_cli.errors import UsageError
+from posthoc_cli.formats import AS_USUAL, KINDS, How
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.solver.targets import Target
 from posthoc_cli.synthesis.products import Products, check_mode
@@ -27,12 +29,14 @@ def make_recipe(
     copied: Sequence[str] = (),
     dropped: Sequence[str] = (),
     lora: object = None,
+    how: How | None = None,
 ) -> dict[str, Any]:
     """The recipe of one output: its target, and each snapshot with its weight.
 
     `snapshots`, `weights` and `fingerprints` (see storage.readers.fingerprint) go together;
     `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `lora` is
-    the plan, which may be one of a LoRA's products.
+    the plan, which may be one of a LoRA's products; `how` is how checkpoints of other tools are
+    read, where it isn't as usual.
     """
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
@@ -45,6 +49,7 @@ def make_recipe(
             if isinstance(lora, Products)
             else {}
         ),
+        **({"read": dataclasses.asdict(how)} if how and how != AS_USUAL else {}),
         "sources": [
             {
                 "file": snapshot.file,
@@ -102,6 +107,7 @@ class RecipeSources:
     copied: tuple[str, ...]
     dropped: tuple[str, ...]
     lora: tuple[float, int | None] | None = None
+    how: How = AS_USUAL
 
 
 def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
@@ -117,7 +123,15 @@ def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
         _globs(recipe, "copied"),
         _globs(recipe, "dropped"),
         _lora(recipe.get("lora")),
+        _how(recipe.get("read", {})),
     )
+
+
+def _how(read: Any) -> How:
+    key, tool = (read.get("key"), read.get("tool")) if isinstance(read, dict) else (0, 0)
+    if not isinstance(key, str | None) or tool not in (None, "auto", *KINDS):
+        raise ValueError("it says not how its sources are read")
+    return How(key, tool or "auto")
 
 
 def _source(entry: Any) -> Source:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.formats import open_network
 from posthoc_cli.snapshots.lora import without_rank
 from posthoc_cli.snapshots.wrappers import agree_on_names
 from posthoc_cli.storage import (
@@ -158,7 +159,7 @@ def _open_sources(folder: Path, recipe: RecipeSources) -> tuple[list[TensorIndex
             problems.append(Problem(path, "is not there", remedy))
             continue
         try:
-            layouts.append(open_tensors(path, headers))
+            layouts.append(open_network(path, recipe.how, headers))
             same = _is_same(source, layouts[-1])
         except SnapshotError as error:
             problems.append(Problem(path, error.problem, error.remedy))

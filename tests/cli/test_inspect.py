@@ -162,7 +162,7 @@ def test_a_recipe_with_what_is_no_number(posthoc_here: Posthoc, tmp_path: Path) 
 def test_what_is_not_there(posthoc_here: Posthoc, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     posthoc_here("inspect", "nowhere").failed(2, "nowhere: there is no such folder; .*")
-    posthoc_here("inspect", "empty").failed(3, r"empty: holds no \.safetensors files; .*")
+    posthoc_here("inspect", "empty").failed(3, r"empty: holds no \.safetensors files, nor .*")
 
 
 def test_on_a_narrow_terminal(snapshots: Path) -> None:

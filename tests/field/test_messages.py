@@ -372,15 +372,6 @@ def test_suggests_to_skip_what_is_incomplete(posthoc_here: Posthoc, tmp_path: Pa
     assert suggestion(posthoc_here, "run") == "posthoc inspect run --skip-incomplete"
 
 
-def test_suggests_to_convert(posthoc_here: Posthoc, tmp_path: Path) -> None:
-    (tmp_path / "run 1").mkdir()
-    (tmp_path / "run 1" / "0.1000.pt").write_bytes(b"x")
-    run = posthoc_here("inspect", "run 1")
-    run.failed(
-        3, r"run 1: .+; make snapshots of them with posthoc convert 'run 1' 'run 1-snapshots'"
-    )
-
-
 def test_suggests_nothing_where_nothing_works(posthoc_here: Posthoc, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("final", "best"):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.formats import StoredTensor, read_checkpoint, state_dict
 from posthoc_cli.formats.pickles import Call, Span
+from posthoc_cli.storage import File
 from posthoc_cli.storage.dtypes import DTYPES
 from tests.hostile_pickles import CORPUS, end_field, one_tensor, zipped
 
@@ -182,8 +183,7 @@ def test_a_file_says_when_it_was_changed(tmp_path: Path) -> None:
     path = save({"w": torch.zeros(3)}, tmp_path / "x.pt", "zip")
     checkpoint = read_checkpoint(path)
     status = path.stat()
-    assert (checkpoint.path, checkpoint.size) == (path, status.st_size)
-    assert checkpoint.modified == status.st_mtime_ns
+    assert checkpoint.file == File(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def test_many_storages_and_a_wide_directory(tmp_path: Path) -> None:
@@ -403,7 +403,6 @@ def test_a_named_pipe_is_refused_and_does_not_hang(tmp_path: Path) -> None:
         ("an entry of 4 GB", "storage 0 ends outside of it"),
         ("an entry that is shorter", "storage 0 is shorter than its pickle says"),
         ("a directory of 10 GB", "its directory is missing or broken"),
-        ("an archive of a big-endian machine", "big-endian"),
         ("a legacy storage of another length", "storage 0 has not the length its pickle says"),
         ("a legacy storage without keys", "a storage is missing"),
         ("a tar archive", "a tar archive"),

@@ -441,10 +441,10 @@ def test_errors_of_the_machine_go_through(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(MachineError, match="cannot be listed \\(Permission denied\\)"):
             read_folder(tmp_path)
 
-    def unreadable(path: Path, _: object) -> None:
+    def unreadable(path: Path, *_: object) -> None:
         raise MachineError(str(path), "cannot be read", "check it")
 
-    monkeypatch.setattr(module, "open_tensors", unreadable)
+    monkeypatch.setattr(module, "open_network", unreadable)
     with pytest.raises(MachineError, match="cannot be read"):
         read_folder(tmp_path)
 
@@ -452,25 +452,23 @@ def test_errors_of_the_machine_go_through(tmp_path: Path, monkeypatch: pytest.Mo
 def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / f".a_1_1{END}").write_bytes(b"")
-    with pytest.raises(SnapshotError, match=r"holds no \.safetensors files; give the folder"):
+    with pytest.raises(
+        SnapshotError, match=r"holds no \.safetensors files, nor checkpoints .*; give the folder"
+    ):
         read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("names", "found"),
-    [
-        (["0.100.pt", "1.100.pt"], "2 .pt files"),
-        (["network-snapshot-0000134-0.050.pkl"], "1 .pkl file;"),
-        (["A.CKPT"], "1 .ckpt file;"),
-    ],
+    "names", [["0.100.pt", "1.100.pt"], ["network-snapshot-0000134-0.050.pkl"], ["A.CKPT"]]
 )
-def test_folder_of_pickles(tmp_path: Path, names: list[str], found: str) -> None:
+def test_folder_of_empty_pickles(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(SnapshotError) as caught:
-        read_folder(tmp_path)
-    assert f"holds no .safetensors files, but {found}" in str(caught.value)
-    assert "posthoc convert" in str(caught.value)
+    found = read_folder(tmp_path)
+    assert [file for file, _ in found.problems] == names
+    assert {"nor a pickle: it is empty; copy it again" in text for _, text in found.problems} == {
+        True
+    }
 
 
 @pytest.mark.parametrize(

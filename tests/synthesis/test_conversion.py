@@ -18,7 +18,8 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import read_folder
 from posthoc_cli.snapshots.names import compile_pattern
 from posthoc_cli.solver.profiles import gamma_to_sigma_rel, sigma_rel_to_gamma
-from posthoc_cli.synthesis.conversion import convert, explanations
+from posthoc_cli.synthesis.conversion import convert
+from posthoc_cli.synthesis.conversion import explain as explanations
 from posthoc_cli.synthesis.conversion_jobs import Converted, Options, find_jobs
 from tests.formats.test_edm2 import Network, half, names, snapshot
 
