@@ -47,9 +47,13 @@ def check_matplotlib() -> None:
         )
 
 
-def density(profile: Profile, at: FloatArray) -> FloatArray:
-    """`p(u)` of a profile at the steps `at` > 0 (eq. 121)."""
+def density(profile: Average, at: FloatArray) -> FloatArray:
+    """`p(u)` of a profile at the steps `at` > 0 (eq. 121); of other kinds what a step weighs."""
     inside = at <= profile.step
+    if not isinstance(profile, Profile):
+        high = np.minimum(at, profile.step)
+        low = np.maximum(high - 1, 0)
+        return np.where(inside, profile.between(low, high) / np.maximum(high - low, 1e-9), 0.0)
     share = np.where(inside, at / profile.step, 1.0)
     value: FloatArray = np.where(
         inside, (profile.gamma + 1) / profile.step * share**profile.gamma, 0.0
@@ -93,8 +97,9 @@ def draw(
         axes[1, 0].set_ylabel("given \N{MINUS SIGN} wanted")
         axes[2, 0].set_ylabel(f"weights ({shown})")
         axes[0, 0].legend(loc="upper left", handlelength=1.6, borderaxespad=0.2)
-        if not raw:
-            symbol = r"$\sigma_{\mathrm{rel}}$"
+        if not all(each.raw for each in snapshots):
+            powers = all(isinstance(each, Profile) for each in snapshots)
+            symbol = r"$\sigma_{\mathrm{rel}}$" if powers else None
             axes[2, 0].legend(loc="upper left", handlelength=1.0, borderaxespad=0.2, title=symbol)
         figure.align_ylabels(axes[:, 0])
         # The date would make every run's file another one.
@@ -114,7 +119,7 @@ def _draw_profiles(
     """The profile that is wanted and those that are given; their differences below."""
     steps = sorted({float(each.step) for each in snapshots if each.step <= target.step})
     # Densities jump where a snapshot ends: points on both sides of it, and many between.
-    edges = np.unique([0.0, *steps, float(target.step)])
+    edges = np.unique([0.0, *steps, *target.breaks, float(target.step)])
     fine = max(400 // len(edges), 8)
     at = np.concatenate(
         [
@@ -122,12 +127,10 @@ def _draw_profiles(
             for low, high in pairwise(edges.tolist())
         ]
     )
-    powers = all(isinstance(each, Profile) for each in (*snapshots, target))
+    raw = any(each.raw for each in snapshots)
 
     def curve(average: Average) -> FloatArray:
-        if powers and isinstance(average, Profile):
-            return density(average, at) * float(target.step)
-        return average.share(at)
+        return average.share(at) if raw else density(average, at) * float(target.step)
 
     wanted = curve(target)
     rows = np.stack(list(weights.values()))
@@ -144,25 +147,30 @@ def _draw_profiles(
         above.plot(at, given, color=colour, linewidth=wide, label=method)
         below.plot(at, given - wanted, color=colour, linewidth=wide)
     below.axhline(0, color="0.1", linewidth=0.5)
-    top = float(np.quantile(wanted, 0.999)) * 1.15
+    # The beginning of a 1-sqrt is a spike that nothing reaches.
+    top = min(float(np.quantile(wanted, 0.999)), 1.5 * float(sums.max())) * 1.15
     above.set_ylim(min(-0.02 * top, 0), top)
     above.set_xlim(0, target.step * 1.03)
     _short_steps(below)
 
 
 def _draw_weights(axis: Any, snapshots: Sequence[Average], weights: FloatArray) -> None:
-    """A stem for each snapshot, those of one width in one colour."""
-    widths = sorted({round(getattr(each, "sigma_rel", 0.0), 6) for each in snapshots})
+    """A stem for each snapshot, those of one profile in one colour."""
+    powers = all(isinstance(each, Profile) for each in snapshots)
+    named = [
+        (round(getattr(each, "sigma_rel", 0.0), 6), str(each).removeprefix("sigma_rel " * powers))
+        for each in snapshots
+    ]
+    profiles = sorted(set(named))
     steps = np.array([float(each.step) for each in snapshots])
-    own = np.array([round(getattr(each, "sigma_rel", 0.0), 6) for each in snapshots])
     apart = min(float(np.diff(np.unique([0.0, *steps])).min()), 0.06 * float(steps.max()))
-    for at, width in enumerate(widths):
+    for at, profile in enumerate(profiles):
         colour = _WIDTHS[at % len(_WIDTHS)]
-        mine = own == width
+        mine = np.array([one == profile for one in named])
         # Beside each other, not over each other.
-        x = steps[mine] + apart * 0.3 * (at - (len(widths) - 1) / 2) / max(len(widths) - 1, 1)
+        x = steps[mine] + apart * 0.3 * (at - (len(profiles) - 1) / 2) / max(len(profiles) - 1, 1)
         axis.vlines(x, 0, weights[mine], color=colour, linewidth=1.0)
-        axis.plot(x, weights[mine], "o", color=colour, markersize=2.4, label=f"{width:.3g}")
+        axis.plot(x, weights[mine], "o", color=colour, markersize=2.4, label=profile[1])
     axis.axhline(0, color="0.1", linewidth=0.5)
     axis.margins(y=0.1)
 

@@ -113,7 +113,7 @@ def test_every_example_runs(folder: Path) -> None:
         told = (
             "of the LoRA",
             "products of",
-            "out of reach",
+            "profile error of up to",
             "the rounding of",
             "is to be expected",
             "drawn",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,12 @@ from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
 from posthoc_cli.solver import METHODS, choose_method, solve
 from posthoc_cli.solver.arrays import resolve_device
-from posthoc_cli.solver.targets import make_targets
+from posthoc_cli.solver.targets import Values, make_targets
 
 if TYPE_CHECKING:
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.products import Products
     from posthoc_cli.synthesis.verification import Report
-
-Numbers = float | Iterable[float] | None
-"""A number, several, or none."""
 
 
 def open_snapshots(
@@ -159,8 +156,12 @@ class Run:
         self,
         output: str | os.PathLike[str],
         *,
-        sigma_rel: Numbers = None,
-        gamma: Numbers = None,
+        sigma_rel: Values = None,
+        gamma: Values = None,
+        window: Values = None,
+        lr_decay: Values = None,
+        decay: Values = None,
+        half_life: Values = None,
         step: int | None = None,
     ) -> list[Path]:
         """Where `solve(...).save(output)` will write; raises UsageError where it can't."""
@@ -168,13 +169,18 @@ class Run:
 
         name = self.folder.resolve().name
         _, step = self.until(step)
-        return output_paths(os.fspath(output), name, make_targets(sigma_rel, gamma), step)
+        targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
+        return output_paths(os.fspath(output), name, targets, step)
 
     def solve(
         self,
         *,
-        sigma_rel: Numbers = None,
-        gamma: Numbers = None,
+        sigma_rel: Values = None,
+        gamma: Values = None,
+        window: Values = None,
+        lr_decay: Values = None,
+        decay: Values = None,
+        half_life: Values = None,
         step: int | None = None,
         method: str | None = None,
         device: str = "cpu",
@@ -187,6 +193,11 @@ class Run:
         Arguments:
             sigma_rel: relative widths of the EMAs that are wanted, 0 < sigma_rel < 12^-0.5.
             gamma: the same by exponent (eq. 123), gamma > -1.
+            window: means of the last steps: 480 of them, or "5%" of the target step.
+            lr_decay: what a decay of the learning rate over the last steps would have led to, by
+                its shape (linear, 1-sqrt or cosine) and length: "1-sqrt:10%".
+            decay: EMAs of a fixed decay a step, such as 0.999; half_life: the same by the steps
+                after which half is left, or a part of the target step: 480, "5%".
             step: the target step, by default the last snapshot's; later snapshots are not used.
             method: "edm2" (the default: algorithm 3 of arXiv 2312.02696, weights rescaled to sum
                 one), "algorithm3" (not rescaled), "blup" (least expected error); for raw
@@ -201,7 +212,7 @@ class Run:
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
         """
         method = choose_method(method, self.raw)
-        targets = make_targets(sigma_rel, gamma)
+        targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
         device = resolve_device(device)
         snapshots, step = self.until(step)
         profiles = [snapshot.profile for snapshot in snapshots]

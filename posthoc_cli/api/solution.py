@@ -120,7 +120,7 @@ class Solution:
 
         Arguments:
             output: the file; with several targets a folder, or a template with `{sigma_rel}`,
-                `{gamma}` or `{step}`. A path that ends in / is made if need be.
+                `{gamma}`, `{target}` or `{step}`. A path that ends in / is made if need be.
             dtype: of the floating-point tensors written: "same", "float64", "float32", "float16"
                 or "bfloat16".
             copy, drop: globs of tensors to take from the newest snapshot, and to leave out.

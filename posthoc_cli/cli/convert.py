@@ -19,6 +19,7 @@ from posthoc_cli.cli.console import (
     stdout_console,
     warn,
 )
+from posthoc_cli.cli.lists import read_numbers
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import MachineError, NoNetworkError, SnapshotError, in_bytes, printable
@@ -139,7 +140,7 @@ def convert(
         kind,
         dtype,
         update_every,
-        tuple(options.read_numbers("--profiles", profiles)),
+        tuple(read_numbers("--profiles", profiles)),
         compile_pattern(pattern) if pattern is not None else None,
         key,
     )

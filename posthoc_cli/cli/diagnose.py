@@ -26,6 +26,7 @@ def describe_estimates(solution: Solution, estimates: Sequence[MethodEstimate]) 
         "not_finite": solution.moments.broken,
         "targets": [
             {
+                "target": target.as_dict(solution.step),
                 "sigma_rel": target.sigma_rel,
                 "gamma": target.gamma,
                 "step": solution.step,

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from posthoc_cli.storage import TensorIndex
 
 
-@options.reads_folder
+@options.with_options
 def inspect(
     reading: options.Reading,
     folder: Annotated[

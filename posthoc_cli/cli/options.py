@@ -7,19 +7,16 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from posthoc_cli.cli.helptext import METHODS_HERE
+from posthoc_cli.cli.lists import read_lengths, read_numbers
 from posthoc_cli.errors import UsageError, either
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
-
-MAX_VALUES = 10_000
-"""Values that one option may list; more is a slip of the keyboard."""
 
 _UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
@@ -76,23 +73,6 @@ ExcludeOption = Annotated[
         "Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
     ),
 ]
-SigmaRelOption = Annotated[
-    list[str] | None,
-    in_panel(
-        TARGETS,
-        "LIST",
-        "Relative widths of the EMAs that are wanted: 0.05, or 0.05,0.10, or "
-        "0.010,0.015,...,0.250; above 0 and below 0.2887. May be repeated.",
-    ),
-]
-GammaOption = Annotated[
-    list[str] | None,
-    in_panel(
-        TARGETS,
-        "LIST",
-        "The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5; with blup, above -1.",
-    ),
-]
 StepOption = Annotated[
     int | None,
     in_panel(
@@ -129,108 +109,6 @@ JsonOption = Annotated[bool, flag("--json", "Print the result as JSON.")]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="No warnings and no progress: errors only.")
 ]
-
-
-def read_list(option: str, texts: Sequence[str]) -> list[Decimal]:
-    """The numbers of a LIST option, given once or more.
-
-    A list is numbers with commas between them. Dots continue the spacing of the two numbers before
-    them, up or down, and have to arrive at the number after them: `0.010,0.015,...,0.250`. The
-    numbers are decimal, so that they are those that a person would type.
-
-    Raises UsageError.
-    """
-    values: list[Decimal] = []
-    for whole in texts:
-        text = whole if len(whole) <= 60 else whole[:57] + "..."  # as messages show it
-        items = [item.strip() for item in whole.replace("…", "...").split(",")]
-        numbers: list[Decimal] = []
-        dots = False
-        for at, item in enumerate(items):
-            if item == "...":
-                before = [one for one in items[max(at - 2, 0) : at] if one != "..."]
-                if len(before) < 2 or at == len(items) - 1 or items[at + 1] == "...":
-                    raise UsageError(
-                        option,
-                        f"'{text}': the dots need two numbers before them and one after",
-                        "write it as in 0.010,0.015,...,0.250",
-                    )
-                dots = True
-                continue
-            number = _number(option, item, text)
-            if dots:
-                numbers += _continued(option, numbers[-2], numbers[-1], number, text)
-                dots = False
-            else:
-                numbers.append(number)
-        values += numbers
-        if len(values) > MAX_VALUES:
-            raise _too_many(option, text)
-    return values
-
-
-def _number(option: str, item: str, text: str) -> Decimal:
-    try:
-        number = Decimal(item)
-    except InvalidOperation:
-        number = Decimal("nan")
-    # Far exponents would make sums of decimals fail, and mean nothing here.
-    if not number.is_finite() or abs(number.adjusted()) > 30 or len(number.as_tuple().digits) > 25:
-        what = f"'{item}' in '{text}'" if item != text else f"'{item}'"
-        raise UsageError(
-            option,
-            f"{what} is not a number" if item else f"a number is missing in '{text}'",
-            "give numbers with commas between them, such as 0.05,0.10",
-        )
-    return number
-
-
-def _continued(
-    option: str, first: Decimal, second: Decimal, last: Decimal, text: str
-) -> list[Decimal]:
-    """The numbers after `second`, at the spacing of the two, to `last`."""
-    spacing = second - first
-    rest = last - second
-    if spacing == 0 or rest * spacing <= 0:
-        raise UsageError(
-            option,
-            f"'{text}': from {first} and {second} the dots don't lead to {last}",
-            "write it as in 0.010,0.015,...,0.250",
-        )
-    if rest / spacing > MAX_VALUES:
-        raise _too_many(option, text)
-    count, left_over = divmod(rest, spacing)
-    if left_over:
-        below = second + count * spacing
-        raise UsageError(
-            option,
-            f"'{text}': steps of {abs(spacing)} from {second} miss {last}",
-            f"end the list at {shortest(below)} or {shortest(below + spacing)}",
-        )
-    return [second + spacing * k for k in range(1, int(count) + 1)]
-
-
-def read_numbers(option: str, texts: Sequence[str] | None) -> list[float]:
-    """The same as `read_list`, as floats; empty where the option wasn't given."""
-    return [float(value) for value in read_list(option, texts or ())]
-
-
-def read_targets(sigma_rel: Sequence[str] | None, gamma: Sequence[str] | None) -> dict[str, Any]:
-    """The averages that are wanted, as the library takes them."""
-    return {
-        "sigma_rel": read_numbers("--sigma-rel", sigma_rel),
-        "gamma": read_numbers("--gamma", gamma),
-    }
-
-
-def _too_many(option: str, text: str) -> UsageError:
-    return UsageError(option, f"'{text}': more than {MAX_VALUES} values", "give a wider spacing")
-
-
-def shortest(number: Decimal) -> str:
-    """`number` without an exponent or zeros that say nothing: 0.050 -> 0.05."""
-    plain = f"{number.normalize():f}"
-    return "0" if plain == "-0" else plain
 
 
 def read_size(option: str, text: str) -> int:
@@ -342,24 +220,89 @@ class Reading:
     lora: str = "factors"
 
 
-def reads_folder(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` the options of Reading, in place of its argument `reading`."""
-    hints = get_type_hints(Reading, include_extras=True)
-    names = [name for name, hint in hints.items() if get_origin(hint) is Annotated]
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Which averages are wanted: the options that name them, under "Targets"."""
+
+    sigma_rel: Annotated[
+        list[str] | None,
+        in_panel(
+            TARGETS,
+            "LIST",
+            "Relative widths of the EMAs that are wanted: 0.05, or 0.05,0.10, or "
+            "0.010,0.015,...,0.250; above 0 and below 0.2887. May be repeated, as those below.",
+        ),
+    ] = None
+    gamma: Annotated[
+        list[str] | None,
+        in_panel(
+            TARGETS,
+            "LIST",
+            "The same by exponent: 16.97 is sigma_rel 0.05. Above -0.5; with blup, above -1.",
+        ),
+    ] = None
+    window: Annotated[
+        list[str] | None,
+        in_panel(
+            TARGETS, "LIST", "Means of the last steps: 480 of them, or 5% of the target step."
+        ),
+    ] = None
+    lr_decay: Annotated[
+        list[str] | None,
+        in_panel(
+            TARGETS,
+            "LIST",
+            "What a decay of the learning rate over the last steps would have led to, by its shape "
+            "(linear, 1-sqrt or cosine) and length: 1-sqrt:10%.",
+        ),
+    ] = None
+    decay: Annotated[
+        list[str] | None,
+        in_panel(TARGETS, "LIST", "EMAs of a fixed decay a step, such as 0.999."),
+    ] = None
+    half_life: Annotated[
+        list[str] | None,
+        in_panel(TARGETS, "LIST", "The same by half-life: in 480 steps, or 5% of the target step."),
+    ] = None
+
+    def read(self) -> dict[str, Any]:
+        """The same as the library takes them. Raises UsageError."""
+        return {
+            "sigma_rel": read_numbers("--sigma-rel", self.sigma_rel),
+            "gamma": read_numbers("--gamma", self.gamma),
+            "window": read_lengths("--window", self.window),
+            "lr_decay": read_lengths("--lr-decay", self.lr_decay, shapes=True),
+            "decay": read_numbers("--decay", self.decay),
+            "half_life": read_lengths("--half-life", self.half_life),
+        }
+
+
+GROUPS: tuple[type, ...] = (Targets, Reading)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options of each of GROUPS in place of its argument of that type."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    groups = {each.name: each.annotation for each in own if each.annotation in GROUPS}
+    options: dict[str, dict[str, inspect.Parameter]] = {}
+    for name, group in groups.items():
+        hints = get_type_hints(group, include_extras=True)
+        options[name] = {
+            each.name: each.replace(annotation=hints[each.name])
+            for each in inspect.signature(group).parameters.values()
+            if get_origin(hints[each.name]) is Annotated
+        }
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        reading = Reading(**{name: given.pop(name) for name in names})
-        command(reading=reading, **given)
+        made = {
+            name: group(**{option: given.pop(option) for option in options[name]})
+            for name, group in groups.items()
+        }
+        command(**made, **given)
 
-    signature = inspect.signature(command, eval_str=True)
-    own = [each for each in signature.parameters.values() if each.name != "reading"]
-    reading = [
-        each.replace(annotation=hints[each.name])
-        for each in inspect.signature(Reading).parameters.values()
-        if each.name in names
-    ]
-    parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in (*own, *reading)]
+    spread = [options.get(each.name, {each.name: each}).values() for each in own]
+    parameters = [each.replace(kind=each.KEYWORD_ONLY) for some in spread for each in some]
     run.__annotations__ = {each.name: each.annotation for each in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run

@@ -17,6 +17,7 @@ from posthoc_cli.cli.console import (
     print_table,
     stdout_console,
 )
+from posthoc_cli.cli.lists import read_numbers
 from posthoc_cli.errors import UsageError, in_bytes
 
 WITHIN = (0.01, 0.05)
@@ -105,7 +106,7 @@ def plan(
 def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
     from posthoc_cli.solver import MAX_SIGMA_REL, MIN_SIGMA_REL
 
-    widths = tuple(sorted(set(options.read_numbers("--profiles", profiles or ["0.05,0.10"]))))
+    widths = tuple(sorted(set(read_numbers("--profiles", profiles or ["0.05,0.10"]))))
     for width in widths:
         if not MIN_SIGMA_REL <= width < MAX_SIGMA_REL:
             raise UsageError(

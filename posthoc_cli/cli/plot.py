@@ -20,7 +20,7 @@ MOST = 6
 """Targets of one figure: more can't be read."""
 
 
-@options.reads_folder
+@options.with_options
 def plot(
     reading: options.Reading,
     folder: options.FolderArgument,
@@ -35,8 +35,7 @@ def plot(
             help="The figure to write; its ending says as what: .png, .svg or .pdf.",
         ),
     ],
-    sigma_rel: options.SigmaRelOption = None,
-    gamma: options.GammaOption = None,
+    targets: options.Targets,
     step: options.StepOption = None,
     method: Annotated[
         str | None,
@@ -77,11 +76,11 @@ def plot(
         raise UsageError(str(path), "exists already", "use --force to replace it")
     AtomicFile(path, 0, overwrite=force).check_absent()
     plotting.check_matplotlib()
-    targets = options.read_targets(sigma_rel, gamma)
-    if (count := sum(map(len, targets.values()))) > MOST:
+    wanted = targets.read()
+    if (count := sum(map(len, wanted.values()))) > MOST:
         raise UsageError("--sigma-rel", f"{count} targets", f"give up to {MOST} a figure")
     solution = open_and_warn(folder, reading, quiet).solve(
-        step=step, method=method, sample=True, **targets
+        step=step, method=method, sample=True, **wanted
     )
     warn_of_sample(solution, quiet)
     estimates = solution.estimate_methods()
@@ -101,5 +100,6 @@ def plot(
 
 
 def _title(target: Target) -> str:
-    symbol = r"$\gamma$" if target.argument == "gamma" else r"$\sigma_{\mathrm{rel}}$"
-    return f"{symbol} = {target.text}"
+    symbols = {"sigma_rel": r"$\sigma_{\mathrm{rel}}$", "gamma": r"$\gamma$"}
+    symbol = symbols.get(target.argument)
+    return f"{symbol} = {target.text}" if symbol else str(target)

@@ -12,6 +12,7 @@ from posthoc_cli.errors import percent
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run, Solution
+    from posthoc_cli.solver.arrays import FloatArray
 
 FAR_OFF = 0.05
 """Of a profile error or an expected one: what is beyond it is said without being asked."""
@@ -89,11 +90,8 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
         return
     errors, gains = solution.solved.profile_error, solution.solved.noise_gain
     if far := [at for at in targets if errors[at] > FAR_OFF]:
-        note(
-            f"{_listed(solution, far)}: out of reach, with a profile error of up to "
-            f"{percent(errors[far].max())}; {_reach(solution)}",
-            quiet,
-        )
+        _note_far(solution, [at for at in far if solution.targets[at].gamma is not None], errors)
+        _note_far(solution, [at for at in far if solution.targets[at].gamma is None], errors)
     half = sorted(HALF & {dtype for snapshot in solution.snapshots for dtype in snapshot.dtypes})
     if half and (loud := [at for at in targets if gains[at] > LOUD]):
         note(
@@ -101,6 +99,18 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
             f"up to {gains[loud].max():.3g} times as large; --method blup weighs that",
             quiet,
         )
+
+
+def _note_far(solution: Solution, far: Sequence[int], errors: FloatArray) -> None:
+    """A line on stderr for targets that are all power functions, or none of them is."""
+    if not far:
+        return
+    worst = percent(errors[far].max())
+    if solution.targets[far[0]].gamma is None:  # an edge costs much of it, and little otherwise
+        said = f"a profile error of up to {worst}; --diagnose tells what comes of it"
+    else:
+        said = f"out of reach, with a profile error of up to {worst}; {_reach(solution)}"
+    note(f"{_listed(solution, far)}: {said}", quiet=False)
 
 
 def _note_lone_checkpoints(solution: Solution) -> None:
@@ -160,6 +170,7 @@ def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:
         "warnings": describe_warnings([*solution.run.warnings, *_of_sample(solution)]),
         "targets": [
             {
+                "target": target.as_dict(solution.step),
                 "sigma_rel": target.sigma_rel,
                 "gamma": target.gamma,
                 "step": solution.step,

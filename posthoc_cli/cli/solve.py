@@ -28,12 +28,11 @@ TABLES = 3
 """With more targets than this, each gets a line instead of a table."""
 
 
-@options.reads_folder
+@options.with_options
 def solve(
     reading: options.Reading,
     folder: options.FolderArgument,
-    sigma_rel: options.SigmaRelOption = None,
-    gamma: options.GammaOption = None,
+    targets: options.Targets,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
@@ -70,6 +69,7 @@ def solve(
       posthoc solve snapshots --sigma-rel 0.07
       posthoc solve snapshots --sigma-rel 0.02,0.03,...,0.25
       posthoc solve snapshots --gamma 16.97,6.94 --step 2000 --json
+      posthoc solve snapshots --window 5%,10% --lr-decay 1-sqrt:20%
       posthoc solve snapshots --sigma-rel 0.07 --csv > weights.csv
       posthoc solve snapshots --sigma-rel 0.03,0.07,0.20 --diagnose
       posthoc solve checkpoints --raw --sigma-rel 0.10,0.20
@@ -83,7 +83,7 @@ def solve(
         method=method,
         device=device,
         sample=diagnose,
-        **options.read_targets(sigma_rel, gamma),
+        **targets.read(),
     )
     warn_of_sample(solution, quiet)
     if diagnose:
@@ -107,7 +107,7 @@ def solve(
 
 _CSV_COLUMNS = (
     *("target_sigma_rel", "target_gamma", "target_step"),
-    *("file", "step", "sigma_rel", "gamma", "weight"),
+    *("file", "step", "sigma_rel", "gamma", "weight", "target"),
 )
 
 
@@ -120,7 +120,7 @@ def _write_csv(solution: Solution) -> None:
         for snapshot, weight in zip(solution.snapshots, weights, strict=True):
             wanted = (target.sigma_rel, target.gamma, solution.step)
             source = (snapshot.step, snapshot.sigma_rel, snapshot.gamma)
-            writer.writerow([*wanted, shown(snapshot.file), *source, weight])
+            writer.writerow([*wanted, shown(snapshot.file), *source, weight, target.named])
 
 
 def _draw(console: Console, solution: Solution, everything: bool) -> None:
@@ -176,14 +176,17 @@ def _draw_lines(console: Console, solution: Solution) -> None:
         kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
     if solution.expected is not None:  # then it is known what comes of the profile error
         kind, errors = "expected error", solution.expected.relative.tolist()
-    table = plain_table(right=["sigma_rel", "gamma", "sum of weights", "noise gain", kind])
+    powers = all(target.gamma is not None for target in solution.targets)
+    first = ["sigma_rel", "gamma"] if powers else []
+    table = plain_table(
+        [] if powers else ["target"], right=[*first, "sum of weights", "noise gain", kind]
+    )
     table.add_column(no_wrap=True)
     lengths = [error if math.isfinite(error) else 0.0 for error in errors]
     bars = Bars(lengths, 13, console.encoding)
     for at, (target, error) in enumerate(zip(solution.targets, errors, strict=True)):
         table.add_row(
-            f"{target.sigma_rel:.4f}",
-            f"{target.gamma:.2f}",
+            *([f"{target.sigma_rel:.4f}", f"{target.gamma:.2f}"] if powers else [str(target)]),
             f"{solved.sum_of_weights[at]:.6f}",
             f"{solved.noise_gain[at]:.3f}",
             f"{100 * error:.2f}%" if math.isfinite(error) else "unknown",

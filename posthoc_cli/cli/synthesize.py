@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis.outputs import Output, Saved
 
 
-@options.reads_folder
+@options.with_options
 def synthesize(
     reading: options.Reading,
     folder: options.FolderArgument,
@@ -40,11 +40,10 @@ def synthesize(
             rich_help_panel=options.OUTPUT,
             show_default=False,
             help="The file to write; with several targets a folder, or a template with "
-            "{sigma_rel}, {gamma} or {step}. A path that ends in / is made if need be.",
+            "{sigma_rel}, {gamma}, {target} or {step}. A path that ends in / is made if need be.",
         ),
     ],
-    sigma_rel: options.SigmaRelOption = None,
-    gamma: options.GammaOption = None,
+    targets: options.Targets,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
@@ -137,6 +136,7 @@ def synthesize(
       posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07.safetensors
       posthoc synthesize snapshots --sigma-rel 0.02,0.03,...,0.25 -o emas/
       posthoc synthesize snapshots --gamma 16.97,6.94 -o 'ema-{gamma}.safetensors'
+      posthoc synthesize snapshots --window 5%,10% -o '{target}.safetensors'
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
       posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
       posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o products.safetensors
@@ -151,13 +151,13 @@ def synthesize(
     shard_bytes = (
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
-    targets = options.read_targets(sigma_rel, gamma)
+    wanted = targets.read()
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or (), "lora": lora}
     made |= {"lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
     reading = dataclasses.replace(reading, copy=copy, drop=drop, lora=lora)
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
-    opened.paths(output, step=step, **targets)
+    opened.paths(output, step=step, **wanted)
     plan = opened.plan(step, **made)
     solution = opened.solve(
         step=step,
@@ -166,7 +166,7 @@ def synthesize(
         sample=max_error is not None,
         glance=True,
         leave_out=(*(copy or ()), *(drop or ())),
-        **targets,
+        **wanted,
     )
     warn_of_sample(solution, quiet)
     note_large_errors(solution, quiet)

@@ -25,10 +25,10 @@ def output_paths(output: str, run: str, targets: Sequence[Target], step: int) ->
     """The file of each target. Raises UsageError unless each gets one of its own.
 
     `output` is a folder, where each file is named after the `run` and its target; or else a path in
-    which `{sigma_rel}`, `{gamma}` and `{step}` stand for the target's.
+    which `{sigma_rel}`, `{gamma}`, `{target}` and `{step}` stand for the target's.
     """
     if is_folder(output):
-        names = [f"{run or 'ema'}-step{step}-{_tag(target)}{ENDING}" for target in targets]
+        names = [f"{run or 'ema'}-step{step}-{target.tag}{ENDING}" for target in targets]
         paths = [Path(output, name) for name in names]
     else:
         paths = [Path(_filled(output, target, step)) for target in targets]
@@ -54,17 +54,16 @@ def make_folder(output: str) -> None:
         disk.make_folder(Path(output))
 
 
-def _tag(target: Target) -> str:
-    return f"{'sigma' if target.argument == 'sigma_rel' else 'gamma'}{target.text}"
-
-
 def _filled(template: str, target: Target, step: int) -> str:
-    values: dict[str, tuple[str, float]] = {"step": (str(step), step)}
+    values: dict[str, tuple[str, float | None]] = {
+        "step": (str(step), step),
+        "target": (target.tag, None),
+    }
     for argument in ("sigma_rel", "gamma"):
         value = getattr(target, argument)
-        short = target.text if target.argument == argument else f"{value:.6g}"
+        short = target.text if target.argument == argument else f"{value or 0:.6g}"
         values[argument] = short, value
-    known = "the fields are {sigma_rel}, {gamma} and {step}; for a brace write {{ or }}"
+    known = "the fields are {sigma_rel}, {gamma}, {target}, {step}; for a brace write {{ or }}"
     try:
         pieces = list(Formatter().parse(template))
     except ValueError:
@@ -77,8 +76,11 @@ def _filled(template: str, target: Target, step: int) -> str:
         if field not in values or conversion is not None:
             raise UsageError("output=", f"unknown field {{{field}}} in '{template}'", known)
         as_text, number = values[field]
+        if number is None and field != "target":
+            problem = f"{{{field}}} in '{template}' says nothing of {target}"
+            raise UsageError("output=", problem, "write {target} in its place")
         try:
-            if not _FORMAT.fullmatch(spec or ""):
+            if not _FORMAT.fullmatch(spec or "") or (spec and number is None):
                 raise ValueError
             filled += format(number, spec) if spec else as_text
         except ValueError:
@@ -101,10 +103,10 @@ def _check_distinct(output: str, targets: Sequence[Target], paths: Sequence[Path
             raise UsageError(
                 "output=",
                 f"one file for {len(targets)} targets",
-                "give a folder, or a template such as 'ema-{sigma_rel}.safetensors'",
+                "give a folder, or a template such as 'ema-{target}.safetensors'",
             )
         raise UsageError(
             "output=",
             f"{taken[place]} and {target} would both become '{path}'",
-            "put {sigma_rel} or {gamma} into it",
+            "put {target} into it",
         )

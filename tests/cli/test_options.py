@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from posthoc_cli import __version__
-from posthoc_cli.cli.options import MAX_VALUES, read_list, shortest
+from posthoc_cli.cli.lists import MAX_VALUES, read_list, shortest
 from posthoc_cli.errors import UsageError
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, write_snapshot
 
@@ -132,7 +132,7 @@ def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
             arguments = shlex.split(example.partition(" > ")[0].replace("*0.050*", "*0.05*"))
             run = posthoc_here(*arguments)
             assert run.code == 0, example
-            assert all("out of reach" in line for line in run.err.splitlines()), example
+            assert all("profile error of up to" in line for line in run.err.splitlines()), example
             assert run.out
             ran.append(example)
     assert len(ran) >= 12

@@ -48,7 +48,7 @@ def test_json_and_csv_say_what_the_library_does(
 
     rows = list(csv.DictReader(io.StringIO(posthoc_here(*arguments, "--csv").out)))
     assert ",".join(rows[0]) == (
-        "target_sigma_rel,target_gamma,target_step,file,step,sigma_rel,gamma,weight"
+        "target_sigma_rel,target_gamma,target_step,file,step,sigma_rel,gamma,weight,target"
     )
     assert [
         (row["file"], int(row["step"]), float(row["sigma_rel"]), float(row["weight"]))
