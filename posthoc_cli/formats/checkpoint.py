@@ -118,6 +118,12 @@ def auxiliary(checkpoint: Checkpoint) -> str | None:
 _AUXILIARY = re.compile(r"(?i)(optim|opt\Z|sched|lr_|scaler|grad_scal|rng|random)")
 """Entries beside the weights that are none, by how their names begin."""
 
+
+def is_beside(name: str) -> bool:
+    """Whether an entry, by its name, is none of the weights but lies beside them."""
+    return _AUXILIARY.match(name) is not None
+
+
 _MOST_NESTED = 4
 _MOST_WALKED = 200_000
 

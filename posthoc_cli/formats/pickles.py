@@ -150,10 +150,12 @@ def corrupt(detail: str) -> SnapshotError:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the errors of `refused` and `corrupt` the file's name."""
+    """Give the errors of `refused` and `corrupt` the file's name; others have one."""
     try:
         yield
     except SnapshotError as error:
+        if error.subject:
+            raise
         raise SnapshotError(str(path), error.problem, error.remedy) from None
 
 

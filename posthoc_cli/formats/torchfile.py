@@ -55,6 +55,12 @@ def read_checkpoint(path: Path, cache: Cache | None = None) -> Checkpoint:
     return Checkpoint(path, root, File.of(path, status), structure)
 
 
+def read_stream(file: BinaryIO, size: int) -> Any:
+    """What torch.save wrote to a stream of `size` bytes, such as a part of a file; the offsets of
+    its tensors are in the stream. Raises SnapshotError without a name."""
+    return _read(file, size)
+
+
 def _other(start: bytes, size: int) -> tuple[str, str]:
     """What a file of no known format is, for a message, and what to do."""
     if not size or unfilled(start, size, None):

@@ -1,0 +1,205 @@
+"""torch.distributed checkpoints, written by torch itself, are read where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posthoc_cli.errors import IncompleteError, SnapshotError
+from posthoc_cli.formats import distributed
+from posthoc_cli.formats.distributed import is_distributed, read_distributed
+from posthoc_cli.storage import Reader, TensorIndex, read_header
+from posthoc_cli.storage.readers import fingerprint
+from tests.command import ENVIRONMENT, ROOT
+
+KEYS = {"plain": "state.network", "hf": None}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that four processes wrote, once a session."""
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "tests.formats.write_distributed", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def contents(index: TensorIndex) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    found = {}
+    with Reader(index) as reader:
+        for name, info in index.tensors.items():
+            data = bytearray(info.end - info.start)
+            reader.read(info.start, memoryview(data))
+            found[name] = info.dtype, info.shape, bytes(data)
+        reader.check_unchanged()
+    return found
+
+
+@pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "placed", "plain", "hf"])
+def test_every_sharding_gives_the_whole_network(written: Path, way: str) -> None:
+    cache: dict = {}
+    prints = set()
+    for step in (100, 200, 300):
+        folder = written / way / f"step-{step}"
+        assert is_distributed(folder)
+        index = read_distributed(folder, KEYS.get(way), cache)
+        whole = written / f"{'placed' if way == 'hf' else way}-whole" / f"step-{step}.safetensors"
+        assert contents(index) == contents(read_header(whole))
+        assert index.path == folder
+        prints.add(fingerprint(index))
+    assert len(prints) == 3
+    first = read_distributed(written / way / "step-100", KEYS.get(way), cache)
+    again = read_distributed(written / way / "step-200", KEYS.get(way), cache)
+    if way != "hf":
+        assert first.tensors is again.tensors
+    assert not is_distributed(written)
+    assert not is_distributed(whole)
+
+
+def test_first_dimension_shards_are_plain_parts(written: Path) -> None:
+    index = read_distributed(written / "fsdp" / "step-100")
+    assert all(part.content is None for part in index.parts)
+    assert len(index.files) == 2
+    assert index.metadata == {"step": "100"}
+
+
+def test_the_key_says_which_dict(written: Path) -> None:
+    folder = written / "fsdp" / "step-100"
+    chosen = read_distributed(folder, "app.model")
+    assert chosen.tensors.keys() == read_distributed(folder).tensors.keys()
+    moments = read_distributed(folder, "app.optim.state.up.weight")
+    assert moments.tensors.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    with pytest.raises(SnapshotError, match="step-100: has nothing at key='module'; there is app"):
+        read_distributed(folder, "module")
+
+
+@pytest.fixture
+def checkpoint(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written / "fsdp" / "step-100", tmp_path / "step-100"))
+
+
+def test_what_is_not_finished_is_told(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").rename(checkpoint / ".metadata.tmp")
+    assert is_distributed(checkpoint)
+    with pytest.raises(IncompleteError, match=r"step-100: is not finished: it has no .metadata y"):
+        read_distributed(checkpoint)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_missing_and_truncated_files_are_named(checkpoint: Path, seen: bool) -> None:
+    cache: dict = {}
+    if seen:
+        read_distributed(checkpoint, None, cache)
+    file = checkpoint / "__1_0.distcp"
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(IncompleteError, match=rf"__1_0.distcp: ends too early: .* {size:,} bytes"):
+        read_distributed(checkpoint, None, cache)
+    file.unlink()
+    with pytest.raises(IncompleteError, match=r"__1_0.distcp: is missing: .metadata names it; "):
+        read_distributed(checkpoint, None, cache)
+
+
+def test_a_checkpoint_that_lies_in_another_way_is_read_anew(checkpoint: Path) -> None:
+    cache: dict = {}
+    read_distributed(checkpoint, None, cache)
+    file = checkpoint / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b"PK\x03\x04", 0, data.index(b"torch._utils"))
+    data[at : at + 4] = b"PK\x00\x00"
+    file.write_bytes(data)
+    with pytest.raises(SnapshotError, match=r"__0_0.distcp: .*not a whole checkpoint"):
+        read_distributed(checkpoint, None, cache)
+
+
+def edited(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / ".metadata"
+        data = change(path.read_bytes())
+        path.unlink()
+        path.write_bytes(data)
+
+    return edit
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch /tmp/should-not-be",)
+
+
+HOSTILE = {
+    "empty": (edited(lambda data: b""), "not a whole checkpoint"),
+    "no pickle": (edited(lambda data: b"{}"), "not a whole checkpoint"),
+    "cut": (edited(lambda data: data[:-300]), "not a whole checkpoint"),
+    "runs something": (edited(lambda data: pickle.dumps(Bomb())), "needs 'posix.system'"),
+    "another object": (edited(lambda data: pickle.dumps({"a": 1})), "no Metadata where"),
+    "out of the folder": (
+        edited(lambda data: data.replace(b"__0_0.distcp", b"../../secret")),
+        "names a file that is none of its own",
+    ),
+    "an impossible place": (
+        edited(lambda data: data.replace(b"\x06offset", b"\x06offsat")),
+        "shape or place is impossible",
+    ),
+    "no boxes": (
+        edited(lambda data: data.replace(b"\x06chunks", b"\x06chanks")),
+        "doesn't say what",
+    ),
+    "extensions": (
+        edited(lambda data: data.replace(b"\x06length", b"\x15transform_descriptors", 1)),
+        "extensions, such as compression",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_hostile_metadata_ends_with_one_line(checkpoint: Path, how: str) -> None:
+    change, message = HOSTILE[how]
+    change(checkpoint)
+    with pytest.raises(SnapshotError, match=message) as caught:
+        read_distributed(checkpoint)
+    assert "\n" not in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+    assert not Path("/tmp/should-not-be").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_metadata_is_refused_or_read(checkpoint: Path, seed: int) -> None:
+    """Whatever bytes are changed, there are tensors within the files or one line."""
+    rng = np.random.default_rng(seed)
+    path = checkpoint / ".metadata"
+    original = path.read_bytes()
+    refused = 0
+    for _ in range(60):
+        data = bytearray(original)
+        for _ in range(int(rng.integers(1, 4))):
+            data[rng.integers(len(data))] = rng.integers(256)
+        path.write_bytes(data)
+        with contextlib.suppress(SnapshotError):
+            refused += 1
+            contents(read_distributed(checkpoint))
+            refused -= 1
+    assert refused > 20
+
+
+def test_a_box_that_is_missing_is_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = distributed.read_table
+
+    def without_a_box(data: bytes) -> distributed.Table:
+        table = real(data)
+        del table.entries["app.model.up.weight"].boxes[1]
+        return table
+
+    monkeypatch.setattr(distributed, "read_table", without_a_box)
+    with pytest.raises(SnapshotError, match=r"parts of 'up.weight' are missing, or there twice"):
+        read_distributed(checkpoint)
