@@ -95,25 +95,22 @@ def read_distributed(
             )
         shards = [name for name in names if _SHARD.fullmatch(name)]
         layout = _laid_out(folder, read_sharding(folder, shards), key, b"")
-    files = []
-    for name, least in layout.paths:
-        found = file_status(folder / name)
-        if found is None:
-            problem, remedy = f"is missing: {METADATA} names it", "copy it again, or wait for it"
-            raise IncompleteError(str(folder / name), problem, remedy)
-        if found.st_size < least:
-            raise _too_short(folder / name, least)
-        files.append(File.of(folder / name, found))
+    files = tuple(_found(folder / name, least) for name, least in layout.paths)
     values = _read_values(folder, layout.values)
-    return TensorIndex(folder, layout.tensors, values, tuple(files), layout.parts, layout.structure)
+    return TensorIndex(folder, layout.tensors, values, files, layout.parts, layout.structure)
 
 
-def _too_short(path: Path, least: int) -> IncompleteError:
-    return IncompleteError(
-        str(path),
-        f"ends too early: {METADATA} has it at {least:,} bytes or more",
-        "wait until it is written, copy it again, or leave it out with exclude=",
-    )
+def _found(path: Path, least: int) -> File:
+    """The file as it is there, with `least` bytes or more; raises IncompleteError."""
+    status = file_status(path)
+    if status is None:
+        problem = f"is missing: {METADATA} names it"
+    elif status.st_size < least:
+        problem = f"ends too early: {METADATA} has it at {least:,} bytes or more"
+    else:
+        return File.of(path, status)
+    remedy = "wait until it is written, copy it again, or leave it out with exclude="
+    raise IncompleteError(str(path), problem, remedy)
 
 
 def _layout(folder: Path, data: bytes, key: str | None, cache: Cache) -> Layout:
@@ -289,9 +286,8 @@ def _read_streams(
         return []
     known: dict[int, list[tuple[bytes, StoredTensor]]] = {}
     found = []
-    with naming(path), open_file(path) as (file, status):
-        if status.st_size < least:
-            raise _too_short(path, least)
+    _found(path, least)
+    with naming(path), open_file(path) as (file, _):
         for place in places:
             file.seek(place.offset)
             head = file.read(min(place.length, _HEAD))
@@ -309,6 +305,8 @@ def _read_streams(
 
 
 def _read_stream(file: BinaryIO, place: Place, head: bytes) -> StoredTensor:
+    if not head.startswith((b"PK\x03\x04", b"\x80")):
+        raise corrupt(f"no tensor lies where {METADATA} has one")
     stream: Any = io.BytesIO(head)
     if len(head) < place.length:
         stream = io.BufferedReader(_Window(file, place.offset, place.length), _HEAD)
