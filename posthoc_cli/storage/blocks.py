@@ -8,16 +8,18 @@ each block has of a box is read in as few reads as memory allows and copied to i
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.storage import bands
 from posthoc_cli.storage.header import Part, ReadAt
 
 SCRATCH_BYTES = 1 << 20
@@ -144,118 +146,147 @@ class _Opened:
 
     def __init__(self, content: Blocks, files: Sequence[ReadAt]) -> None:
         self._files = files
+        if 1 < content.swapped < content.itemsize:
+            content = _in_units(content)
         self._itemsize = content.itemsize
-        self._swapped = content.swapped
         self._shape, blocks = _merged(content)
         self._blocks = sorted(blocks, key=lambda block: block.first)
         self._firsts = [block.first[0] for block in self._blocks]
-        self._row = math.prod(self._shape[1:]) * self._itemsize
-        self._kind = np.dtype(f"V{self._itemsize}")
+        self._kind = self._stored = np.dtype(f"V{self._itemsize}")
         if self._itemsize in (1, 2, 4, 8):
-            self._kind = np.dtype(f"u{self._itemsize}")
+            self._kind = self._stored = np.dtype(f"<u{self._itemsize}")
+        if content.swapped > 1:
+            self._stored = np.dtype(f">u{self._itemsize}")
+        row = math.prod(self._shape[1:]) * self._itemsize
+        # Whole rows are fewer boxes: that is worth a copy of what is in the cache.
+        self._unit = row if 8 * row <= SCRATCH_BYTES else self._itemsize
+        scattered = any(
+            size > 1 and stride > block.strides[0]
+            for block in blocks
+            for size, stride in zip(block.sizes[1:], block.strides[1:], strict=True)
+        )
+        self._bands: bands.Bands | None = None
+        if scattered:
+            size = math.prod(self._shape) * self._itemsize
+            self._bands = bands.Bands(size, self._unit, self._fill)
 
     def read(self, start: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `start` on."""
-        unit = self._itemsize
-        if (
-            self._row * 8 <= SCRATCH_BYTES
-        ):  # whole rows are fewer boxes, for a copy of what is cached
-            unit = self._row
-        most = max(SCRATCH_BYTES // unit, 1) * unit
+        most = max(SCRATCH_BYTES // self._unit, 1) * self._unit
         while into:
-            first = start // unit * unit
-            last = min(-(-(start + len(into)) // unit) * unit, first + most)
-            count = min(last - start, len(into))
-            if (first, last) == (start, start + count):
-                self._read_units(first, last, np.frombuffer(into[:count], np.uint8))
-            else:
-                units = _buffer("units", last - first)
-                self._read_units(first, last, units)
-                into[:count] = units.data[start - first :][:count]
+            count = self._bands.read(start, into) if self._bands else 0
+            if not count:
+                first = start // self._unit * self._unit
+                last = min(-(-(start + len(into)) // self._unit) * self._unit, first + most)
+                count = min(last - start, len(into))
+                if whole_units := (first, last) == (start, start + count):
+                    data = np.frombuffer(into[:count], np.uint8)
+                else:
+                    data = _buffer("units", last - first)
+                for work in self._fill(first, data):
+                    work()
+                if not whole_units:
+                    into[:count] = data.data[start - first :][:count]
             start, into = start + count, into[count:]
 
-    def _read_units(self, start: int, stop: int, data: npt.NDArray[np.uint8]) -> None:
-        """Fill `data` with bytes `start` to `stop`, which are whole elements."""
-        size = self._itemsize
-        elements = data.view(self._kind)
-        for place, sizes in _boxes(self._shape, start // size, stop // size):
+    def _fill(self, start: int, data: npt.NDArray[np.uint8]) -> Iterator[Callable[[], None]]:
+        """What fills `data` with the bytes from `start` on, all of them whole elements."""
+        elements, first = data.view(self._kind), start // self._itemsize
+        for place, sizes in _boxes(self._shape, first, first + len(elements)):
             count = math.prod(sizes)
-            self._read_box(place, elements[:count].reshape(sizes))
+            yield from self._fill_box(place, elements[:count].reshape(sizes))
             elements = elements[count:]
-        if self._swapped > 1:
-            data.view(f"u{self._swapped}").byteswap(inplace=True)
 
-    def _read_box(self, place: Sequence[int], out: Elements) -> None:
-        """Fill `out` with the box of its shape from element `place` on."""
+    def _fill_box(self, place: Sequence[int], out: Elements) -> Iterator[Callable[[], None]]:
+        """What fills `out` with the box of its shape from element `place` on."""
         stop = bisect.bisect_left(self._firsts, place[0] + out.shape[0])
         for block in self._blocks[:stop]:
-            from_, to = [], []
-            for at, length, first, size in zip(
-                place, out.shape, block.first, block.sizes, strict=True
+            inside, to = 0, []
+            for at, length, first, size, stride in zip(
+                place, out.shape, block.first, block.sizes, block.strides, strict=True
             ):
                 begin, end = max(at, first), min(at + length, first + size)
                 if begin >= end:
                     break
-                from_.append(begin - first)
+                inside += (begin - first) * stride
                 to.append(slice(begin - at, end - at))
             else:
-                inside = sum(map(int.__mul__, from_, block.strides)) * self._itemsize
-                self._gather(
-                    self._files[block.file], block.offset + inside, block.strides, out[tuple(to)]
-                )
+                base = block.offset + inside * self._itemsize
+                read = self._files[block.file]
+                yield from self._gather(read, base, block.strides, out[tuple(to)])
 
-    def _gather(self, read: ReadAt, base: int, strides: Sequence[int], out: Elements) -> None:
-        """Fill `out` with elements `strides` apart, the first of which lies at byte `base`."""
+    def _gather(
+        self, read: ReadAt, base: int, strides: Sequence[int], out: Elements
+    ) -> Iterator[Callable[[], None]]:
+        """What fills `out` with elements `strides` apart, the first of which lies at `base`."""
         itemsize = self._itemsize
-        dims = [
+        dims = sorted(
             (stride, size, at)
             for at, (size, stride) in enumerate(zip(out.shape, strides, strict=True))
             if size > 1 and stride
-        ]
-        dims.sort()
+        )
         extent, apart = 1, len(dims)  # from dims[apart] on, each step is a read of its own
         for number, (stride, size, _) in enumerate(dims):
             if (stride - extent) * itemsize > GAP_BYTES:
                 apart = number
                 break
             extent += (size - 1) * stride
+        rows = math.prod(size for _, size, _ in dims[apart:])
+        if rows * extent * itemsize > SCRATCH_BYTES and dims:
+            stride, size, at = dims[-1]
+            for begin, end in ((0, size // 2), (size // 2, size)):
+                half = (*(slice(None) for _ in range(at)), slice(begin, end))
+                yield from self._gather(read, base + begin * stride * itemsize, strides, out[half])
+            return
+        yield functools.partial(self._copy, read, base, out, dims, apart, extent)
+
+    def _copy(
+        self,
+        read: ReadAt,
+        base: int,
+        out: Elements,
+        dims: Sequence[tuple[int, int, int]],
+        apart: int,
+        extent: int,
+    ) -> None:
+        """Fill `out`, whose `dims` are (stride, size, place): a read for each step of those from
+        `apart` on, of `extent` elements."""
+        itemsize = self._itemsize
         if (
             extent == out.size
             and out.flags.c_contiguous
+            and self._stored == self._kind
             and all(a[2] > b[2] for a, b in itertools.pairwise(dims))
         ):
             read(base, out.reshape(-1).view(np.uint8).data)
             return
-        rows = math.prod(size for _, size, _ in dims[apart:])
-        if rows * extent * itemsize > SCRATCH_BYTES and dims:
-            self._gather_halves(read, base, strides, out, dims[-1])
-            return
         row = extent * itemsize
-        data = _buffer("read", rows * row).data
+        data = _buffer("read", row * math.prod(size for _, size, _ in dims[apart:])).data
         for number, steps in enumerate(itertools.product(*(range(s) for _, s, _ in dims[apart:]))):
             inside = sum(step * dim[0] for step, dim in zip(steps, dims[apart:], strict=True))
             read(base + inside * itemsize, data[number * row : (number + 1) * row])
-        apart_by = [0] * out.ndim
+        strides = [0] * out.ndim
         for stride, _, at in dims[:apart]:
-            apart_by[at] = stride * itemsize
+            strides[at] = stride * itemsize
         for _, size, at in reversed(dims[apart:]):
-            apart_by[at] = row
+            strides[at] = row
             row *= size
-        out[...] = np.ndarray(out.shape, self._kind, data, 0, apart_by)
+        out[...] = np.ndarray(out.shape, self._stored, data, 0, strides)
 
-    def _gather_halves(
-        self,
-        read: ReadAt,
-        base: int,
-        strides: Sequence[int],
-        out: Elements,
-        dim: tuple[int, int, int],
-    ) -> None:
-        stride, size, at = dim
-        middle = size // 2
-        for begin, end in ((0, middle), (middle, size)):
-            half = (*(slice(None) for _ in range(at)), slice(begin, end))
-            self._gather(read, base + begin * stride * self._itemsize, strides, out[half])
+
+def _in_units(content: Blocks) -> Blocks:
+    """The same bytes, as elements that are what is swapped: a last dimension is added."""
+    count = content.itemsize // content.swapped
+    blocks = tuple(
+        replace(
+            block,
+            first=(*block.first, 0),
+            sizes=(*block.sizes, count),
+            strides=(*(stride * count for stride in block.strides), 1),
+        )
+        for block in content.blocks
+    )
+    return Blocks((*content.shape, count), content.swapped, blocks, content.swapped)
 
 
 def _buffer(purpose: str, count: int) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.storage import Part, blocks
+from posthoc_cli.storage import Part, bands, blocks
 from posthoc_cli.storage.blocks import Block, Blocks, make_parts, whole
 from posthoc_cli.storage.header import ReadAt, spans
 
@@ -130,6 +130,9 @@ def views() -> Iterator[tuple[str, npt.NDArray]]:
 @pytest.mark.parametrize("scratch", [4096, 1 << 20])
 def test_views(name: str, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "SCRATCH_BYTES", scratch)
+    if scratch == 4096:
+        for what, size in (("LEAST_BYTES", 100), ("BAND_BYTES", 9000), ("POOL_BYTES", 20_000)):
+            monkeypatch.setattr(bands, what, size)
     array = dict(views())[name]
     offset = array.__array_interface__["data"][0] - STORE.ctypes.data
     strides = tuple(stride // array.itemsize for stride in array.strides)
@@ -175,3 +178,48 @@ def test_memory_does_not_grow_with_the_tensor(monkeypatch: pytest.MonkeyPatch) -
     content = Blocks(block.sizes, 2, (block,))
     content.open([read])(0, memoryview(bytearray(1 << 19)))
     assert 0 < longest <= blocks.SCRATCH_BYTES
+
+
+def transposed(rows: int, columns: int) -> Blocks:
+    return Blocks((rows, columns), 2, (Block((0, 0), (rows, columns), (1, rows), 0),))
+
+
+def test_what_lies_scattered_is_read_once_for_several_reads() -> None:
+    rows, columns, read_bytes = 1024, 2048, 0
+    data = np.arange(rows * columns, dtype=np.uint32).astype(np.uint16)
+
+    def read(offset: int, into: memoryview) -> None:
+        nonlocal read_bytes
+        read_bytes += len(into)
+        into[:] = data.view(np.uint8).data[offset : offset + len(into)]
+
+    contents = [transposed(rows, columns).open([read]) for _ in range(3)]
+    into = [np.empty(data.size, np.uint16) for _ in contents]
+    step = 1 << 19
+    for start in range(0, data.nbytes, step):
+        for content, one in zip(contents, into, strict=True):
+            content(start, memoryview(one.view(np.uint8))[start : start + step])
+    expected = np.ascontiguousarray(data.reshape(columns, rows).T)
+    assert all(one.tobytes() == expected.tobytes() for one in into)
+    assert read_bytes == 3 * data.nbytes
+
+
+def test_an_error_reaches_every_thread_and_the_next_read() -> None:
+    def read(offset: int, into: memoryview) -> None:
+        raise OSError("the disk is gone")
+
+    content = transposed(1024, 2048).open([read])
+    buffers = [memoryview(bytearray(1 << 19)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(content, at << 19, one) for at, one in enumerate(buffers)]
+        assert all(isinstance(task.exception(), OSError) for task in tasks)
+
+
+def test_bands_take_no_more_than_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "POOL_BYTES", 4 << 20)
+    made = [transposed(4096, 1024).open([lambda offset, into: None]) for _ in range(40)]
+    for _ in range(3):
+        for content in made:
+            content(0, memoryview(bytearray(1 << 19)))
+    owners = {id(owner): owner for _, owner in bands._pool._made}
+    assert 0 < sum(len(band.data) for owner in owners.values() for band in owner) <= 4 << 20
