@@ -4,7 +4,10 @@
 """
 
 from posthoc_cli.formats.checkpoint import Checkpoint as Checkpoint
+from posthoc_cli.formats.checkpoint import is_beside as is_beside
 from posthoc_cli.formats.checkpoint import state_dict as state_dict
+from posthoc_cli.formats.distributed import holds_distributed as holds_distributed
+from posthoc_cli.formats.distributed import is_distributed as is_distributed
 from posthoc_cli.formats.files import as_snapshot as as_snapshot
 from posthoc_cli.formats.files import index_of_shard as index_of_shard
 from posthoc_cli.formats.files import list_checkpoints as list_checkpoints

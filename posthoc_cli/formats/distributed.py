@@ -13,7 +13,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ from posthoc_cli.storage import Cache, File, Part, TensorIndex, TensorInfo
 from posthoc_cli.storage.blocks import Block, Blocks, make_parts, whole
 from posthoc_cli.storage.disk import file_status, list_folder, open_file
 from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
+from posthoc_cli.storage.metadata import FORMAT, TOOL
 
 _ENDING = ".distcp"
 _SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
@@ -62,10 +63,13 @@ class Layout:
 
 def is_distributed(folder: Path) -> bool:
     """Whether `folder` is a checkpoint of torch.distributed, be it finished or not."""
-    if os.path.isfile(folder / METADATA):
-        return True
-    return os.path.isdir(folder) and any(
-        name.endswith(_ENDING) or _SHARD.fullmatch(name) for name in list_folder(folder)
+    return os.path.isdir(folder) and holds_distributed(list_folder(folder))
+
+
+def holds_distributed(names: Iterable[str]) -> bool:
+    """Whether these are the names of all in the folder of such a checkpoint."""
+    return any(
+        name == METADATA or name.endswith(_ENDING) or _SHARD.fullmatch(name) for name in names
     )
 
 
@@ -96,7 +100,7 @@ def read_distributed(
         shards = [name for name in names if _SHARD.fullmatch(name)]
         layout = _laid_out(folder, read_sharding(folder, shards), key, b"")
     files = tuple(_found(folder / name, least) for name, least in layout.paths)
-    values = _read_values(folder, layout.values)
+    values = {FORMAT: "pt", TOOL: "torch"} | _read_values(folder, layout.values)
     return TensorIndex(folder, layout.tensors, values, files, layout.parts, layout.structure)
 
 
@@ -236,7 +240,7 @@ def _choose(folder: Path, table: Table, key: str | None) -> list[tuple[str, Entr
         if len(inside) != 1 or not isinstance(inside[0], dict):
             break
         root = inside[0]
-    chosen = state_dict(Checkpoint(folder, root, 0, 0), key)
+    chosen = state_dict(Checkpoint(folder, root, File(folder, 0)), key)
     for name in chosen:
         try:
             name.encode()
@@ -252,8 +256,10 @@ def _content(
     name: str, entry: Entry, found: Mapping[int, StoredTensor], numbers: Mapping[str, int]
 ) -> Blocks:
     """A tensor as its boxes lie in the files."""
-    blocks, swapped = [], False
+    blocks: list[Block] = []
+    swapped = False
     itemsize = bytes_of(entry.dtype, 1)
+    unit = itemsize // 2 if entry.dtype.startswith("C") else itemsize
     for box in entry.boxes:
         inside = len(box.first) == len(box.sizes) == len(entry.shape) and all(
             first + size <= whole_
@@ -269,12 +275,15 @@ def _content(
             else:  # Megatron-LM's has dimensions of 1 that were added
                 inside = inside and tensor.contiguous
             offset += tensor.offset
+            if tensor.storage.content is not None or (blocks and swapped != tensor.storage.swapped):
+                raise corrupt(f"a box of '{shown(name)}' is packed in another way than others")
+            swapped = tensor.storage.swapped
         if not inside:
             raise corrupt(f"a box of '{shown(name)}' is not what {METADATA} says")
         blocks.append(Block(box.first, box.sizes, strides, offset, numbers[box.place.path]))
     if not whole(entry.shape, blocks):
         raise corrupt(f"parts of '{shown(name)}' are missing, or there twice")
-    return Blocks(entry.shape, itemsize, tuple(blocks), itemsize if swapped else 0)
+    return Blocks(entry.shape, itemsize, tuple(blocks), unit if swapped else 0)
 
 
 def _read_streams(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from posthoc_cli.errors import NoNetworkError, SnapshotError
 from posthoc_cli.formats.checkpoint import Checkpoint, auxiliary, tensor_lists
+from posthoc_cli.formats.distributed import is_distributed, read_distributed
 from posthoc_cli.formats.files import (
     INDEX,
     list_checkpoints,
@@ -111,7 +112,12 @@ def _read_shards(path: Path, how: How, cache: Cache | None) -> TensorIndex:
     return _network(path, paths, places, how, cache)
 
 
+def _read_distributed(path: Path, how: How, cache: Cache | None) -> TensorIndex:
+    return read_distributed(path, how.key, cache)
+
+
 READERS = (
+    Reader(is_distributed, _read_distributed),
     Reader(_is_index, _read_shards),
     Reader(_is_file, _read_file),
     Reader(_is_folder, _read_folder),

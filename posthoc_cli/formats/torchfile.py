@@ -58,7 +58,7 @@ def read_checkpoint(path: Path, cache: Cache | None = None) -> Checkpoint:
 def read_stream(file: BinaryIO, size: int) -> Any:
     """What torch.save wrote to a stream of `size` bytes, such as a part of a file; the offsets of
     its tensors are in the stream. Raises SnapshotError without a name."""
-    return _read(file, size)
+    return _read(file, size, {})[0]
 
 
 def _other(start: bytes, size: int) -> tuple[str, str]:

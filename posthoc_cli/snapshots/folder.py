@@ -21,7 +21,7 @@ from posthoc_cli.errors import (
     in_line,
     printable,
 )
-from posthoc_cli.formats import AS_USUAL, How, open_network, without_ending
+from posthoc_cli.formats import AS_USUAL, How, is_distributed, open_network, without_ending
 from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
@@ -247,11 +247,16 @@ def _leave_out(
         contents.skipped.append((name, printable(f"incomplete: {error.problem}")))
     elif isinstance(error, NoNetworkError):
         contents.skipped.append((name, printable(error.problem)))
-    elif isinstance(error, UnknownError) and os.path.isdir(contents.folder / name):
+    elif isinstance(error, UnknownError) and _may_be_other(contents.folder / name):
         contents.skipped.append((name, f"a folder, and {error.problem}"))
     else:
         message = f"{in_line(error.problem)}; {error.remedy}"
         contents.problems.append((name, in_line(message)))
+
+
+def _may_be_other(path: Path) -> bool:
+    """Whether a network that nothing is said of may be none of the snapshots: one of a folder."""
+    return os.path.isdir(path) and not is_distributed(path)
 
 
 def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:

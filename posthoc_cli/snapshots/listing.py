@@ -12,6 +12,9 @@ from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import (
     as_snapshot,
     find_checkpoint,
+    holds_distributed,
+    is_beside,
+    is_distributed,
     list_checkpoints,
     of_training,
 )
@@ -77,10 +80,15 @@ def folder_of(
     The second is None for a folder alone. Raises UsageError for a path that isn't there.
     """
     if isinstance(paths, (str, os.PathLike)):
-        return Path(paths), None
+        if not is_distributed(Path(paths)):
+            return Path(paths), None
+        paths = [paths]
     given = [os.path.normpath(path) for path in paths]
     if not given:
         raise UsageError("FOLDER", "lists nothing", "give a folder, or the files in it")
+    if len(given) == 1 and is_distributed(Path(given[0])):
+        one = Path(given[0]).absolute()
+        return one.parent, [one.name]
     if len(given) == 1 and not os.path.isfile(given[0]):
         return Path(paths[0]), None
     for path in given:
@@ -247,7 +255,14 @@ def _list_below(
 
 def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
     """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
-    names = [name for name in list_folder(folder / place) if not name.startswith(".")]
+    every = list_folder(folder / place)
+    if holds_distributed(every):
+        beside = is_beside(place.rpartition("/")[2])  # the optimizer's, of accelerate
+        (listing.others if beside else listing.networks).append(
+            Network(f"{place}/.metadata", place)
+        )
+        return
+    names = [name for name in every if not name.startswith(".")]
     found, missing = list_networks(folder / place, names)
     safetensors = [*found, *missing]
     one = find_network(folder / place) if safetensors else find_checkpoint(folder / place)
@@ -257,7 +272,8 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
         (listing.others if beside and name not in safetensors else listing.networks).append(network)
     if levels:
         for name in names:
-            if os.path.isdir(folder / place / name):
+            sharded = safetensors and name == "sharded"  # what these were made of
+            if os.path.isdir(folder / place / name) and not sharded:
                 _walk(folder, f"{place}/{name}", levels - 1, listing)
 
 
