@@ -23,6 +23,7 @@ from posthoc_cli.formats.files import (
     without_ending,
 )
 from posthoc_cli.formats.laying import Network, make_index
+from posthoc_cli.formats.ranks import is_in_ranks, refuse
 from posthoc_cli.formats.tools import counter_of, kind_of, network_tensors, stated_profile
 from posthoc_cli.formats.torchfile import read_checkpoint
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
@@ -118,6 +119,7 @@ def _read_distributed(path: Path, how: How, cache: Cache | None) -> TensorIndex:
 
 READERS = (
     Reader(is_distributed, _read_distributed),
+    Reader(is_in_ranks, lambda path, how, cache: refuse(path)),
     Reader(_is_index, _read_shards),
     Reader(_is_file, _read_file),
     Reader(_is_folder, _read_folder),

@@ -13,6 +13,7 @@ from posthoc_cli.formats import (
     as_snapshot,
     find_checkpoint,
     holds_distributed,
+    in_ranks,
     is_beside,
     is_distributed,
     list_checkpoints,
@@ -257,10 +258,12 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
     """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
     every = list_folder(folder / place)
     if holds_distributed(every):
-        beside = is_beside(place.rpartition("/")[2])  # the optimizer's, of accelerate
-        (listing.others if beside else listing.networks).append(
-            Network(f"{place}/.metadata", place)
-        )
+        optimizer = is_beside(place.rpartition("/")[2])  # as accelerate has it
+        kept = listing.others if optimizer else listing.networks
+        kept.append(Network(f"{place}/.metadata", place))
+        return
+    if in_ranks(every) and find_network(folder / place) is None:
+        listing.networks.append(Network(f"{place}/ranks", place))
         return
     names = [name for name in every if not name.startswith(".")]
     found, missing = list_networks(folder / place, names)
@@ -272,8 +275,8 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
         (listing.others if beside and name not in safetensors else listing.networks).append(network)
     if levels:
         for name in names:
-            sharded = safetensors and name == "sharded"  # what these were made of
-            if os.path.isdir(folder / place / name) and not sharded:
+            made_of = bool(safetensors) and name == "sharded"  # what these were made of
+            if os.path.isdir(folder / place / name) and not made_of:
                 _walk(folder, f"{place}/{name}", levels - 1, listing)
 
 
