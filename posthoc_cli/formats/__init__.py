@@ -19,6 +19,7 @@ from posthoc_cli.formats.networks import How as How
 from posthoc_cli.formats.networks import find_checkpoint as find_checkpoint
 from posthoc_cli.formats.networks import open_network as open_network
 from posthoc_cli.formats.ranks import in_ranks as in_ranks
+from posthoc_cli.formats.sharding import METADATA as METADATA
 from posthoc_cli.formats.tensors import StoredTensor as StoredTensor
 from posthoc_cli.formats.tools import DEFAULT_UPDATE_EVERY as DEFAULT_UPDATE_EVERY
 from posthoc_cli.formats.tools import KINDS as KINDS

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import (
+    METADATA,
     as_snapshot,
     find_checkpoint,
     holds_distributed,
@@ -30,9 +31,10 @@ _BELOW = 2
 
 _COMPONENT = re.compile(
     r"(?i)(?:unet|vae|transformer|text_encoder|image_encoder|controlnet|prior|tokenizer|ema|model"
-    r"|(?:text_encoder|tokenizer)_[2-4]|transformer_2)(?:_ema)?"
+    r"|(?:text_encoder|tokenizer)_[2-4]|transformer_2|pytorch_model_fsdp_[0-9]+)(?:_ema)?"
 )
-"""Parts of a network, as diffusers names their folders: text_encoder_2 is of no step 2."""
+"""Parts of a network, as diffusers and accelerate name their folders: text_encoder_2 is of no step
+2."""
 
 _CHECKPOINT = re.compile(r"(?i).*(?:step|iter|epoch|ckpt|checkpoint)[a-z]*[-_= ]?[0-9]+")
 
@@ -244,6 +246,10 @@ def _list_below(
     except MachineError as error:
         listing.left_out.append((name, f"a folder that {error.problem}"))
         return True
+    if any(network.path.endswith(METADATA) for network in below.networks):
+        below.others += [one for one in below.networks if _is_state_beside(one)]
+        below.networks = [one for one in below.networks if not _is_state_beside(one)]
+        listing.others += below.others
     listing.networks += below.networks
     if below.networks:
         return True
@@ -254,13 +260,18 @@ def _list_below(
     return False
 
 
+def _is_state_beside(network: Network) -> bool:
+    """Whether, beside a checkpoint of torch.distributed, it is what each rank saved of training."""
+    return not network.path.endswith((METADATA, ENDING, ".json"))
+
+
 def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
     """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
     every = list_folder(folder / place)
     if holds_distributed(every):
         optimizer = is_beside(place.rpartition("/")[2])  # as accelerate has it
         kept = listing.others if optimizer else listing.networks
-        kept.append(Network(f"{place}/.metadata", place))
+        kept.append(Network(f"{place}/{METADATA}", place))
         return
     if in_ranks(every) and find_network(folder / place) is None:
         listing.networks.append(Network(f"{place}/ranks", place))

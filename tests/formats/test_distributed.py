@@ -19,7 +19,7 @@ from posthoc_cli.formats import distributed
 from posthoc_cli.formats.distributed import is_distributed, read_distributed
 from posthoc_cli.storage import Reader, TensorIndex, read_header
 from posthoc_cli.storage.readers import fingerprint
-from tests.command import ENVIRONMENT, ROOT
+from tests.command import ENVIRONMENT, ROOT, Posthoc
 
 KEYS = {"plain": "state.network", "hf": None}
 
@@ -45,11 +45,11 @@ def contents(index: TensorIndex) -> dict[str, tuple[str, tuple[int, ...], bytes]
     return found
 
 
-@pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "placed", "plain", "hf"])
+@pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "placed", "plain", "megatron", "hf"])
 def test_every_sharding_gives_the_whole_network(written: Path, way: str) -> None:
     cache: dict = {}
     prints = set()
-    for step in (100, 200, 300):
+    for step in (100, 200):
         folder = written / way / f"step-{step}"
         assert is_distributed(folder)
         index = read_distributed(folder, KEYS.get(way), cache)
@@ -57,7 +57,7 @@ def test_every_sharding_gives_the_whole_network(written: Path, way: str) -> None
         assert contents(index) == contents(read_header(whole))
         assert index.path == folder
         prints.add(fingerprint(index))
-    assert len(prints) == 3
+    assert len(prints) == 2
     first = read_distributed(written / way / "step-100", KEYS.get(way), cache)
     again = read_distributed(written / way / "step-200", KEYS.get(way), cache)
     if way != "hf":
@@ -203,3 +203,131 @@ def test_a_box_that_is_missing_is_told(checkpoint: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(distributed, "read_table", without_a_box)
     with pytest.raises(SnapshotError, match=r"parts of 'up.weight' are missing, or there twice"):
         read_distributed(checkpoint)
+
+
+# Through the command.
+
+
+def data_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return contents(read_header(path))
+
+
+@pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "hf"])
+def test_the_same_output_as_from_safetensors(
+    written: Path, tmp_path: Path, posthoc_here: Posthoc, way: str
+) -> None:
+    whole = written / f"{'placed' if way == 'hf' else way}-whole"
+    mixed = tmp_path / "mixed"
+    shutil.copytree(written / way, mixed)
+    shutil.rmtree(mixed / "step-200")
+    shutil.copy(whole / "step-200.safetensors", mixed)
+    for number, folder in enumerate((written / way, mixed, whole)):
+        options = (
+            "--raw",
+            "--sigma-rel",
+            "0.2,0.25",
+            "-o",
+            f"out{number}/{{sigma_rel}}.safetensors",
+        )
+        assert posthoc_here("synthesize", folder, *options).code == 0
+    for name in os.listdir(tmp_path / "out2"):
+        expected = data_of(tmp_path / "out2" / name)
+        assert data_of(tmp_path / "out0" / name) == expected
+        assert data_of(tmp_path / "out1" / name) == expected
+        assert posthoc_here("verify", f"out0/{name}", written / way).code == 0
+    assert len(os.listdir(tmp_path / "out2")) == 2
+
+
+def test_inspect_and_solve(written: Path, posthoc_here: Posthoc) -> None:
+    found = posthoc_here("inspect", written / "fsdp", "--raw", "--json").json
+    assert [(each["file"], each["step"]) for each in found["snapshots"]] == [
+        ("step-100", 100),
+        ("step-200", 200),
+    ]
+    weights = [
+        posthoc_here("solve", written / name, "--raw", "--sigma-rel", "0.2", "--json").json
+        for name in ("fsdp", "fsdp-whole")
+    ]
+    first, second = (
+        [(each["step"], each["weight"]) for each in one["targets"][0]["weights"]] for one in weights
+    )
+    assert first == second
+    one = posthoc_here("inspect", written / "fsdp" / "step-200", "--raw", "--json").json
+    assert [each["file"] for each in one["snapshots"]] == ["step-200"]
+    without = posthoc_here("inspect", written / "fsdp", "--json")
+    assert without.code == 3
+    assert "--raw" in without.json["problems"][0]["message"]
+
+
+def test_one_that_is_not_finished_stops_the_command(
+    written: Path, tmp_path: Path, posthoc_here: Posthoc
+) -> None:
+    shutil.copytree(written / "fsdp", tmp_path / "run")
+    (tmp_path / "run/step-200/.metadata").unlink()
+    options = ("run", "--raw", "--sigma-rel", "0.2")
+    message = (
+        r".*step-200: is not finished: it has no .metadata yet; wait until it is written, or.*"
+    )
+    posthoc_here("solve", *options).failed(3, message)
+    assert posthoc_here("solve", *options, "--skip-incomplete").code == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "inside", "beside"),
+    [
+        ("step{}", "model_and_optim", ()),  # OLMo
+        ("checkpoint-{}", "pytorch_model_fsdp_0", ("optimizer_0",)),  # accelerate
+        ("iter_{:07}", "", ()),  # Megatron-LM
+        ("epoch=3-step={}.ckpt", "", ()),  # Lightning
+    ],
+)
+def test_where_trainers_put_them(
+    written: Path, tmp_path: Path, posthoc_here: Posthoc, step: str, inside: str, beside: tuple
+) -> None:
+    for number in (100, 200):
+        folder = tmp_path / "run" / step.format(number)
+        for name in (inside, *beside):
+            shutil.copytree(written / "placed" / f"step-{number}", folder / name)
+        (folder / "common.pt").write_bytes(b"not looked at")
+    found = posthoc_here("inspect", "run", "--raw", "--json")
+    assert found.code == 0, found
+    assert [each["step"] for each in found.json["snapshots"]] == [100, 200]
+    assert found.json["snapshots"][0]["file"] == os.path.join(step.format(100), inside).rstrip("/")
+
+
+def test_shards_beside_what_they_were_consolidated_to_are_no_network_of_their_own(
+    written: Path, tmp_path: Path, posthoc_here: Posthoc
+) -> None:
+    for step in (100, 200):
+        folder = tmp_path / "run" / f"step-{step}"
+        shutil.copytree(written / "hf" / f"step-{step}", folder / "sharded")
+        whole = written / "placed-whole" / f"step-{step}.safetensors"
+        shutil.copy(whole, folder / "model.safetensors")
+    found = posthoc_here("inspect", "run", "--raw", "--json")
+    assert found.code == 0, found
+    assert [each["file"] for each in found.json["snapshots"]] == ["step-100", "step-200"]
+
+
+@pytest.mark.parametrize(
+    ("names", "tool"),
+    [
+        (["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"], "tools/checkpoint/"),
+        (["mp_rank_00_000/model_optim_rng.pt", "mp_rank_00_001/a.pt"], "tools/checkpoint/convert"),
+        (
+            [f"zero_pp_rank_{rank}_mp_rank_00_{what}.pt" for rank in (0, 1) for what in
+             ("model_states", "optim_states")],
+            "zero_to_fp32.py",
+        ),
+        (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "ds_to_universal.py"),
+    ],
+)  # fmt: skip
+def test_networks_cut_by_rank_name_the_tool_that_joins_them(
+    tmp_path: Path, posthoc_here: Posthoc, names: list[str], tool: str
+) -> None:
+    for step in (1000, 2000):
+        for name in names:
+            file = tmp_path / "run" / f"iter_{step:07}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"x")
+    message = rf".*iter_0001000: is a checkpoint of .*, in 2 parts, .*{tool}.*"
+    posthoc_here("solve", "run", "--raw", "--sigma-rel", "0.2").failed(3, message)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,7 +32,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-STEPS = (100, 200, 300)
+STEPS = (100, 200)
 
 
 class Network(torch.nn.Module):
@@ -96,11 +97,19 @@ def plain(step: int, mesh: DeviceMesh) -> dict[str, Any]:
     return {"state": {"network": state, "lists": []}, "lr": 0.1, "losses": [1.0, 2.0]}
 
 
+def megatron(step: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Flat names, which nothing says the dicts of, as Megatron-LM's planner leaves them."""
+    state = placed(step, mesh)
+    moments = {f"optimizer.state.exp_avg.{name}": one * 0 for name, one in state.items()}
+    return {f"model.{name}": one for name, one in state.items()} | moments | {"rng_state": [1, 2]}
+
+
 WAYS: Mapping[str, tuple[Callable[[int, DeviceMesh], dict[str, Any]], int]] = {
     "fsdp": (fsdp, 2),
     "tensor_parallel": (tensor_parallel, 4),
     "placed": (placed, 4),
     "plain": (plain, 4),
+    "megatron": (megatron, 4),
 }
 
 
@@ -110,7 +119,11 @@ def whole(state: Any) -> dict[str, torch.Tensor]:
         state = state.get(key, state)
     full = {}
     for name, tensor in state.items():
-        full[name] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if name.startswith(("optimizer.", "rng_")):
+            continue
+        full[name.removeprefix("model.")] = (
+            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        )
     return {name: tensor.contiguous().clone() for name, tensor in full.items()}
 
 
@@ -127,7 +140,9 @@ def write(rank: int, folder: Path) -> None:
                 continue
             state = make(step, mesh)
             group = two if ranks == 2 else None
-            dcp.save(state, checkpoint_id=folder / way / f"step-{step}", process_group=group)
+            planner = DefaultSavePlanner(flatten_state_dict=way != "megatron")
+            place = folder / way / f"step-{step}"
+            dcp.save(state, checkpoint_id=place, process_group=group, planner=planner)
             if way == "placed":
                 writer = HuggingFaceStorageWriter(
                     str(folder / "hf" / f"step-{step}"), save_distributed=True
