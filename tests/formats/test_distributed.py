@@ -222,13 +222,9 @@ def test_the_same_output_as_from_safetensors(
     shutil.rmtree(mixed / "step-200")
     shutil.copy(whole / "step-200.safetensors", mixed)
     for number, folder in enumerate((written / way, mixed, whole)):
-        options = (
-            "--raw",
-            "--sigma-rel",
-            "0.2,0.25",
-            "-o",
-            f"out{number}/{{sigma_rel}}.safetensors",
-        )
+        (tmp_path / f"out{number}").mkdir()
+        template = f"out{number}/{{sigma_rel}}.safetensors"
+        options = ("--raw", "--sigma-rel", "0.2,0.25", "-o", template)
         assert posthoc_here("synthesize", folder, *options).code == 0
     for name in os.listdir(tmp_path / "out2"):
         expected = data_of(tmp_path / "out2" / name)
