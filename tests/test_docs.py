@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A place with what the examples speak of: `snapshots`, raw `checkpoints` as kohya's trainers
-    save them, and `other` with names of its own."""
+    save them, `trainer-run` with step folders, and `other` with names of its own."""
     import numpy as np
 
     folder = tmp_path_factory.mktemp("examples")
@@ -48,6 +48,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"step": str(step), "gamma": str(gamma), "sigma_rel": str(sigma_rel)},
             )
             write_tensors(folder / "other" / f"run7_{step}_{sigma_rel}.safetensors", tensors)
+    for step in (100, 200, 300):
+        below = folder / "trainer-run" / f"checkpoint-{step}"
+        below.mkdir(parents=True)
+        write_tensors(below / "model.safetensors", {"w": rng.standard_normal(50)})
+        (below / "config.json").write_text("{}", encoding="utf-8")
+        (below / "optimizer.pt").touch()
+    (folder / "snapshots" / "config.json").write_text("{}", encoding="utf-8")
     write_checkpoints(folder)
     return folder
 

@@ -163,6 +163,7 @@ class Run:
         decay: Values = None,
         half_life: Values = None,
         step: int | None = None,
+        layout: str = "file",
     ) -> list[Path]:
         """Where `solve(...).save(output)` will write; raises UsageError where it can't."""
         from posthoc_cli.synthesis.paths import output_paths
@@ -170,7 +171,7 @@ class Run:
         name = self.folder.resolve().name
         _, step = self.until(step)
         targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
-        return output_paths(os.fspath(output), name, targets, step)
+        return output_paths(os.fspath(output), name, targets, step, layout=layout)
 
     def solve(
         self,
@@ -256,9 +257,9 @@ def verify(
 ) -> Report:
     """Check that an output is what its recipe says, and that its snapshots are what they were.
 
-    `output` is the file, or the index of its shards; `folder` where its snapshots lie, by default
-    beside it. A sample of the values is compared, or with `full` all of them. What is wrong is in
-    the report's `problems`.
+    `output` is the file, the index of its shards, or the folder; `folder` where its snapshots lie,
+    by default beside it. A sample of the values is compared, or with `full` all of them. What is
+    wrong is in the report's `problems`.
 
     Raises UsageError when the output or the folder isn't there, SnapshotError for an output without
     a recipe, or when a file changes meanwhile, MachineError when one can't be read.

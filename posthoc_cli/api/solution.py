@@ -106,6 +106,7 @@ class Solution:
         dtype: str = "same",
         copy: Sequence[str] = (),
         drop: Sequence[str] = (),
+        layout: str = "file",
         max_shard_size: int | None = None,
         max_error: float | None = None,
         strict: bool = False,
@@ -124,6 +125,9 @@ class Solution:
             dtype: of the floating-point tensors written: "same", "float64", "float32", "float16"
                 or "bfloat16".
             copy, drop: globs of tensors to take from the newest snapshot, and to leave out.
+            layout: "file", or "folder": each output is a folder that holds what a library loads it
+                with, copied from the newest snapshot, as docs/folders.md tells. A single target's
+                is `output` itself; its shards are as large as the snapshots' own, if they have any.
             max_shard_size: bytes above which an output becomes shards with an index; then the path
                 is that of the index.
             max_error: write nothing when a larger error is to be expected, relative to how far the
@@ -141,6 +145,7 @@ class Solution:
         meanwhile, MachineError when the disk or the device fails.
         """
         from posthoc_cli.storage import fingerprint
+        from posthoc_cli.synthesis.beside import own_shard_size, what_lies_beside
         from posthoc_cli.synthesis.outputs import save_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
@@ -152,9 +157,13 @@ class Solution:
         how = {"lora": lora, "lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
         plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop, **how)
         name = self.run.folder.resolve().name
+        paths = output_paths(os.fspath(output), name, self.targets, self.step, layout=layout)
+        beside = what_lies_beside(plan, self.run.folder) if layout == "folder" else None
+        if beside and max_shard_size is None:
+            max_shard_size = own_shard_size(plan)
 
         def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
-            make_folder(os.fspath(output))
+            make_folder(os.fspath(output), self.targets, layout)
             fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
             return [
                 make_recipe(
@@ -175,12 +184,13 @@ class Solution:
         return save_outputs(
             plan,
             self.weights,
-            output_paths(os.fspath(output), name, self.targets, self.step),
+            paths,
             recipes,
             skip_existing=skip_existing,
             device=self.device,
             overwrite=force,
             shard_bytes=max_shard_size,
+            beside=beside,
             strict=strict,
             progress=progress,
         )

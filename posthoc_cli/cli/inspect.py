@@ -25,6 +25,7 @@ from posthoc_cli.cli.console import (
     warning_lines,
 )
 from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
+from posthoc_cli.cli.folders import describe_manifest, draw_manifests
 from posthoc_cli.cli.lora import lora_row
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest
@@ -47,7 +48,7 @@ def inspect(
         typer.Argument(
             metavar="FOLDER",
             help="The folder of snapshots, or files and folders in it, by shell glob; or a single "
-            "file, to see what it is made of.",
+            "output, to see what it is made of.",
             show_default=False,
         ),
     ],
@@ -59,8 +60,8 @@ def inspect(
 ) -> None:
     """Show the snapshots in FOLDER: the step and profile of each, and what is wrong with any.
 
-    It reads the files' headers only. Given a file that posthoc made, it shows the recipe: the
-    target, and each source with its weight. With problems the exit code is 3.
+    It reads the files' headers only. Given an output of posthoc, it shows the recipe: the target,
+    and each source with its weight. With problems the exit code is 3.
 
     \b
     Examples:
@@ -70,20 +71,20 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
+    from posthoc_cli.storage import index_of_shard, is_output
+
+    if len(folder) == 1 and is_output(Path(folder[0])):
+        _show_output(Path(folder[0]), *_read_recipe(Path(folder[0])), everything, as_json)
+        return
     opened = options.open_folder(folder, reading)
     single = len(folder) == 1 and os.path.isfile(folder[0])
     if single:
-        from posthoc_cli.storage import index_of_shard
-
         path = Path(folder[0])
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
         layout, recipe = (None, None) if opened.snapshots else _read_recipe(path)
         if layout is not None and recipe is not None:
-            if as_json:
-                print_json(_describe_output(path, recipe))
-            else:
-                _draw_recipe(stdout_console(), layout, recipe, everything)
+            _show_output(path, layout, recipe, everything, as_json)
             return
     read = partial(options.open_folder, folder)
     suggestion = suggest(folder[0], reading, opened, read) if len(folder) == 1 else None
@@ -275,6 +276,23 @@ def _number(source: dict[str, Any], key: str) -> float:
     if key == "gamma" and source[key] is None:
         return math.inf
     return float(source[key])
+
+
+def _show_output(
+    path: Path, layout: TensorIndex, recipe: Recipe | None, everything: bool, as_json: bool
+) -> None:
+    from posthoc_cli.storage.manifest import read_manifest
+
+    assert recipe is not None
+    manifest = read_manifest(path)
+    if as_json:
+        document = _describe_output(path, recipe)
+        print_json(document | ({"contents": describe_manifest(manifest)} if manifest else {}))
+        return
+    _draw_recipe(stdout_console(), layout, recipe, everything)
+    if manifest:
+        print()
+        draw_manifests([manifest])
 
 
 def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:

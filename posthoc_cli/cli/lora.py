@@ -65,7 +65,7 @@ def lora_lines(saved: Saved) -> Iterator[str]:
     from posthoc_cli.snapshots.lora_scale import changes
 
     for at, shared in report.shared.items():
-        if shared is not None and report.in_config:
+        if shared is not None and report.in_config and saved.outputs[at].manifest is None:
             yield (
                 f"{saved.outputs[at].path}: the adapter_config.json beside it has to say "
                 f"{json.dumps(changes(shared))[1:-1]}"

@@ -12,7 +12,7 @@ from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
     *("copy", "decay", "device", "drop", "dtype", "exclude", "force", "gamma", "half_life"),
-    *("key", "lora", "lora_rank", "lora_tolerance", "lr_decay", "max_error", "window"),
+    *("key", "layout", "lora", "lora_rank", "lora_tolerance", "lr_decay", "max_error", "window"),
     *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
     *("skip_existing", "skip_incomplete", "step", "strict", "update_every"),
 )

@@ -18,13 +18,15 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
+from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing
 from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
 from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Solution
-    from posthoc_cli.synthesis.outputs import Output, Saved
+    from posthoc_cli.synthesis.output_files import Output
+    from posthoc_cli.synthesis.outputs import Saved
 
 
 @options.with_options
@@ -39,7 +41,7 @@ def synthesize(
             metavar="OUT",
             rich_help_panel=options.OUTPUT,
             show_default=False,
-            help="The file to write; with several targets a folder, or a template with "
+            help="The file or folder to write; with several targets a folder, or a template with "
             "{sigma_rel}, {gamma}, {target} or {step}. A path that ends in / is made if need be.",
         ),
     ],
@@ -77,6 +79,16 @@ def synthesize(
             "--skip-existing", "Keep outputs that exist, and write the others.", options.OUTPUT
         ),
     ] = False,
+    layout: Annotated[
+        str,
+        options.in_panel(
+            options.OUTPUT,
+            "LAYOUT",
+            "What each output is: file; or folder, with the config, tokenizer and other parts that "
+            "lie beside the newest snapshot, as from_pretrained loads it.",
+            autocompletion=lambda: ["file", "folder"],
+        ),
+    ] = "file",
     max_shard_size: Annotated[
         str | None,
         options.in_panel(
@@ -140,6 +152,7 @@ def synthesize(
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
       posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
       posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o products.safetensors
+      posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07 --layout folder
     """
     load_numpy()
     if force and skip_existing:
@@ -157,7 +170,7 @@ def synthesize(
     reading = dataclasses.replace(reading, copy=copy, drop=drop, lora=lora)
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
-    opened.paths(output, step=step, **wanted)
+    opened.paths(output, step=step, layout=layout, **wanted)
     plan = opened.plan(step, **made)
     solution = opened.solve(
         step=step,
@@ -173,6 +186,7 @@ def synthesize(
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(
             output,
+            layout=layout,
             max_shard_size=shard_bytes,
             max_error=max_error,
             strict=strict,
@@ -184,6 +198,8 @@ def synthesize(
     for one in saved.outputs:
         if one.seconds is None:
             note(f"{one.path}: exists already; skipped", quiet)
+    for text in missing(saved.outputs):
+        note(f"warning: {text}", quiet)
     if saved.nonfinite:
         note(f"warning: {saved.summary} (--strict makes this an error)", quiet)
     for line in lora_lines(saved):
@@ -192,6 +208,7 @@ def synthesize(
         print_json(_describe(folder, solution, saved))
     else:
         _draw(solution, saved.outputs)
+        draw_manifests([one.manifest for one in saved.outputs if one.manifest])
 
 
 def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[str, Any]:
@@ -201,6 +218,8 @@ def _describe(folder: Sequence[str], solution: Solution, saved: Saved) -> dict[s
         target["output"] = str(one.path)
         if one.shards:
             target["shards"] = [str(path) for path in one.shards]
+        if one.manifest is not None:
+            target["folder"] = describe_manifest(one.manifest)
         target["bytes"] = one.bytes
         target["seconds"] = one.seconds or 0.0
         target["skipped"] = one.seconds is None

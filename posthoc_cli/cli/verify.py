@@ -22,7 +22,7 @@ def verify(
     out: Annotated[
         Path,
         typer.Argument(
-            metavar="OUT", help="A file that synthesize wrote, or its index.", show_default=False
+            metavar="OUT", help="A file or folder that synthesize wrote.", show_default=False
         ),
     ],
     folder: Annotated[

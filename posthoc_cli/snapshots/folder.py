@@ -28,7 +28,7 @@ from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.copies import other_formats, settle_copies
 from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.images import out_of_range
-from posthoc_cli.snapshots.listing import folder_of, list_candidates, title
+from posthoc_cli.snapshots.listing import MADE_BY_POSTHOC, folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
 from posthoc_cli.snapshots.names import compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
@@ -144,7 +144,7 @@ def read_folder(
         try:
             index = _open(folder / name, headers, reading.how)
             if read_recipe(index.metadata) is not None:
-                contents.skipped.append((name, "made by posthoc: it carries a recipe"))
+                contents.skipped.append((name, MADE_BY_POSTHOC))
                 continue
             opened[name] = index
             if raw:

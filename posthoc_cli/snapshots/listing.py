@@ -24,7 +24,15 @@ from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.storage import ENDING, made_by_posthoc
 from posthoc_cli.storage.disk import list_folder
-from posthoc_cli.storage.shards import find_network, is_index, is_training_state, list_networks
+from posthoc_cli.storage.shards import (
+    find_network,
+    is_index,
+    is_output,
+    is_training_state,
+    list_networks,
+)
+
+MADE_BY_POSTHOC = "made by posthoc: it carries a recipe"
 
 _BELOW = 2
 """Folders below a step folder in which its networks may lie: `checkpoint-500/ema/unet`."""
@@ -131,6 +139,8 @@ def list_candidates(
     for name in sorted({*there, *missing}):
         if name in single:
             listing.networks.append(single[name])
+        elif name in folders and is_output(folder / name):
+            listing.left_out.append((name, MADE_BY_POSTHOC))
         elif name in folders:
             state_of = name[: -len("-state")] + ENDING
             if name.endswith("-state") and state_of in files:
@@ -251,6 +261,7 @@ def _list_below(
         below.networks = [one for one in below.networks if not _is_state_beside(one)]
         listing.others += below.others
     listing.networks += below.networks
+    listing.left_out += below.left_out
     if below.networks:
         return True
     listing.others += below.others
@@ -284,11 +295,14 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
         network = Network(f"{place}/{name}", place if name == one else f"{place}/{name}")
         beside = safetensors or of_training(name)  # the same network once more, or none
         (listing.others if beside and name not in safetensors else listing.networks).append(network)
-    if levels:
-        for name in names:
-            made_of = bool(safetensors) and name == "sharded"  # what these were made of
-            if os.path.isdir(folder / place / name) and not made_of:
-                _walk(folder, f"{place}/{name}", levels - 1, listing)
+    for name in names:
+        made_of = bool(safetensors) and name == "sharded"  # what these were made of
+        if not os.path.isdir(folder / place / name) or made_of:
+            continue
+        if is_output(folder / place / name):
+            listing.left_out.append((f"{place}/{name}", MADE_BY_POSTHOC))
+        elif levels:
+            _walk(folder, f"{place}/{name}", levels - 1, listing)
 
 
 def _left_by_posthoc(folder: Path, index: str, names: Sequence[str]) -> bool:

@@ -87,6 +87,16 @@ def changes(rank: int) -> dict[str, Any]:
     return {"r": rank, "rank_pattern": {}}
 
 
+def adapter_config(path: Path, rank: int) -> bytes:
+    """peft's configuration at `path` as it must be beside factors that all have one `rank`.
+
+    Raises SnapshotError where it makes no sense, MachineError where it can't be read.
+    """
+    with open_file(path) as (file, _):
+        config = _parsed(file.read(_MAX_BYTES), str(path))
+    return json.dumps({**config, **changes(rank)}, indent=2).encode() + b"\n"
+
+
 def lora_metadata(
     metadata: Mapping[str, str], rank: int | None, ranks: Sequence[int]
 ) -> dict[str, str]:

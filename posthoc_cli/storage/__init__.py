@@ -21,10 +21,12 @@ from posthoc_cli.storage.shards import ENDING as ENDING
 from posthoc_cli.storage.shards import existing_output as existing_output
 from posthoc_cli.storage.shards import index_of_shard as index_of_shard
 from posthoc_cli.storage.shards import index_path as index_path
+from posthoc_cli.storage.shards import is_output as is_output
 from posthoc_cli.storage.shards import made_by_posthoc as made_by_posthoc
 from posthoc_cli.storage.shards import make_index as make_index
 from posthoc_cli.storage.shards import open_tensors as open_tensors
 from posthoc_cli.storage.shards import replaced_files as replaced_files
 from posthoc_cli.storage.shards import shard_names as shard_names
 from posthoc_cli.storage.shards import shard_paths as shard_paths
+from posthoc_cli.storage.shards import shards_of as shards_of
 from posthoc_cli.storage.shards import split as split

@@ -1,4 +1,4 @@
-"""Old files set aside while new ones take their places, so that an error or a kill can be undone.
+"""Old outputs set aside while new ones take their places, so that an error or a kill can be undone.
 
 They lie in a hidden folder beside their places, with a journal that says what was to become of
 them. Once all new files are in place the old ones are removed; until then they can be put back, by
@@ -11,10 +11,15 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from posthoc_cli.storage.metadata import MANIFEST
+
 _JOURNAL = ".journal"
+_UNDONE = ".undone"
+"""What a new folder is called that is removed again."""
 
 Identity = tuple[int, int, int]
 """A file's number, size and time of change: some file systems have no lasting numbers."""
@@ -24,10 +29,20 @@ def identity(status: os.stat_result) -> Identity:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def identity_at(path: Path) -> Identity:
+    """That of what is at `path`; a folder of ours goes by its manifest, as its own size and time
+    change with what is put into it."""
+    return identity(os.lstat(path / MANIFEST if _is_folder(path) else path))
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def _is(path: Path, known: Sequence[int]) -> bool:
-    """Whether the file at `path` is the one `known`."""
+    """Whether what is at `path` is the one `known`."""
     try:
-        number, size, changed = identity(os.lstat(path))
+        number, size, changed = identity_at(path)
     except OSError:
         return False
     return size == known[1] and (number == known[0] or changed == known[2])
@@ -77,7 +92,7 @@ class Aside:
     def set_aside(self, name: str, *, keep: bool = False) -> None:
         """Take an old file from its place; `keep`: it may stay there as well, until replaced."""
         place = self.path.parent / name
-        if keep and not os.path.islink(place):
+        if keep and not os.path.islink(place) and not _is_folder(place):
             with contextlib.suppress(OSError):  # a file system without hard links
                 os.link(place, self.path / name)
                 return
@@ -90,7 +105,7 @@ class Aside:
     def finish(self) -> None:
         """Remove the old files, as all new ones are in their places."""
         for name, known in self.old.items():
-            _unlink(self.path / name)
+            remove(self.path / name)
             if name not in self.new and _is(self.path.parent / name, known):
                 _unlink(self.path.parent / name)
         self._end()
@@ -115,8 +130,14 @@ class Aside:
             self.undo()
 
     def _remove_new(self, name: str) -> None:
-        if _is(self.path.parent / name, self.new[name]):
-            _unlink(self.path.parent / name)
+        place = self.path.parent / name
+        if not _is(place, self.new[name]):
+            return
+        if _is_folder(place):  # half of it must not look like all of it
+            os.rename(place, self.path / _UNDONE)
+            remove(self.path / _UNDONE)
+        else:
+            _unlink(place)
 
     def _restore(self, name: str) -> None:
         aside, place = self.path / name, self.path.parent / name
@@ -126,6 +147,8 @@ class Aside:
                 return
             if name not in self.new or not _is(place, self.new[name]):
                 raise FileExistsError(errno.EEXIST, "another file took its place", str(place))
+            if _is_folder(place):  # which nothing can be renamed onto
+                self._remove_new(name)
         try:
             os.replace(aside, place)
         except OSError:  # where renaming is what fails
@@ -142,7 +165,16 @@ def discard(path: Path) -> None:
     flush_folder(path.parent)
     _unlink(path / f"{_JOURNAL}.new")
     _unlink(path / _JOURNAL)
+    remove(path / _UNDONE)
     os.rmdir(path)
+
+
+def remove(path: Path) -> None:
+    """Remove the file or the whole folder at `path`, if it is there."""
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        _unlink(path)
 
 
 def _unlink(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, one or several together."""
+"""Outputs that appear whole or not at all, one or several together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, UsageError, in_bytes
-from posthoc_cli.storage.aside import Aside, flush_folder, identity
+from posthoc_cli.storage.aside import Aside, flush_folder, identity, identity_at
 from posthoc_cli.storage.disk import already_exists, unsupported_is_fine, write_errors
 from posthoc_cli.storage.temporary import (
     aside_name,
@@ -39,6 +39,9 @@ class AtomicFile:
     Raises UsageError when `path` exists and `overwrite` is false, MachineError when the space or
     the permission is missing. `commit_together` does the same for several files.
     """
+
+    at_once = True
+    """Whether one rename replaces what is in its place."""
 
     def __init__(self, path: Path, size: int, *, overwrite: bool = False) -> None:
         self.path = path
@@ -67,8 +70,12 @@ class AtomicFile:
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
         _refuse_folder(self.path)
-        if not self.overwrite and os.path.lexists(self.path):
+        if not self.overwrite and self.taken():
             raise already_exists(self.path)
+
+    def taken(self) -> bool:
+        """Whether there is something in its place."""
+        return os.path.lexists(self.path)
 
     def open(self) -> None:
         """Make the temporary file, and reserve its space."""
@@ -183,12 +190,14 @@ class Group:
     def replaced(self) -> list[Path]:
         """The files that go; raises UsageError when one must not."""
         found = list(self.old()) if self.old else []
+        folders = [file.path for file in self.files if not file.at_once]
         for path in found:
-            _refuse_folder(path)
+            if path not in folders:
+                _refuse_folder(path)
         for file in self.files:
             if file.path not in found:
                 file.check_absent()
-                if os.path.lexists(file.path):
+                if file.taken():
                     found.append(file.path)
         return found
 
@@ -240,8 +249,9 @@ def _put_in_place(groups: Sequence[Group], *, locked: bool) -> None:
     placed = False
     try:
         files = [file for group in groups for file in group.files]
-        if len(files) == 1 and set(plans[0][1]) <= {files[0].path}:
-            files[0].place(overwrite=bool(plans[0][1]))  # one step, nothing to undo
+        old = plans[0][1] if len(files) == 1 else []
+        if len(files) == 1 and (not old or (old == [files[0].path] and files[0].at_once)):
+            files[0].place(overwrite=bool(old))  # one step, nothing to undo
         else:
             for group, old in plans:
                 if old or len(group.files) > 1:
@@ -263,7 +273,7 @@ def _put_in_place(groups: Sequence[Group], *, locked: bool) -> None:
 def _begin(group: Group, old: Sequence[Path], asides: dict[Path, Aside]) -> None:
     with write_errors(group.path):
         new = {file.path.name: file.identity() for file in group.files}
-        there = {path.name: identity(os.lstat(path)) for path in old}
+        there = {path.name: identity_at(path) for path in old}
         aside = Aside(aside_name(group.path), new, there)
         try:
             aside.make()

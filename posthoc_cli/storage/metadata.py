@@ -32,6 +32,9 @@ its own counter of steps says, with the counter's relative rounding."""
 RECIPE = "posthoc"
 """How an output was made, as JSON: the sources and their weights. No snapshot has it."""
 
+MANIFEST = "posthoc.json"
+"""The file in an output that is a folder which says what posthoc put there."""
+
 FORMAT = "format"
 """The framework the tensors are of, "pt": some libraries load nothing without it."""
 

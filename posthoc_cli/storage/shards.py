@@ -33,6 +33,7 @@ from posthoc_cli.storage.header import (
     check_items,
     read_header,
 )
+from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.storage.temporary import clean_up
 
@@ -73,13 +74,17 @@ def index_of_shard(path: Path) -> Path | None:
 
 
 def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
-    """The tensor index of a safetensors file, of an index's shards, or of a folder with either.
+    """The tensor index of a safetensors file, of an index's shards, or of a folder with either:
+    one that posthoc made may hold other networks as well.
 
     Raises what read_header does, and SnapshotError for an index that makes no sense or a folder
     that doesn't hold one network.
     """
     if os.path.isdir(path):
-        inside = find_network(path)
+        manifest = read_manifest(path)
+        inside = manifest["weights"] if manifest else None
+        if inside is None or not os.path.lexists(path / inside):
+            inside = find_network(path)
         if inside is None:
             raise SnapshotError(
                 str(path),
@@ -164,6 +169,12 @@ def shard_names(index: Path) -> set[str]:
     Raises SnapshotError for an index that makes no sense, MachineError for one that can't be read.
     """
     return set(_weight_map(index, _parse_index(index)).values())
+
+
+def shards_of(main: Path) -> list[Path]:
+    """The shards of an output, sorted, if `main` is an index; raises what shard_names does."""
+    names = sorted(shard_names(main)) if is_index(main.name) else []
+    return [main.with_name(name) for name in names]
 
 
 def _parse_index(path: Path) -> dict[str, Any]:
@@ -332,6 +343,12 @@ def made_by_posthoc(path: Path) -> bool:
         return _has_recipe(path)
     except PosthocError:
         return False
+
+
+def is_output(folder: Path) -> bool:
+    """Whether an output of ours is this folder as a whole; raises MachineError where it can't be
+    read."""
+    return read_manifest(folder) is not None and _has_recipe(folder)
 
 
 def _has_recipe(path: Path) -> bool:

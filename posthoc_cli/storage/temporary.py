@@ -1,4 +1,4 @@
-"""Temporary files: their names, the locks that say which are still written, and their end.
+"""Temporary files and folders: their names, the locks that say which are written to, their end.
 
 One that is being written is locked; one that isn't has been abandoned.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError
-from posthoc_cli.storage.aside import Aside, discard
+from posthoc_cli.storage.aside import Aside, discard, remove
 from posthoc_cli.storage.disk import write_errors
 
 try:
@@ -45,29 +45,41 @@ def locks_exist() -> bool:
     return fcntl is not None
 
 
-def make_temporary(path: Path) -> tuple[int, Path]:
-    """Make a file beside `path` under a temporary name, open and locked."""
+def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
+    """Make a file, or a folder, beside `path` under a temporary name, open and locked.
+
+    A folder is open only where folders can be.
+    """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     kind = ""
     while True:
-        name = f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}"
-        fd = os.open(path.with_name(name), flags, 0o666)
+        place = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}")
+        if folder:
+            os.mkdir(place)
+            if fcntl is None:
+                return -1, place
+        try:
+            fd = os.open(place, os.O_RDONLY if folder else flags, 0o666)
+        except FileNotFoundError:
+            if not folder:
+                raise
+            continue  # another run has taken it for abandoned
         keep = False
         try:
             if fcntl is None or kind:
                 keep = True
             elif _lock(fd, fcntl.LOCK_EX):
                 # Another run may have taken it for abandoned before.
-                keep = _has_name(fd, path.with_name(name))
+                keep = _has_name(fd, place)
             else:  # so that no other run takes it for abandoned
                 kind = _UNLOCKED
             if keep:
-                return fd, path.with_name(name)
+                return fd, place
         finally:
             if not keep:
                 os.close(fd)
                 with contextlib.suppress(OSError):
-                    os.unlink(path.with_name(name))
+                    remove(place)
 
 
 def clean_up(folder: Path) -> None:
@@ -189,15 +201,18 @@ def _age(path: Path) -> float:
 
 
 def _remove_if_abandoned(path: Path, *, unlocked: bool) -> None:
-    if not stat.S_ISREG(os.lstat(path).st_mode):
+    mode = os.lstat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
     if fcntl is None or unlocked:
-        if _age(path) > (_UNLOCKED_ABANDONED_AFTER if unlocked else _ABANDONED_AFTER):
-            os.unlink(path)  # on Windows it fails while it is open
+        inside = [Path(place, name) for place, _, names in os.walk(path) for name in names]
+        age = min(map(_age, (path, *inside)))
+        if age > (_UNLOCKED_ABANDONED_AFTER if unlocked else _ABANDONED_AFTER):
+            remove(path)  # on Windows it fails while it is open
         return
-    fd = os.open(path, os.O_RDWR)
+    fd = os.open(path, os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR)
     try:
         if _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _has_name(fd, path):
-            os.unlink(path)
+            remove(path)
     finally:
         os.close(fd)

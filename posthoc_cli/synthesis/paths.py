@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 
-from posthoc_cli.errors import UsageError
+from posthoc_cli.errors import UsageError, either
 from posthoc_cli.solver.targets import Target
 from posthoc_cli.storage import ENDING, disk
+from posthoc_cli.storage.manifest import read_manifest
+
+LAYOUTS = ("file", "folder")
+"""What an output may be."""
 
 _FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
 
@@ -21,18 +25,28 @@ def is_folder(output: str) -> bool:
     return output.endswith(separators) or os.path.isdir(output)
 
 
-def output_paths(output: str, run: str, targets: Sequence[Target], step: int) -> list[Path]:
-    """The file of each target. Raises UsageError unless each gets one of its own.
+def output_paths(
+    output: str, run: str, targets: Sequence[Target], step: int, *, layout: str = "file"
+) -> list[Path]:
+    """The file or folder of each target. Raises UsageError unless each gets one of its own.
 
-    `output` is a folder, where each file is named after the `run` and its target; or else a path in
-    which `{sigma_rel}`, `{gamma}`, `{target}` and `{step}` stand for the target's.
+    `output` is a folder, where each is named after the `run` and its target; or else a path in
+    which `{sigma_rel}`, `{gamma}`, `{target}` and `{step}` stand for the target's. A single
+    target's folder is `output` itself.
     """
-    if is_folder(output):
-        names = [f"{run or 'ema'}-step{step}-{target.tag}{ENDING}" for target in targets]
+    if layout not in LAYOUTS:
+        raise UsageError("layout=", f"'{layout}' is not known", f"choose {either(LAYOUTS)}")
+    folders = layout == "folder"
+    gathered = collects(output, targets, layout)
+    if gathered:
+        ending = "" if folders else ENDING
+        names = [f"{run or 'ema'}-step{step}-{target.tag}{ending}" for target in targets]
         paths = [Path(output, name) for name in names]
     else:
         paths = [Path(_filled(output, target, step)) for target in targets]
-    for path in paths:
+    if folders:
+        _check_folders(output, paths)
+    for path in () if folders else paths:
         if path.suffix.lower() != ENDING:
             raise UsageError(
                 "output=",
@@ -41,16 +55,35 @@ def output_paths(output: str, run: str, targets: Sequence[Target], step: int) ->
             )
         if path.is_dir():
             raise UsageError("output=", f"'{path}' is a folder", "give a file name within it")
-    for parent in {Path(output).parent} if is_folder(output) else {path.parent for path in paths}:
+    for parent in {Path(output).parent} if gathered else {path.parent for path in paths}:
         if not parent.is_dir():
             raise UsageError("output=", f"there is no folder '{parent}'", "create it first")
     _check_distinct(output, targets, paths)
     return paths
 
 
-def make_folder(output: str) -> None:
-    """Make the folder that an output names, if it names one that isn't there yet."""
-    if is_folder(output):
+def collects(output: str, targets: Sequence[Target], layout: str) -> bool:
+    """Whether `output` names a folder for the outputs, each of which gets a name in it."""
+    if layout == "folder":
+        return len(targets) > 1 and "{" not in output
+    return is_folder(output)
+
+
+def _check_folders(output: str, paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.suffix.lower() == ENDING:
+            raise UsageError(
+                "output=",
+                f"'{path}' ends as a file does, and layout='folder' writes a folder",
+                f"leave out {ENDING}, or the layout",
+            )
+    if paths[0].parent == Path(output) and read_manifest(Path(output)) is not None:
+        raise UsageError("output=", f"'{output}' is an output itself", "give another folder")
+
+
+def make_folder(output: str, targets: Sequence[Target] = (), layout: str = "file") -> None:
+    """Make the folder that is to hold the outputs, if there is one and it isn't there yet."""
+    if collects(output, targets, layout):
         disk.make_folder(Path(output))
 
 

@@ -23,7 +23,9 @@ from posthoc_cli.storage import (
     index_path,
     open_tensors,
 )
+from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES, UNAVERAGEABLE
+from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
@@ -41,7 +43,7 @@ class Report:
 
     Of its `sources`, `known` could be told to be the very files it was made of, or not. `rounded`
     values are not the nearest to the sum, but within the contract, as those made on a GPU may be.
-    `output` is the file itself, or the index of its shards.
+    `output` is the file itself, the index of its shards, or the folder.
     """
 
     sources: int
@@ -55,14 +57,14 @@ class Report:
 
 
 def find_output(path: Path) -> TensorIndex:
-    """Open the output at `path`, or the shards that it became.
+    """Open the output at `path`: a file, the shards that it became, or a folder.
 
     Raises UsageError when there is neither, and what `open_tensors` raises.
     """
     if not os.path.lexists(path) and os.path.lexists(index_path(path)):
         path = index_path(path)
     if not os.path.exists(path):
-        raise UsageError(str(path), "there is no such file", "give a file that synthesize wrote")
+        raise UsageError(str(path), "there is no such file", "give what synthesize wrote")
     return open_tensors(path)
 
 
@@ -88,6 +90,7 @@ def verify(
     folder = _folder(out, folder, recipe)
     sources, problems = _open_sources(folder, recipe)
     known = sum(source.fingerprint is not None for source in recipe.sources)
+    problems += _wrong_copies(out.path)
     report = Report(len(recipe.sources), known, len(out.tensors), 0, 0, 0, problems, out.path)
     if problems:
         return report
@@ -203,6 +206,20 @@ def _other_tensors(
         if not same[key]:
             problem = f"has other tensors than '{newest.path.name}'"
             problems.append(Problem(source.path, problem, "put the right file in its place"))
+    return problems
+
+
+def _wrong_copies(out: Path) -> list[Problem]:
+    """What is wrong with the files that were copied into an output that is a folder."""
+    manifest = read_manifest(out)
+    problems = []
+    for entry in manifest["copied"] if manifest else ():
+        status = file_status(out / entry["file"])
+        if status is None:
+            problems.append(Problem(out / entry["file"], "is not there", ANEW))
+        elif status.st_size != entry["bytes"]:
+            problem = f"has {status.st_size:,} bytes, not the {entry['bytes']:,} that were copied"
+            problems.append(Problem(out / entry["file"], problem, ANEW))
     return problems
 
 

@@ -236,7 +236,8 @@ def fail_at(stage: Stage, scene: Scene, kind: str, after: int, times: int) -> li
     if run.code != 0 and found != scene.old and undone:
         losses.append(f"exit code {run.code}, and {sorted(found)}: {run.err!r}")
     losses += torn(scene, found)
-    if kind not in NOT_CLEANED:
+    stuck = lasting and kind == "rename" and "/" in (scene.index or "")  # it has no other way back
+    if kind not in NOT_CLEANED and not stuck:
         losses += [f"left {name}" for name in scene.left_behind()]
     return losses + _cleaned(scene) + stage.again(scene)
 
@@ -267,6 +268,8 @@ def torn(scene: Scene, found: Files) -> list[str]:
         both = [of] if scene.old.get(scene.index) != scene.new.get(scene.index) else [of, scene.new]
         if not any(files.items() <= found.items() for files in both):
             losses.append(f"an index, but {sorted(found)}")
+    elif "/" in scene.index and found:
+        losses.append(f"a part of a folder: {sorted(found)}")
     return losses
 
 

@@ -19,7 +19,7 @@ TEMPORARY = ".posthoc-tmp"
 """How the names of unfinished outputs end."""
 
 Files = dict[str, bytes]
-"""The files of a folder, by name."""
+"""The files of a folder, by their paths below it."""
 
 
 def make_snapshots(folder: Path, count: int = 6, megabytes: float = 16, seed: int = 0) -> None:
@@ -51,7 +51,8 @@ class Scene:
     """A command, run in `base` again and again; it writes to the folder `written` there.
 
     `old` is what is there before, `new` what a whole run leaves. An output in shards
-    stands when its `index` does: until then it is absent, whatever files lie around.
+    stands when its `index` does: until then it is absent, whatever files lie around. Of one that is
+    a folder the manifest is taken for that.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Scene:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
         for name, content in (self.old if files is None else files).items():
+            (self.work / name).parent.mkdir(exist_ok=True)
             (self.work / name).write_bytes(content)
 
     def start(self, **options: object) -> subprocess.Popen[str]:
@@ -96,9 +98,9 @@ class Scene:
     def files(self) -> Files:
         """The files in `work`, but for unfinished ones."""
         return {
-            name: (self.work / name).read_bytes()
-            for name in os.listdir(self.work)
-            if not name.endswith(TEMPORARY)
+            path.relative_to(self.work).as_posix(): path.read_bytes()
+            for path in self.work.rglob("*")
+            if path.is_file() and not path.relative_to(self.work).parts[0].endswith(TEMPORARY)
         }
 
     def left_behind(self) -> list[str]:
@@ -179,6 +181,13 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     yield sharded
     other = [*words[:3], "0.06", "-o", one, *shards, "--force"]
     yield _scene(base, "shards over shards", other, old=sharded.new, index=index)
+    (base / "snapshots" / "config.json").write_bytes(rng.bytes(99))
+    folder = [*words, "written/x", "--layout", "folder"]
+    manifest = "x/posthoc.json"
+    whole = _scene(base, "a folder", folder, index=manifest)
+    yield whole
+    other = [*other[:3], "0.06", "-o", *folder[5:], "--force"]
+    yield _scene(base, "a folder over a folder", other, old=whole.new, index=manifest)
     make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
     yield _scene(base, "convert", ["convert", "../checkpoints", "written"], several=True)
 

@@ -233,8 +233,8 @@ def test_shards_hold_what_a_single_file_would(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     written = write(snapshots, out, shard_bytes=900)
     paths = [*shard_paths(out, 2), tmp_path / "out.safetensors.index.json"]
-    assert written.files == [tuple(paths)]
-    assert written.sizes == [sum(path.stat().st_size for path in paths)]
+    assert [(*out.shards, out.path) for out in written.outputs] == [tuple(paths)]
+    assert written.outputs[0].bytes == sum(path.stat().st_size for path in paths)
     index = json.loads(paths[-1].read_text())
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in some_tensors(1).values())}
     loaded = {name: load_file(tmp_path / file)[name] for name, file in index["weight_map"].items()}

@@ -64,7 +64,7 @@ def synthesize(
         [{"sources": []}] * len(weights),
         **options,  # type: ignore[arg-type]
     )
-    assert written.sizes == [path.stat().st_size for path in outputs]
+    assert [out.bytes for out in written.outputs] == [path.stat().st_size for path in outputs]
     return outputs
 
 
