@@ -235,9 +235,11 @@ def _choose(folder: Path, table: Table, key: str | None) -> list[tuple[str, Entr
             raise corrupt(f"{METADATA} has '{shown(last)}' twice")
         node[last] = tensor
         leaves[id(tensor)] = entry
-    while key is None:  # {"app": {"model": ..., "optim": ...}}, as torch's tutorial has it
+    while key is None or (key != "." and key.split(".")[0] not in root):
+        # {"app": {"model": ..., "optim": ...}}, as torch's tutorial has it
         inside = [value for name, value in root.items() if not is_beside(name)]
-        if len(inside) != 1 or not isinstance(inside[0], dict):
+        dicts = isinstance(inside[0], dict) and inside[0].values() if len(inside) == 1 else ()
+        if not dicts or any(isinstance(value, StoredTensor) for value in dicts):
             break
         root = inside[0]
     chosen = state_dict(Checkpoint(folder, root, File(folder, 0)), key)

@@ -37,8 +37,6 @@ _SHARDING = "DCP_SHARDING_INFO"
 """The key of a safetensors file's metadata by which it says where its boxes belong."""
 
 _MAX_DIMENSIONS = 64
-_CONTAINERS = {"model", "module", "ema", "model_ema", "state_dict"}
-"""What dicts of tensors are called, for checkpoints that don't say which names are of one dict."""
 
 
 class Place(NamedTuple):
@@ -173,7 +171,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 def _guessed_path(name: str) -> tuple[str, ...]:
     """Where a name belongs, in a checkpoint that doesn't say it: Megatron-LM's."""
     first, dot, rest = name.partition(".")
-    return (first, rest) if dot and (is_beside(first) or first in _CONTAINERS) else (name,)
+    return (first, rest) if dot and is_beside(first) else (name,)
 
 
 def read_sharding(folder: Path, names: Iterable[str]) -> Table:
@@ -199,7 +197,7 @@ def read_sharding(folder: Path, names: Iterable[str]) -> Table:
             entry.shape = tuple(map(max, entry.shape, shape))
             place = Place(name, start + info.start, info.end - info.start)
             entry.boxes.append(Box(first, info.shape, place, stream=False))
-            table.paths[tensor] = _guessed_path(tensor)
+            table.paths[tensor] = (tensor,)
     return table
 
 

@@ -21,7 +21,7 @@ from posthoc_cli.storage import Reader, TensorIndex, read_header
 from posthoc_cli.storage.readers import fingerprint
 from tests.command import ENVIRONMENT, ROOT, Posthoc
 
-KEYS = {"plain": "state.network", "hf": None}
+KEYS = {"plain": "state.network"}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def test_every_sharding_gives_the_whole_network(written: Path, way: str) -> None
         folder = written / way / f"step-{step}"
         assert is_distributed(folder)
         index = read_distributed(folder, KEYS.get(way), cache)
-        whole = written / f"{'placed' if way == 'hf' else way}-whole" / f"step-{step}.safetensors"
+        whole = written / f"{way}-whole" / f"step-{step}.safetensors"
         assert contents(index) == contents(read_header(whole))
         assert index.path == folder
         prints.add(fingerprint(index))
@@ -75,11 +75,14 @@ def test_first_dimension_shards_are_plain_parts(written: Path) -> None:
 
 def test_the_key_says_which_dict(written: Path) -> None:
     folder = written / "fsdp" / "step-100"
-    chosen = read_distributed(folder, "app.model")
-    assert chosen.tensors.keys() == read_distributed(folder).tensors.keys()
+    for key in ("app.model", "model"):
+        chosen = read_distributed(folder, key)
+        assert chosen.tensors.keys() == read_distributed(folder).tensors.keys()
     moments = read_distributed(folder, "app.optim.state.up.weight")
     assert moments.tensors.keys() == {"step", "exp_avg", "exp_avg_sq"}
-    with pytest.raises(SnapshotError, match="step-100: has nothing at key='module'; there is app"):
+    with pytest.raises(
+        SnapshotError, match="step-100: has nothing at key='module'; there is model, optim"
+    ):
         read_distributed(folder, "module")
 
 
@@ -216,7 +219,7 @@ def data_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def test_the_same_output_as_from_safetensors(
     written: Path, tmp_path: Path, posthoc_here: Posthoc, way: str
 ) -> None:
-    whole = written / f"{'placed' if way == 'hf' else way}-whole"
+    whole = written / f"{way}-whole"
     mixed = tmp_path / "mixed"
     shutil.copytree(written / way, mixed)
     shutil.rmtree(mixed / "step-200")
@@ -297,7 +300,7 @@ def test_shards_beside_what_they_were_consolidated_to_are_no_network_of_their_ow
     for step in (100, 200):
         folder = tmp_path / "run" / f"step-{step}"
         shutil.copytree(written / "hf" / f"step-{step}", folder / "sharded")
-        whole = written / "placed-whole" / f"step-{step}.safetensors"
+        whole = written / "hf-whole" / f"step-{step}.safetensors"
         shutil.copy(whole, folder / "model.safetensors")
     found = posthoc_here("inspect", "run", "--raw", "--json")
     assert found.code == 0, found

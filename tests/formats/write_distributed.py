@@ -101,7 +101,7 @@ def megatron(step: int, mesh: DeviceMesh) -> dict[str, Any]:
     """Flat names, which nothing says the dicts of, as Megatron-LM's planner leaves them."""
     state = placed(step, mesh)
     moments = {f"optimizer.state.exp_avg.{name}": one * 0 for name, one in state.items()}
-    return {f"model.{name}": one for name, one in state.items()} | moments | {"rng_state": [1, 2]}
+    return state | moments | {"rng_state": [1, 2]}
 
 
 WAYS: Mapping[str, tuple[Callable[[int, DeviceMesh], dict[str, Any]], int]] = {
@@ -121,10 +121,15 @@ def whole(state: Any) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if name.startswith(("optimizer.", "rng_")):
             continue
-        full[name.removeprefix("model.")] = (
-            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        )
+        full[name] = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return {name: tensor.contiguous().clone() for name, tensor in full.items()}
+
+
+def save_whole(state: Any, place: Path, step: int) -> None:
+    full = whole(state)
+    if dist.get_rank() == 0:
+        place.mkdir(exist_ok=True)
+        save_file(full, place / f"step-{step}.safetensors")
 
 
 def write(rank: int, folder: Path) -> None:
@@ -143,16 +148,13 @@ def write(rank: int, folder: Path) -> None:
             planner = DefaultSavePlanner(flatten_state_dict=way != "megatron")
             place = folder / way / f"step-{step}"
             dcp.save(state, checkpoint_id=place, process_group=group, planner=planner)
+            save_whole(state, folder / f"{way}-whole", step)
             if way == "placed":
-                writer = HuggingFaceStorageWriter(
-                    str(folder / "hf" / f"step-{step}"), save_distributed=True
-                )
-                dcp.save(state, storage_writer=writer)
-            full = whole(state)
-            if rank == 0:
-                place = folder / f"{way}-whole"
-                place.mkdir(exist_ok=True)
-                save_file(full, place / f"step-{step}.safetensors")
+                place = folder / "hf" / f"step-{step}"
+                named = {n if n == "scale" else f"model.{n}": one for n, one in state.items()}
+                writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+                dcp.save(named, storage_writer=writer)
+                save_whole(named, folder / "hf-whole", step)
     dist.destroy_process_group()
 
 
