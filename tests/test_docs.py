@@ -40,7 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"ss_steps": str(step), "ss_epoch": str(step // 1000)},
         )
         for sigma_rel in (0.05, 0.10):
-            tensors = {"w": rng.standard_normal(50).astype(np.float16)}
+            names = ("w", "block.attn.qkv", "block.attn.bias")
+            tensors = {name: rng.standard_normal(50).astype(np.float16) for name in names}
             gamma = sigma_rel_to_gamma(sigma_rel)
             write_tensors(
                 folder / "snapshots" / f"net-step{step:08d}-{sigma_rel:.3f}.safetensors",

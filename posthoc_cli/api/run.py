@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
-from posthoc_cli.solver import METHODS, choose_method, solve
+from posthoc_cli.solver import METHODS, choose_method, solve_apart
 from posthoc_cli.solver.arrays import resolve_device
+from posthoc_cli.solver.groups import TargetFor, TensorGroup, globs_of, make_groups
 from posthoc_cli.solver.targets import Values, make_targets
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class Run:
         dtype: str = "same",
         copy: Sequence[str] = (),
         drop: Sequence[str] = (),
+        target_for: TargetFor = (),
         **lora: Any,
     ) -> TensorPlan | Products:
         """Which bytes an output is made of; what `save` does, apart from the weights.
@@ -147,9 +149,11 @@ class Run:
         from posthoc_cli.synthesis.products import plan_outputs
 
         snapshots, step = self.until(step)
-        key = step, dtype, tuple(copy), tuple(drop), *lora.items()
+        groups = globs_of(make_groups(target_for))
+        key = step, dtype, tuple(copy), tuple(drop), groups, *lora.items()
         if key not in self._plans:
-            self._plans[key] = plan_outputs(snapshots, dtype=dtype, copy=copy, drop=drop, **lora)
+            made: dict[str, Any] = {"dtype": dtype, "copy": copy, "drop": drop, "groups": groups}
+            self._plans[key] = plan_outputs(snapshots, **made, **lora)
         return self._plans[key]
 
     def paths(
@@ -182,6 +186,7 @@ class Run:
         lr_decay: Values = None,
         decay: Values = None,
         half_life: Values = None,
+        target_for: TargetFor = (),
         step: int | None = None,
         method: str | None = None,
         device: str = "cpu",
@@ -199,6 +204,8 @@ class Run:
                 its shape (linear, 1-sqrt or cosine) and length: "1-sqrt:10%".
             decay: EMAs of a fixed decay a step, such as 0.999; half_life: the same by the steps
                 after which half is left, or a part of the target step: 480, "5%".
+            target_for: another target for some tensors of every output, by a glob of their names:
+                {"*.attn.*": 0.15, "*.bias": "window:5%"}, or pairs; the last glob that fits counts.
             step: the target step, by default the last snapshot's; later snapshots are not used.
             method: "edm2" (the default: algorithm 3 of arXiv 2312.02696, weights rescaled to sum
                 one), "algorithm3" (not rescaled), "blup" (least expected error); for raw
@@ -217,7 +224,10 @@ class Run:
         device = resolve_device(device)
         snapshots, step = self.until(step)
         profiles = [snapshot.profile for snapshot in snapshots]
-        wanted = [target.profile(step) for target in targets]
+        groups = make_groups(target_for)
+        if groups:
+            groups = _counted(groups, snapshots, leave_out)
+        wanted = [target.profile(step) for target in (*targets, *(g.target for g in groups))]
         if not METHODS[method].needs_values and not self.raw:
             check_norms(snapshots, method)
         ranks = of_several_shapes(snapshots, leave_out)
@@ -234,18 +244,34 @@ class Run:
             from posthoc_cli.snapshots.sampling import glance as glance_at
 
             seen = glance_at(snapshots, leave_out)
-        solved = solve(profiles, wanted, method, device, trajectory)
-        for target, total in zip(targets, solved.sum_of_weights.tolist(), strict=True):
-            if not abs(total) < float("inf"):
-                remedy = "use more snapshots, or another target"
-                raise SnapshotError(str(self.folder), f"no weights give {target}", remedy)
+        solved = solve_apart(profiles, wanted, len(targets), method, device, trajectory)
         if trajectory is not None:
             from posthoc_cli.solver.blup import expected_error
 
             expected = expected_error(trajectory, profiles, wanted, solved.weights)
-        return Solution(
-            self, snapshots, targets, step, device, solved, moments, trajectory, expected, seen
+        solution = Solution(
+            *(self, snapshots, targets, step, device, solved),
+            *(moments, trajectory, expected, seen, groups),
         )
+        for target, total in zip(solution.wanted, solved.sum_of_weights.tolist(), strict=True):
+            if not abs(total) < float("inf"):
+                remedy = "use more snapshots, or another target"
+                raise SnapshotError(str(self.folder), f"no weights give {target}", remedy)
+        return solution
+
+
+def _counted(
+    groups: Sequence[TensorGroup], snapshots: Sequence[Snapshot], leave_out: Sequence[str]
+) -> list[TensorGroup]:
+    """The groups that later ones leave any tensors, with their numbers.
+
+    Raises UsageError for a glob that fits no tensor that is averaged.
+    """
+    from posthoc_cli.synthesis.plan import count_groups, newest_of
+
+    newest = snapshots[newest_of([each.step for each in snapshots])]
+    counts = count_groups(newest.index.tensors, globs_of(groups), leave_out)
+    return [replace(group, tensors=n) for group, n in zip(groups, counts, strict=True) if n]
 
 
 def verify(

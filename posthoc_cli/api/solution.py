@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots.snapshot import Snapshot
+from posthoc_cli.solver.groups import TensorGroup
 from posthoc_cli.solver.targets import Target
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from posthoc_cli.solver.estimates import MethodEstimate
     from posthoc_cli.synthesis.outputs import Saved
     from posthoc_cli.synthesis.plan import TensorPlan
+    from posthoc_cli.synthesis.products import Products
 
 Progress = Callable[[int, int], None]
 """Called, from any thread, with the bytes just read and all that there are to read."""
@@ -32,7 +34,8 @@ class Solution:
     """Weights for each target, and how good they are.
 
     `snapshots` are those used, `step` is the target step. `moments`, `trajectory` and `expected`
-    are there when a sample of the values was read.
+    are there when a sample of the values was read. `groups` are the tensors that have a target of
+    their own; `solved` and `expected` are for the targets, and then for those of the groups.
     """
 
     run: Run
@@ -45,6 +48,7 @@ class Solution:
     trajectory: Trajectory | None = None
     expected: ExpectedError | None = None
     glance: tuple[Sequence[Snapshot], SampleMoments] | None = None
+    groups: Sequence[TensorGroup] = ()
 
     @property
     def method(self) -> str:
@@ -57,17 +61,28 @@ class Solution:
 
     @property
     def weights(self) -> FloatArray:
-        """[targets, snapshots]."""
-        return self.solved.weights
+        """[targets, snapshots]: of all tensors, except those of `groups`."""
+        return self.solved.weights[: len(self.targets)]
+
+    @property
+    def group_weights(self) -> FloatArray:
+        """[groups, snapshots]: those of the tensors of each group, whatever the target."""
+        return self.solved.weights[len(self.targets) :]
+
+    @property
+    def wanted(self) -> list[Target]:
+        """The targets, and then those of the groups."""
+        return [*self.targets, *(group.target for group in self.groups)]
 
     @property
     def expected_error(self) -> FloatArray | None:
         """[targets], relative to how far each target is from the network of its step; None when no
         sample was read."""
-        return None if self.expected is None else self.expected.relative
+        return None if self.expected is None else self.expected.relative[: len(self.targets)]
 
     def estimate_methods(self) -> list[MethodEstimate]:
-        """Every method's weights for these targets, with the errors that are to be expected.
+        """Every method's weights, with the errors that are to be expected: for the targets, and
+        then for those of `groups`.
 
         Raises ValueError unless a sample was read.
         """
@@ -76,7 +91,7 @@ class Solution:
         if self.trajectory is None:
             raise ValueError("no sample was read: solve(sample=True)")
         profiles = [snapshot.profile for snapshot in self.snapshots]
-        wanted = [target.profile(self.step) for target in self.targets]
+        wanted = [target.profile(self.step) for target in self.wanted]
         return estimate_methods(profiles, wanted, self.trajectory, self.device)
 
     def check_error(self, max_error: float) -> None:
@@ -87,7 +102,7 @@ class Solution:
         check_max_error(max_error)
         if self.expected is None:
             raise ValueError("no sample was read: solve(sample=True)")
-        for target, error in zip(self.targets, self.expected.relative.tolist(), strict=True):
+        for target, error in zip(self.wanted, self.expected.relative.tolist(), strict=True):
             if not error <= max_error:
                 known = (
                     f"{percent(error)}, more than" if error == error else "unknown, so not within"
@@ -155,7 +170,7 @@ class Solution:
         if max_error is not None:
             self.check_error(max_error)
         how = {"lora": lora, "lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
-        plan = self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop, **how)
+        plan, weights = self._plan(dtype=dtype, copy=copy, drop=drop, **how)
         name = self.run.folder.resolve().name
         paths = output_paths(os.fspath(output), name, self.targets, self.step, layout=layout)
         beside = what_lies_beside(plan, self.run.folder) if layout == "folder" else None
@@ -175,6 +190,7 @@ class Solution:
                     fingerprints,
                     copied=copy,
                     dropped=drop,
+                    groups=list(zip(self.groups, self.group_weights.tolist(), strict=True)),
                     lora=plan,
                     how=self.run.contents.how,
                 )
@@ -183,7 +199,7 @@ class Solution:
 
         return save_outputs(
             plan,
-            self.weights,
+            weights,
             paths,
             recipes,
             skip_existing=skip_existing,
@@ -194,6 +210,14 @@ class Solution:
             strict=strict,
             progress=progress,
         )
+
+    def _plan(self, **how: Any) -> tuple[TensorPlan | Products, FloatArray]:
+        """The plan, and its weights: [1 + groups, targets, snapshots]."""
+        import numpy as np
+
+        own = [(glob, group.target) for group in self.groups for glob in group.globs]
+        rows = [np.broadcast_to(row, self.weights.shape) for row in self.group_weights]
+        return self.run.plan(self.step, target_for=own, **how), np.stack([self.weights, *rows])
 
     def state_dict(
         self,
@@ -213,10 +237,12 @@ class Solution:
         """
         from posthoc_cli.synthesis.engine import Engine
         from posthoc_cli.synthesis.memory import MemorySink
+        from posthoc_cli.synthesis.plan import TensorPlan
 
-        plan = cast("TensorPlan", self.run.plan(self.step, dtype=dtype, copy=copy, drop=drop))
+        plan, weights = self._plan(dtype=dtype, copy=copy, drop=drop)
+        assert isinstance(plan, TensorPlan)
         sink = MemorySink(plan)
-        with Engine(plan, self.weights[[target]], device=self.device) as engine:
+        with Engine(plan, weights[:, [target]], device=self.device) as engine:
             engine.run(sink)
         return {name: tensor.to(device) for name, tensor in sink.tensors.items()}
 

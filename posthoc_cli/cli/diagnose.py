@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli.console import counted, plain_table, print_table
+from posthoc_cli.cli.solutions import titles
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import percent, printable
 
@@ -25,16 +26,27 @@ def describe_estimates(solution: Solution, estimates: Sequence[MethodEstimate]) 
         "values": solution.moments.values,
         "not_finite": solution.moments.broken,
         "targets": [
-            {
-                "target": target.as_dict(solution.step),
-                "sigma_rel": target.sigma_rel,
-                "gamma": target.gamma,
-                "step": solution.step,
-                "distance": float(solution.expected.distance[at]),
-                "methods": [_describe_estimate(estimate, at) for estimate in estimates],
-            }
-            for at, target in enumerate(solution.targets)
+            _describe_target(solution, at, estimates) for at, _ in enumerate(solution.targets)
         ],
+        "groups": [
+            {"tensors": list(group.globs), **_describe_target(solution, at, estimates)}
+            for at, group in enumerate(solution.groups, len(solution.targets))
+        ],
+    }
+
+
+def _describe_target(
+    solution: Solution, at: int, estimates: Sequence[MethodEstimate]
+) -> dict[str, Any]:
+    assert solution.expected is not None
+    target = solution.wanted[at]
+    return {
+        "target": target.as_dict(solution.step),
+        "sigma_rel": target.sigma_rel,
+        "gamma": target.gamma,
+        "step": solution.step,
+        "distance": float(solution.expected.distance[at]),
+        "methods": [_describe_estimate(estimate, at) for estimate in estimates],
     }
 
 
@@ -61,8 +73,8 @@ def draw_estimates(
     assert solution.moments is not None
     assert solution.expected is not None
     raw = solution.run.raw
-    for at, target in enumerate(solution.targets):
-        console.print(f"{target.title(solution.step)} at step {solution.step}", style="bold")
+    for at, heading in enumerate(titles(solution)):
+        console.print(f"{printable(heading)} at step {solution.step}", style="bold")
         headings = ["expected", "approximation", "rounding", "sum", "noise gain", "profile"]
         if raw:
             headings.pop()  # raw checkpoints have no profile to be off by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -222,6 +223,15 @@ def _totals(snapshots: Sequence[Snapshot]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """The tensors that have a target and weights of their own."""
+
+    globs: tuple[str, ...]
+    target: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The recipe in a file, as far as it makes sense."""
 
@@ -229,6 +239,7 @@ class Recipe:
     method: str
     target: str
     rows: list[Row]
+    groups: list[Group]
     document: dict[str, Any]
 
 
@@ -247,7 +258,19 @@ def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
             Row(str(source["file"]), *(_number(source, key) for key in _NUMBERS))
             for source in document["sources"]
         ]
-        recipe = Recipe(str(document["version"]), str(document["method"]), target, rows, document)
+        groups = [
+            Group(
+                tuple(map(str, group["tensors"])),
+                _target_of(group["target"]),
+                [
+                    dataclasses.replace(row, weight=float(weight))
+                    for row, weight in zip(rows, group["weights"], strict=True)
+                ],
+            )
+            for group in document.get("groups", ())
+        ]
+        version, method = str(document["version"]), str(document["method"])
+        recipe = Recipe(version, method, target, rows, groups, document)
     except (KeyError, TypeError, ValueError, OverflowError, UsageError):
         raise SnapshotError(
             str(path), "its recipe doesn't make sense", "it was changed after posthoc wrote it"
@@ -328,7 +351,23 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
         table.add_row(label, printable(text))
     table.columns[0].style = "bold"
     print_table(console, table)
+    _draw_rows(console, recipe.rows, everything)
+    for at, group in enumerate(recipe.groups, 1):
+        heading = f"{_tensors(layout, recipe, at)}: {group.target}"
+        console.print(f"\n{printable(heading)}", style="bold", soft_wrap=True)
+        _draw_rows(console, group.rows, everything)
+
+
+def _draw_rows(console: Console, rows: Sequence[Row], everything: bool) -> None:
     console.print()
-    draw_weights(console, recipe.rows, everything=everything)
-    total = sum(row.weight for row in recipe.rows)
-    console.print(f"\nsum of weights  {total:.6f}")
+    draw_weights(console, rows, everything=everything)
+    console.print(f"\nsum of weights  {sum(row.weight for row in rows):.6f}")
+
+
+def _tensors(layout: TensorIndex, recipe: Recipe, at: int) -> str:
+    """The globs of group `at`, from 1 on, and how many tensors are of it."""
+    from posthoc_cli.synthesis.plan import group_of
+
+    globs = [group.globs for group in recipe.groups]
+    count = sum(group_of(name, globs) == at for name in layout.tensors)
+    return f"{' '.join(globs[at - 1])} ({counted(count, 'tensor')})"

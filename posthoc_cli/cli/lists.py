@@ -152,3 +152,17 @@ def shortest(number: Decimal) -> str:
     """`number` without an exponent or zeros that say nothing: 0.050 -> 0.05."""
     plain = f"{number.normalize():f}"
     return "0" if plain == "-0" else plain
+
+
+def read_target_for(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Each glob of tensors and its target; the last `=` is what parts them. Raises UsageError."""
+    rules = []
+    for text in texts or ():
+        glob, equals, target = text.rpartition("=")
+        if not (glob and equals and target):
+            missing = "target" if glob or not equals else "glob"
+            raise UsageError(
+                "--target-for", f"'{text}' has no {missing}", "write it as in '*.attn.*=0.15'"
+            )
+        rules.append((glob, target.strip()))
+    return rules

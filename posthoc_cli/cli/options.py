@@ -73,6 +73,17 @@ ExcludeOption = Annotated[
         "Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
     ),
 ]
+TargetForOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-for",
+        "--sigma-rel-for",
+        metavar="GLOB=TARGET",
+        rich_help_panel=TARGETS,
+        help="Another target for the tensors whose names fit: '*.attn.*=0.15', a sigma_rel, or "
+        "'*.attn.*=window:5%'. May be repeated: of several that fit, the last counts.",
+    ),
+]
 StepOption = Annotated[
     int | None,
     in_panel(

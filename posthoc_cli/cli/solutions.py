@@ -13,6 +13,7 @@ from posthoc_cli.errors import percent
 if TYPE_CHECKING:
     from posthoc_cli.api import Run, Solution
     from posthoc_cli.solver.arrays import FloatArray
+    from posthoc_cli.solver.groups import TensorGroup
 
 FAR_OFF = 0.05
 """Of a profile error or an expected one: what is beyond it is said without being asked."""
@@ -75,7 +76,7 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
     """One line on stderr for targets out of reach, and one for rounding that is blown up."""
     if quiet:
         return
-    targets = range(len(solution.targets))
+    targets = range(len(solution.wanted))
     if solution.expected is not None:
         off = solution.expected.relative
         if far := [at for at in targets if off[at] > FAR_OFF]:
@@ -90,8 +91,8 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
         return
     errors, gains = solution.solved.profile_error, solution.solved.noise_gain
     if far := [at for at in targets if errors[at] > FAR_OFF]:
-        _note_far(solution, [at for at in far if solution.targets[at].gamma is not None], errors)
-        _note_far(solution, [at for at in far if solution.targets[at].gamma is None], errors)
+        _note_far(solution, [at for at in far if solution.wanted[at].gamma is not None], errors)
+        _note_far(solution, [at for at in far if solution.wanted[at].gamma is None], errors)
     half = sorted(HALF & {dtype for snapshot in solution.snapshots for dtype in snapshot.dtypes})
     if half and (loud := [at for at in targets if gains[at] > LOUD]):
         note(
@@ -106,7 +107,7 @@ def _note_far(solution: Solution, far: Sequence[int], errors: FloatArray) -> Non
     if not far:
         return
     worst = percent(errors[far].max())
-    if solution.targets[far[0]].gamma is None:  # an edge costs much of it, and little otherwise
+    if solution.wanted[far[0]].gamma is None:  # an edge costs much of it, and little otherwise
         said = f"a profile error of up to {worst}; --diagnose tells what comes of it"
     else:
         said = f"out of reach, with a profile error of up to {worst}; {_reach(solution)}"
@@ -115,11 +116,12 @@ def _note_far(solution: Solution, far: Sequence[int], errors: FloatArray) -> Non
 
 def _note_lone_checkpoints(solution: Solution) -> None:
     """A line on stderr for EMAs that are narrower than raw checkpoints are apart."""
-    largest = solution.weights.max(axis=1)
-    lone = [at for at in range(len(solution.targets)) if largest[at] > LONE]
+    weights = solution.solved.weights
+    largest = weights.max(axis=1)
+    lone = [at for at in range(len(solution.wanted)) if largest[at] > LONE]
     if lone and len(solution.snapshots) > 1:
         worst = max(lone, key=lambda at: float(largest[at]))
-        one = solution.snapshots[int(solution.weights[worst].argmax())]
+        one = solution.snapshots[int(weights[worst].argmax())]
         note(
             f"{_listed(solution, lone)}: narrower than the checkpoints are apart; up to "
             f"{percent(largest[worst])} of it is '{one.file}' alone",
@@ -129,7 +131,7 @@ def _note_lone_checkpoints(solution: Solution) -> None:
 
 def _listed(solution: Solution, which: Sequence[int]) -> str:
     """The targets `which`, in short: `sigma_rel 0.2, 0.25 and 3 more`."""
-    first, *others = (solution.targets[at] for at in which)
+    first, *others = (solution.wanted[at] for at in which)
     alike = [target.text for target in others if target.argument == first.argument]
     shown = [str(first), *alike[:2]]
     more = len(which) - len(shown)
@@ -154,6 +156,18 @@ def sources(solution: Solution) -> str:
     return used + counted(solution.found, "raw checkpoint" if solution.run.raw else "snapshot")
 
 
+def group_title(group: TensorGroup, step: int) -> str:
+    """Such as `*.attn.* (12 tensors): sigma_rel 0.15 (gamma 4.107)`."""
+    tensors = f"{' '.join(group.globs)} ({counted(group.tensors, 'tensor')})"
+    return f"{tensors}: {group.target.title(step)}"
+
+
+def titles(solution: Solution) -> list[str]:
+    """One for each target, and one for each group."""
+    own = [target.title(solution.step) for target in solution.targets]
+    return [*own, *(group_title(group, solution.step) for group in solution.groups)]
+
+
 def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     solved = solution.solved
@@ -168,28 +182,34 @@ def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:
             {"file": file, "reason": spelled(reason)} for file, reason in solution.run.skipped
         ],
         "warnings": describe_warnings([*solution.run.warnings, *_of_sample(solution)]),
-        "targets": [
+        "targets": [_describe_target(solution, at) for at, _ in enumerate(solution.targets)],
+        "groups": [
+            {"tensors": list(group.globs), "count": group.tensors, **_describe_target(solution, at)}
+            for at, group in enumerate(solution.groups, len(solution.targets))
+        ],
+    }
+
+
+def _describe_target(solution: Solution, at: int) -> dict[str, Any]:
+    target, solved = solution.wanted[at], solution.solved
+    return {
+        "target": target.as_dict(solution.step),
+        "sigma_rel": target.sigma_rel,
+        "gamma": target.gamma,
+        "step": solution.step,
+        "sum_of_weights": float(solved.sum_of_weights[at]),
+        "noise_gain": float(solved.noise_gain[at]),
+        "profile_error": float(solved.profile_error[at]),
+        **_describe_expected(solution, at),
+        "weights": [
             {
-                "target": target.as_dict(solution.step),
-                "sigma_rel": target.sigma_rel,
-                "gamma": target.gamma,
-                "step": solution.step,
-                "sum_of_weights": float(solved.sum_of_weights[at]),
-                "noise_gain": float(solved.noise_gain[at]),
-                "profile_error": float(solved.profile_error[at]),
-                **_describe_expected(solution, at),
-                "weights": [
-                    {
-                        "file": snapshot.file,
-                        "step": snapshot.step,
-                        "sigma_rel": snapshot.sigma_rel,
-                        "gamma": snapshot.gamma,
-                        "weight": float(weight),
-                    }
-                    for snapshot, weight in zip(solution.snapshots, solved.weights[at], strict=True)
-                ],
+                "file": snapshot.file,
+                "step": snapshot.step,
+                "sigma_rel": snapshot.sigma_rel,
+                "gamma": snapshot.gamma,
+                "weight": float(weight),
             }
-            for at, target in enumerate(solution.targets)
+            for snapshot, weight in zip(solution.snapshots, solved.weights[at], strict=True)
         ],
     }
 

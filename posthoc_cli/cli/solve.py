@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import plain_table, print_json, print_table, stdout_console
 from posthoc_cli.cli.drawing import Bars, Row, draw_weights
+from posthoc_cli.cli.lists import read_target_for
 from posthoc_cli.cli.solutions import (
     describe,
     note_large_errors,
     open_and_warn,
     sources,
+    titles,
     warn_of_sample,
 )
 from posthoc_cli.errors import UsageError, percent, printable
@@ -33,6 +35,7 @@ def solve(
     reading: options.Reading,
     folder: options.FolderArgument,
     targets: options.Targets,
+    target_for: options.TargetForOption = None,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
@@ -71,6 +74,7 @@ def solve(
       posthoc solve snapshots --gamma 16.97,6.94 --step 2000 --json
       posthoc solve snapshots --window 5%,10% --lr-decay 1-sqrt:20%
       posthoc solve snapshots --sigma-rel 0.07 --csv > weights.csv
+      posthoc solve snapshots --sigma-rel 0.07 --target-for '*.bias=0.10'
       posthoc solve snapshots --sigma-rel 0.03,0.07,0.20 --diagnose
       posthoc solve checkpoints --raw --sigma-rel 0.10,0.20
     """
@@ -83,6 +87,7 @@ def solve(
         method=method,
         device=device,
         sample=diagnose,
+        target_for=read_target_for(target_for),
         **targets.read(),
     )
     warn_of_sample(solution, quiet)
@@ -115,23 +120,29 @@ def _write_csv(solution: Solution) -> None:
     # A terminal gets no control characters; a file gets the names as they are.
     shown = printable if sys.stdout.isatty() else str
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-    for target, weights in zip(solution.targets, solution.solved.weights.tolist(), strict=True):
+    # Only of an output in groups there is a column that says whose the weights are.
+    tensors = [[""] for _ in solution.targets if solution.groups]
+    tensors += [[shown(" ".join(group.globs))] for group in solution.groups]
+    writer.writerow([*_CSV_COLUMNS, *["tensors"][: len(tensors)]])
+    for at, target in enumerate(solution.wanted):
+        weights = solution.solved.weights[at].tolist()
         for snapshot, weight in zip(solution.snapshots, weights, strict=True):
             wanted = (target.sigma_rel, target.gamma, solution.step)
             source = (snapshot.step, snapshot.sigma_rel, snapshot.gamma)
-            writer.writerow([*wanted, shown(snapshot.file), *source, weight, target.named])
+            whose = tensors[at] if tensors else []
+            row = [*wanted, shown(snapshot.file), *source, weight, target.named, *whose]
+            writer.writerow(row)
 
 
 def _draw(console: Console, solution: Solution, everything: bool) -> None:
-    if len(solution.targets) > TABLES and not everything:
+    if len(solution.wanted) > TABLES and not everything:
         _draw_lines(console, solution)
         return
-    for at, target in enumerate(solution.targets):
+    for at, heading in enumerate(titles(solution)):
         if at:
             console.print()
         console.print(
-            f"{target.title(solution.step)} at step {solution.step}, from {sources(solution)} "
+            f"{printable(heading)} at step {solution.step}, from {sources(solution)} "
             f"({solution.solved.method})",
             style="bold",
         )
@@ -170,27 +181,33 @@ def _draw_totals(console: Console, solution: Solution, at: int) -> None:
 
 def _draw_lines(console: Console, solution: Solution) -> None:
     """A line a target: how well each can be had."""
+    from rich.text import Text
+
     solved = solution.solved
     kind, errors = "profile error", solved.profile_error.tolist()
     if solution.run.raw:
         kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
     if solution.expected is not None:  # then it is known what comes of the profile error
         kind, errors = "expected error", solution.expected.relative.tolist()
-    powers = all(target.gamma is not None for target in solution.targets)
+    powers = all(target.gamma is not None for target in solution.wanted)
     first = ["sigma_rel", "gamma"] if powers else []
     table = plain_table(
         [] if powers else ["target"], right=[*first, "sum of weights", "noise gain", kind]
     )
     table.add_column(no_wrap=True)
+    table.add_column("tensors" if solution.groups else "", no_wrap=True)
+    tensors = [Text("")] * len(solution.targets)
+    tensors += [Text(printable(" ".join(group.globs))) for group in solution.groups]
     lengths = [error if math.isfinite(error) else 0.0 for error in errors]
     bars = Bars(lengths, 13, console.encoding)
-    for at, (target, error) in enumerate(zip(solution.targets, errors, strict=True)):
+    for at, (target, error) in enumerate(zip(solution.wanted, errors, strict=True)):
         table.add_row(
             *([f"{target.sigma_rel:.4f}", f"{target.gamma:.2f}"] if powers else [str(target)]),
             f"{solved.sum_of_weights[at]:.6f}",
             f"{solved.noise_gain[at]:.3f}",
             f"{100 * error:.2f}%" if math.isfinite(error) else "unknown",
             bars.draw(lengths[at]),
+            tensors[at],
         )
     print_table(console, table)
     console.print()

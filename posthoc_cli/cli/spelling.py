@@ -14,7 +14,7 @@ _SAME = (
     *("copy", "decay", "device", "drop", "dtype", "exclude", "force", "gamma", "half_life"),
     *("key", "layout", "lora", "lora_rank", "lora_tolerance", "lr_decay", "max_error", "window"),
     *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
-    *("skip_existing", "skip_incomplete", "step", "strict", "update_every"),
+    *("skip_existing", "skip_incomplete", "step", "strict", "target_for", "update_every"),
 )
 OPTIONS = {"output": "-o", "tool": "--from"} | {
     name: "--" + name.replace("_", "-") for name in _SAME

@@ -19,8 +19,15 @@ from posthoc_cli.cli.console import (
     stdout_console,
 )
 from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing
+from posthoc_cli.cli.lists import read_target_for
 from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
-from posthoc_cli.cli.solutions import describe, note_large_errors, open_and_warn, warn_of_sample
+from posthoc_cli.cli.solutions import (
+    describe,
+    group_title,
+    note_large_errors,
+    open_and_warn,
+    warn_of_sample,
+)
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ def synthesize(
         ),
     ],
     targets: options.Targets,
+    target_for: options.TargetForOption = None,
     step: options.StepOption = None,
     method: options.MethodOption = None,
     device: options.DeviceOption = "cpu",
@@ -150,6 +158,7 @@ def synthesize(
       posthoc synthesize snapshots --gamma 16.97,6.94 -o 'ema-{gamma}.safetensors'
       posthoc synthesize snapshots --window 5%,10% -o '{target}.safetensors'
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
+      posthoc synthesize snapshots --gamma 9 --target-for '*.bias=0.1' -o bias/
       posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
       posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o products.safetensors
       posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07 --layout folder
@@ -164,14 +173,14 @@ def synthesize(
     shard_bytes = (
         None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
     )
-    wanted = targets.read()
+    wanted, rules = targets.read(), read_target_for(target_for)
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or (), "lora": lora}
     made |= {"lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
     reading = dataclasses.replace(reading, copy=copy, drop=drop, lora=lora)
     opened = open_and_warn(folder, reading, quiet)
     # What is wrong with the output is told before anything is read.
     opened.paths(output, step=step, layout=layout, **wanted)
-    plan = opened.plan(step, **made)
+    plan = opened.plan(step, target_for=rules, **made)
     solution = opened.solve(
         step=step,
         method=method,
@@ -179,6 +188,7 @@ def synthesize(
         sample=max_error is not None,
         glance=True,
         leave_out=(*(copy or ()), *(drop or ())),
+        target_for=rules,
         **wanted,
     )
     warn_of_sample(solution, quiet)
@@ -254,25 +264,32 @@ def _draw(solution: Solution, written: Sequence[Output]) -> None:
         if solution.expected is not None:
             kind, errors = "expected error", solution.expected.relative.tolist()
     headings = ("size", "time", "sum of weights", "noise gain", kind)
+    files = [
+        (in_bytes(one.bytes), "kept" if one.seconds is None else f"{one.seconds:.1f} s")
+        for one in written
+    ]
+    files += [("", "")] * len(solution.groups)
     lines = [
         (
-            in_bytes(one.bytes),
-            "kept" if one.seconds is None else f"{one.seconds:.1f} s",
+            size,
+            seconds,
             f"{solved.sum_of_weights[at]:.6f}",
             f"{solved.noise_gain[at]:.3f}",
             percent(errors[at]),
         )
-        for at, one in enumerate(written)
+        for at, (size, seconds) in enumerate(files)
     ]
     names = [
         printable(str(one.path)) + (f" ({len(one.shards)} shards)" if one.shards else "")
         for one in written
     ]
+    names += [printable(f"  {group_title(group, solution.step)}") for group in solution.groups]
     if max(map(len, names)) + 60 > console.width:
         for name, line in zip(names, lines, strict=True):
             console.print(name, style="bold", soft_wrap=True)
             size, seconds, total, noise, error = line
-            console.print(f"  {size}, {seconds}; sum {total}, noise gain {noise}, {kind} {error}")
+            made = f"{size}, {seconds}; " if size else ""
+            console.print(f"  {made}sum {total}, noise gain {noise}, {kind} {error}")
         return
     table = plain_table()
     table.add_column("output")

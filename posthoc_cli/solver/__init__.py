@@ -15,6 +15,7 @@ from posthoc_cli.solver.methods import choose_method as choose_method
 from posthoc_cli.solver.methods import default_method as default_method
 from posthoc_cli.solver.methods import methods_for as methods_for
 from posthoc_cli.solver.methods import solve as solve
+from posthoc_cli.solver.methods import solve_apart as solve_apart
 from posthoc_cli.solver.profiles import MAX_GAMMA as MAX_GAMMA
 from posthoc_cli.solver.profiles import MAX_SIGMA_REL as MAX_SIGMA_REL
 from posthoc_cli.solver.profiles import MIN_SIGMA_REL as MIN_SIGMA_REL

@@ -9,7 +9,7 @@ the snapshots shall be as near to the target as it can be expected to be.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -118,6 +118,34 @@ def solve(
         noise_gain=np.sqrt((weights**2).sum(axis=1)),
         profile_error=profile_error,
         condition_number=condition,
+    )
+
+
+def solve_apart(
+    snapshots: Profiles,
+    targets: Profiles,
+    together: int,
+    method: str,
+    device: str,
+    trajectory: Trajectory | None,
+) -> SolvedWeights:
+    """The same, the first `together` targets at once and each other one alone.
+
+    Its weights are then, to the last bit, those that it has where nothing else is wanted.
+    """
+    apart = [targets[:together], *([target] for target in targets[together:])]
+    parts = [solve(snapshots, each, method, device, trajectory) for each in apart]
+
+    def joined(field: str) -> FloatArray:
+        return np.concatenate([getattr(part, field) for part in parts])
+
+    return replace(
+        parts[0],
+        targets=tuple(targets),
+        weights=joined("weights"),
+        sum_of_weights=joined("sum_of_weights"),
+        noise_gain=joined("noise_gain"),
+        profile_error=joined("profile_error"),
     )
 
 

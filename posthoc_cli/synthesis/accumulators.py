@@ -1,9 +1,9 @@
 """Weighted sums of rows of bytes, chunk after chunk, on the CPU or on a torch device.
 
 Both classes have the same four methods. A worker owns one and calls, for each chunk: `begin`; for
-each group of snapshots `staging`, which gives the rows to read into, then `add`; and `result` once
+each batch of snapshots `staging`, which gives the rows to read into, then `add`; and `result` once
 a target. Sums are held in float64 and rounded once, and each element's sum is taken in the
-snapshots' order: it depends neither on the chunk nor on the group that it falls in.
+snapshots' order: it depends neither on the chunk nor on the batch that it falls in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Weights = npt.NDArray[np.float64]
 
 
 class Accumulator(Protocol):
-    """Sums up to `capacity` elements, or rows of `row_bytes`, at a time, `group` rows a call.
+    """Sums up to `capacity` elements, or rows of `row_bytes`, at a time, `batch` rows a call.
 
     Both are multiples of kernels.STRIDE elements.
     """
@@ -51,11 +51,11 @@ class Accumulator(Protocol):
 class CpuAccumulator:
     """Sums on the CPU, by the kernels compiled for it.
 
-    As long as all snapshots fit in one group, sums never leave the registers.
+    As long as all snapshots fit in one batch, sums never leave the registers.
     """
 
-    def __init__(self, row_bytes: int, capacity: int, targets: int, group: int) -> None:
-        self._rows = np.zeros((group, row_bytes), np.uint8)
+    def __init__(self, row_bytes: int, capacity: int, targets: int, batch: int) -> None:
+        self._rows = np.zeros((batch, row_bytes), np.uint8)
         self._views = [row.data for row in self._rows]
         self._addresses = np.array([row.ctypes.data for row in self._rows], np.uintp)
         self._sums = np.zeros((targets, capacity))
@@ -107,11 +107,11 @@ class TorchAccumulator:
     """Sums on a torch device, each worker on a stream of its own.
 
     While one worker waits for its stream the others read; within a worker, two staging buffers let
-    the next group be read while the last one is copied and summed.
+    the next batch be read while the last one is copied and summed.
     """
 
     def __init__(
-        self, row_bytes: int, capacity: int, targets: int, group: int, device: str
+        self, row_bytes: int, capacity: int, targets: int, batch: int, device: str
     ) -> None:
         import torch
 
@@ -123,10 +123,10 @@ class TorchAccumulator:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         on_device: dict[str, Any] = {"device": self._device}
         on_host: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": self._cuda}
-        self._buffers = [torch.empty(group, row_bytes, **on_host) for _ in range(2)]
+        self._buffers = [torch.empty(batch, row_bytes, **on_host) for _ in range(2)]
         self._free: list[Any] = [None, None]  # the event after which a staging buffer is free
         self._turn = 0
-        self._received = torch.empty(group, row_bytes, dtype=torch.uint8, **on_device)
+        self._received = torch.empty(batch, row_bytes, dtype=torch.uint8, **on_device)
         self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
         self._out = torch.empty(capacity * 8, **on_host)
         self._dtype = self._out_dtype = ""

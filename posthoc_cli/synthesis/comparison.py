@@ -142,7 +142,7 @@ class ComparisonSink:
     def __init__(self, engine: Engine, weights: Weights, there: Reader, out: TensorIndex) -> None:
         self._engine = engine
         self._plan = engine.plan
-        self._weights = weights  # [1, snapshots]
+        self._weights = weights  # [groups, 1, snapshots]
         self._there = there
         self._out = out
         self._no_sums: dict[str, _Difference] = {}
@@ -221,13 +221,14 @@ class ComparisonSink:
         sums, largest = np.zeros(elements.size), np.zeros(elements.size)
         row = np.empty(chunk.bytes_each, np.uint8)
         with np.errstate(all="ignore"):
-            for source, weight in enumerate(self._weights[0].tolist()):
+            weights = self._weights[segment.group, 0]
+            for source in segment.sources:
                 self._engine.read(chunk, source, row.data)
-                terms = weight * _values(segment.dtype, row, elements)
+                terms = weights[source] * _values(segment.dtype, row, elements)
                 sums += terms
                 largest = np.maximum(largest, np.abs(terms))
             found = _values(segment.out_dtype, there, elements)
-            beyond = ~allowed(segment.out_dtype, found, sums, largest, self._weights.size)
+            beyond = ~allowed(segment.out_dtype, found, sums, largest, len(segment.sources))
         with self._lock:
             self.rounded += int(np.count_nonzero(~beyond))
         return beyond
@@ -275,7 +276,7 @@ def compare(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Compared:
-    """Compare the output `out` with the sums of `weights` [1, snapshots]; all values by `full`.
+    """Compare the output `out` with the sums of `weights` [groups, 1, snapshots]; with `full` all.
 
     Raises SnapshotError when a file changes meanwhile, MachineError when one can't be read.
     """

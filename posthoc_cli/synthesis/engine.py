@@ -29,9 +29,9 @@ from posthoc_cli.synthesis.nonfinite import NonfiniteReport
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
 from posthoc_cli.synthesis.rounding import round_to
 
-GROUP = 16
+BATCH = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
-all fit in one group, no sum ever goes through memory."""
+all fit in one batch, no sum ever goes through memory."""
 
 ROW_BYTES = {"cpu": 1 << 19, "device": 1 << 21}
 """Bytes read from a snapshot at a time. A worker's rows should stay in the processor's last cache
@@ -39,7 +39,7 @@ until they are summed; much smaller ones cost more in calls, and write the outpu
 
 WORKER_BYTES = {"cpu": 12 << 20, "device": 128 << 20}
 """The most that a worker's rows, sums and results may take together: with many targets, or more
-snapshots than one group has, chunks get smaller."""
+snapshots than one batch has, chunks get smaller."""
 
 Progress = Callable[[int], None]
 """Called, from any thread, with the number of input bytes just read."""
@@ -68,9 +68,10 @@ class Sink(Protocol):
 class Engine:
     """The pass over the snapshots of a plan; a context manager, within which files are open.
 
-    `weights` is [targets, snapshots]. The bytes that come out do not depend on `workers` (default:
-    one a processor) nor on `row_bytes`. With `report`, values that are not finite are counted.
-    `other_files` are those that the sink has open meanwhile.
+    `weights` is [groups, targets, snapshots], of which each segment has those of its group. The
+    bytes that come out do not depend on `workers` (default: one a processor) nor on `row_bytes`.
+    With `report`, values that are not finite are counted. `other_files` are those that the sink has
+    open meanwhile.
 
     Raises SnapshotError when a snapshot changed since its header was read, MachineError when one
     can't be read or the device fails.
@@ -89,14 +90,14 @@ class Engine:
         other_files: int = 0,
     ) -> None:
         self.plan = plan
-        self._weights = np.ascontiguousarray(weights.T)  # [snapshots, targets]
+        self._weights = weights.transpose(0, 2, 1)  # [groups, snapshots, targets]
         self._device = device
         self._workers = workers or default_workers()
         where = "cpu" if device == "cpu" else "device"
         self._row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
         self._worker_bytes = WORKER_BYTES[where]
-        self._group = min(GROUP, len(plan.sources))
-        self._targets = len(weights)
+        self._batch = min(BATCH, len(plan.sources))
+        self._targets = int(weights.shape[1])
         self._report = report
         self.progress = progress
         files = sum(len(source.files) for source in plan.sources)
@@ -178,9 +179,9 @@ class Engine:
         stored, result = (
             DTYPES[code].bits // 8 or 1 for code in (segment.dtype, segment.out_dtype)
         )
-        with_sums = self._group < len(self.plan.sources) or self._device != "cpu"
+        with_sums = self._batch < len(self.plan.sources) or self._device != "cpu"
         sums = 8 * self._targets if with_sums else 0
-        most = self._worker_bytes // (self._group * stored + sums + self._targets * result)
+        most = self._worker_bytes // (self._batch * stored + sums + self._targets * result)
         return max(min(self._row_bytes // stored, most) // STRIDE, 1) * STRIDE
 
     def _cut(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -189,7 +190,7 @@ class Engine:
 
     def _accumulator(self) -> Accumulator:
         capacity = max(map(self._elements, self.plan.segments), default=STRIDE)
-        sizes = self._row_bytes, capacity, self._targets, self._group
+        sizes = self._row_bytes, capacity, self._targets, self._batch
         if self._device == "cpu":
             return CpuAccumulator(*sizes)
         return TorchAccumulator(*sizes, self._device)
@@ -204,17 +205,18 @@ class Engine:
         unsettled = [part for part in chunk.parts() if not varies[part[0]]]
         reference = b""
         accumulator.begin(segment.dtype, segment.out_dtype, chunk.elements)
-        sources = range(len(self.plan.sources))
-        for group in (sources[i : i + GROUP] for i in sources[::GROUP]):
+        weights, sources = self._weights[segment.group], segment.sources
+        for first in range(0, len(sources), BATCH):
+            batch = sources[first : first + BATCH]
             rows = accumulator.staging()
-            for row, source in zip(rows, group, strict=False):
+            for row, source in zip(rows, batch, strict=False):
                 self.read(chunk, source, row[:size])
             if unsettled:
                 reference = reference or bytes(rows[0][:size])
-                self._note_differences(chunk, unsettled, reference, rows[: len(group)])
-            last = group.stop == sources.stop
-            accumulator.add(self._weights[group.start : group.stop], last=last)
-            self._count(len(group) * size)
+                self._note_differences(chunk, unsettled, reference, rows[: len(batch)])
+            last = first + len(batch) == len(sources)
+            accumulator.add(np.ascontiguousarray(weights[list(batch)]), last=last)
+            self._count(len(batch) * size)
         unsettled = [part for part in unsettled if not varies[part[0]]]
         sink.take_sums(chunk, accumulator.result, unsettled)
         if self._report is not None and accumulator.maybe_nonfinite:

@@ -51,18 +51,26 @@ def report_products(
             plan.odd,
         )
     assert isinstance(plan, TensorPlan)
-    summed = {name for segment in plan.segments if segment.averaged for name in segment.names}
+    group = {
+        name: segment.group
+        for segment in plan.segments
+        if segment.averaged
+        for name in segment.names
+    }
     try:
         some = [
-            pair for pair in pairs(plan.sources[plan.newest].tensors)[0] if summed >= {*pair.names}
+            pair
+            for pair in pairs(plan.sources[plan.newest].tensors)[0]
+            if {*pair.names} <= group.keys() and len({group[name] for name in pair.names}) == 1
         ]
         if not some:
             return None
         chosen = spread(len(some))
         each = [scales(source, [some[at] for at in chosen]) for source in plan.sources]
-        products = Products(
-            plan, tuple(some[at] for at in chosen), tuple(zip(*each, strict=True)), (), "", None, 0
-        )
+        looked_at = tuple(some[at] for at in chosen)
+        own = tuple(group[pair.up] for pair in looked_at)
+        each_scale = tuple(zip(*each, strict=True))
+        products = Products(plan, looked_at, each_scale, (), "", None, 0, own)
         with Factors.open(products) as factors:
             apart = [
                 factors.distances(at, factors.stack(at, SIDE), weights)
@@ -70,6 +78,6 @@ def report_products(
             ]
     except SnapshotError:  # of NaN, or a configuration that makes no sense: it stops nothing here
         return None
-    distances, measured = together(apart, len(weights))
+    distances, measured = together(apart, weights.shape[1])
     by_target = dict(zip(targets, distances, strict=True))
     return LoraReport(False, len(some), measured, by_target, {}, {}, False, ())

@@ -50,7 +50,7 @@ class NonfiniteReport:
 
     def __init__(self, plan: TensorPlan, weights: Weights) -> None:
         self._plan = plan
-        self._weights = weights  # [targets, snapshots]
+        self._weights = weights  # [groups, targets, snapshots]
         self._lock = threading.Lock()
         self._found: dict[tuple[int, int], NonfiniteTensor] = {}
         self._copies: dict[tuple[int, int], NonfiniteTensor] = {}
@@ -74,7 +74,7 @@ class NonfiniteReport:
         """
         segment = chunk.segment
         if not segment.averaged:
-            self.look(chunk, [copied] * len(self._weights), read)
+            self.look(chunk, [copied] * self._weights.shape[1], read)
         elif segment.dtype != segment.out_dtype:
             with np.errstate(all="ignore"):
                 infinite = np.isinf(decode(segment.out_dtype, copied))
@@ -90,18 +90,18 @@ class NonfiniteReport:
         with self._lock:
             mask = infinite & np.isfinite(values)
             for noted, inside in self._note(chunk, mask, "overflowed", found=self._copies):
-                noted.overflowed += len(inside) * (len(self._weights) - 1)
+                noted.overflowed += len(inside) * (self._weights.shape[1] - 1)
                 noted.largest = max(noted.largest, float(values[inside].max()))
 
     def _look_closer(self, chunk: Chunk, odd: Sequence[BoolArray], read: Read) -> None:
         """Find which snapshots make the results of a chunk non-finite where `odd` says so."""
-        segment, sources = chunk.segment, len(self._plan.sources)
-        used = range(sources) if segment.averaged else [self._plan.newest]
-        weights = self._weights if segment.averaged else np.ones((len(odd), sources))
+        segment = chunk.segment
+        weights = self._weights[segment.group]
+        weights = weights if segment.averaged else np.ones_like(weights)
         sums = np.zeros((len(odd), chunk.elements))
         finite = np.ones(chunk.elements, bool)
         raw = np.empty(chunk.bytes_each, np.uint8)
-        for source in used:
+        for source in segment.sources:
             read(chunk, source, raw.data)
             with np.errstate(invalid="ignore"):  # of a signalling NaN
                 values = decode(segment.dtype, raw).astype(np.float64)

@@ -91,11 +91,11 @@ def save_outputs(
 
     made, places = recipes(wanted), [paths[at] for at in wanted]
     more |= {"beside": beside, "progress": count}
-    written = write_outputs(plan, weights[wanted], places, made, **more)
+    written = write_outputs(plan, weights[:, wanted], places, made, **more)
     outputs.update(zip(wanted, written.outputs, strict=True))
     rest = plan.plan if isinstance(plan, Products) else plan
     summary = ": ".join(summarize(rest, written.nonfinite)) if written.nonfinite else ""
-    report = report_products(plan, weights[wanted], wanted, written.ranks)
+    report = report_products(plan, weights[:, wanted], wanted, written.ranks)
     return Saved([outputs[at] for at in range(len(paths))], written.nonfinite, summary, report)
 
 
@@ -114,7 +114,9 @@ def write_outputs(
     row_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Written:
-    """Write one output for each row of `weights` [targets, snapshots], in one pass.
+    """Write one output for each target of `weights` [groups, targets, snapshots], in one pass.
+
+    The first axis may be missing where all tensors are of one group.
 
     Each appears whole or not at all; when anything fails none does. One with more than
     `shard_bytes` of data becomes several files of at most so much, and an index; with `beside`, a
@@ -128,6 +130,7 @@ def write_outputs(
     begin = time.perf_counter()
     products = plan if isinstance(plan, Products) else None
     plan = plan.plan if isinstance(plan, Products) else plan
+    weights = weights.reshape(-1, *weights.shape[-2:])
     found = find_ranks(products, weights, progress) if products else None
     outputs = [
         output_files(

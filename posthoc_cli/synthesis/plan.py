@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import fnmatch
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ from posthoc_cli.storage.dtypes import (
     widest,
 )
 
+Groups = Sequence[Sequence[str]]
+"""Globs of the tensors of each group; of several that fit a tensor the last has it. Tensors that
+none fits are of group 0, those of the first are of group 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -37,6 +42,8 @@ class Segment:
     `TensorPlan.layouts`), `out_start` in that of the outputs. A segment that is not `averaged` is
     copied from the newest source, and its other `starts` say nothing. Complex elements count as two
     floats. `stored` has the dtype of each layout, where they differ; `dtype` is the widest.
+    `sources` are the places in the plan's of those that it is made of; `group` says which weights
+    are theirs, as all its tensors are of one group.
     """
 
     names: tuple[str, ...]
@@ -46,7 +53,9 @@ class Segment:
     averaged: bool
     starts: tuple[int, ...]
     out_start: int
+    sources: Sequence[int]
     stored: tuple[str, ...] = ()
+    group: int = 0
 
     @property
     def elements(self) -> int:
@@ -129,7 +138,7 @@ class TensorPlan:
 
     def bytes_of(self, chunk: Chunk) -> int:
         """Bytes that a chunk has in all the sources that it is made of, all in the same dtype."""
-        return chunk.bytes_each * (len(self.sources) if chunk.segment.averaged else 1)
+        return chunk.bytes_each * len(chunk.segment.sources)
 
     def whole(self) -> list[Chunk]:
         """All the work, a chunk a segment, in the outputs' order."""
@@ -147,17 +156,18 @@ class TensorPlan:
 def make_plan(
     sources: Sequence[TensorIndex],
     newest: int,
-    *,
     dtype: str = "same",
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
     without: Collection[str] = (),
     kept: Collection[str] = (),
+    groups: Groups = (),
 ) -> TensorPlan:
     """Plan the outputs of a consistent set of snapshots, of which `newest` is the last.
 
-    `dtype` is "same" or a key of OUTPUT_DTYPES; `copy` and `drop` are globs of tensor names. Of
-    names, those of `without` are no part of the plan, and those `kept` are copied, too.
+    `dtype` is "same" or a key of OUTPUT_DTYPES; `copy` and `drop` are globs of tensor names, and
+    so are those of `groups`, whose tensors have weights of their own. Of names, those of `without`
+    are no part of the plan, and those `kept` are copied, too.
     Raises UsageError for a glob that no tensor matches, for an unknown dtype, or when no tensor is
     left; SnapshotError for a tensor whose dtype has no average.
     """
@@ -182,24 +192,88 @@ def make_plan(
         raise SnapshotError(f"tensor {printable(name)}", problem, remedy)
     if not names and not without:
         raise UsageError("drop=", "leaves no tensor to write", "drop fewer")
-    return plan_tensors(sources, newest, names, copied, dtype)
+    check_groups(tensors, groups, copied | dropped)
+    return plan_tensors(sources, newest, names, copied, dtype, groups)
 
 
 def plan_tensors(
-    sources: Sequence[TensorIndex], newest: int, names: Iterable[str], copied: set[str], dtype: str
+    sources: Sequence[TensorIndex],
+    newest: int,
+    names: Iterable[str],
+    copied: set[str],
+    dtype: str,
+    groups: Groups = (),
 ) -> TensorPlan:
     """The plan of an output with the tensors `names`, of which `copied` are not averaged."""
     source = sources[newest].tensors
     tensors = {name: (output_dtype(source[name], dtype), source[name].shape) for name in names}
     distinct = _distinct(sources)
     place = {id(tensors): at for at, tensors in enumerate(distinct)}
+    averaged = {
+        name: group_of(name, groups)
+        for name in tensors
+        if source[name].dtype in AVERAGED and name not in copied
+    }
+    parts = _segments(
+        make_header(tensors, {})[1], source, distinct, averaged, range(len(sources)), newest
+    )
     return TensorPlan(
         sources=tuple(sources),
         layouts=tuple(place[id(each.tensors)] for each in sources),
         newest=newest,
         tensors=tensors,
-        segments=tuple(_segments(make_header(tensors, {})[1], source, distinct, copied)),
+        segments=tuple(parts),
     )
+
+
+def group_of(name: str, groups: Groups) -> int:
+    """Which of `groups`, counted from 1, a tensor is of: the last with a glob that fits, or 0."""
+    return max((at for at, globs in enumerate(groups, 1) if fits_any(name, globs)), default=0)
+
+
+def common_group(names: Iterable[str], groups: Groups) -> int | None:
+    """The group of all `names`; None where they are of several."""
+    own = {group_of(name, groups) for name in names}
+    return own.pop() if len(own) == 1 else None
+
+
+def count_groups(
+    tensors: Mapping[str, TensorInfo], groups: Groups, left_out: Sequence[str] = ()
+) -> list[int]:
+    """How many tensors are of each of `groups`, without those that globs `left_out` fit.
+
+    Raises UsageError for a glob of `groups` that fits no tensor that is averaged.
+    """
+    settled = {name for name in tensors if fits_any(name, left_out)}
+    check_groups(tensors, groups, settled)
+    counts = Counter(
+        group_of(name, groups)
+        for name, info in tensors.items()
+        if info.dtype in AVERAGED and name not in settled
+    )
+    return [counts[at] for at, _ in enumerate(groups, 1)]
+
+
+def check_groups(
+    tensors: Mapping[str, TensorInfo], groups: Groups, settled: Collection[str]
+) -> None:
+    """Raise UsageError for a glob of `groups` that fits no tensor that is averaged.
+
+    `settled` are the tensors that are copied or dropped whatever their dtype.
+    """
+    for glob in itertools.chain.from_iterable(groups):
+        fitting = _matching(tensors, [glob], "target_for")
+        averaged = {name for name in fitting if tensors[name].dtype in AVERAGED}
+        if averaged - {*settled}:
+            continue
+        if averaged:
+            problem, remedy = "copy= or drop= has all tensors that it fits", "leave out one of them"
+        else:
+            name = min(fitting)
+            problem = f"fits only tensors that have no average, such as '{printable(name)}', "
+            problem += tensors[name].dtype
+            remedy = "leave it out"
+        raise UsageError(f"target_for='{glob}'", problem, remedy)
 
 
 def _distinct(sources: Sequence[TensorIndex]) -> list[Mapping[str, TensorInfo]]:
@@ -241,7 +315,8 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
         found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
         if not found:
             subject = f"{argument}='{glob}'"
-            raise UsageError(subject, "matches no tensor", "see the names with inspect")
+            such = f"'{printable(next(iter(tensors), ''))}'"
+            raise UsageError(subject, "matches no tensor", f"give one that does; a name is {such}")
         matching |= found
     return matching
 
@@ -257,19 +332,24 @@ def _segments(
     output: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
     layouts: Sequence[Mapping[str, TensorInfo]],
-    copied: set[str],
+    averaged: Mapping[str, int],
+    summed: Sequence[int],
+    newest: int,
 ) -> Iterator[Segment]:
-    """Join the output's tensors, in their order, into the longest possible segments."""
+    """Join the output's tensors, in their order, into the longest possible segments.
+
+    `averaged` has the group of each tensor that is a sum of the sources `summed`.
+    """
     names: list[str] = []
-    kind: tuple[tuple[str, ...], str, bool] | None = None
+    kind: tuple[tuple[str, ...], str, int | None] | None = None
     ends: list[int] = []
 
-    def places(name: str, averaged: bool) -> list[TensorInfo]:
-        return [(layout if averaged else source)[name] for layout in layouts]
+    def places(name: str) -> list[TensorInfo]:
+        return [(layout if name in averaged else source)[name] for layout in layouts]
 
     def segment() -> Segment:
         assert kind is not None
-        stored, out_dtype, averaged = kind
+        stored, out_dtype, group = kind
         dtype = widest(stored)
         bounds = itertools.accumulate((_elements(output[name]) for name in names), initial=0)
         if dtype == "C64":
@@ -279,22 +359,23 @@ def _segments(
             bounds=tuple(bounds),
             dtype=dtype,
             out_dtype=out_dtype,
-            averaged=averaged,
-            starts=tuple(info.start for info in places(names[0], averaged)),
+            averaged=group is not None,
+            starts=tuple(info.start for info in places(names[0])),
             out_start=output[names[0]].start,
+            sources=(newest,) if group is None else summed,
             stored=stored if len(set(stored)) > 1 else (),
+            group=group or 0,
         )
 
     for name, info in output.items():
         if info.start == info.end:
             continue  # no elements, nothing to do
-        averaged = source[name].dtype in AVERAGED and name not in copied
-        there = places(name, averaged)
-        before = tuple(each.dtype for each in there)
-        if kind != (before, info.dtype, averaged) or ends != [each.start for each in there]:
+        there = places(name)
+        own = tuple(each.dtype for each in there), info.dtype, averaged.get(name)
+        if kind != own or ends != [each.start for each in there]:
             if names:
                 yield segment()
-            names, kind = [], (before, info.dtype, averaged)
+            names, kind = [], own
         names.append(name)
         ends = [each.end for each in there]
     if names:

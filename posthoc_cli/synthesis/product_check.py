@@ -34,7 +34,7 @@ def compare_products(
     full: bool,
     count: Callable[[int], None] | None = None,
 ) -> Compared:
-    """Compare factors in `out` with those of `weights` [1, sources], of all modules by `full`.
+    """Compare factors in `out` with those of `weights` [groups, 1, sources]; with `full` all.
 
     The same libraries on such a machine make the same bytes. Others are right if their product is
     the same up to the rounding of the factors. Raises what Reader does, and SnapshotError for a

@@ -29,13 +29,20 @@ from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, FLOATS, FloatArray, decode
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.synthesis.accumulators import Weights
-from posthoc_cli.synthesis.plan import TensorPlan, fits_any, make_plan, newest_of, output_dtype
+from posthoc_cli.synthesis.plan import (
+    Groups,
+    TensorPlan,
+    common_group,
+    fits_any,
+    make_plan,
+    newest_of,
+    output_dtype,
+)
 
 TOLERANCE = 1e-3
 """The part of a product's largest singular value below which the others are left out."""
 
 MODES = ("factors", "exact")
-
 
 _HUGE = 1e150
 """Numbers beyond it, whose products overflow, count as infinite."""
@@ -51,7 +58,7 @@ class Products:
     `plan` has all other tensors. `scales` [pairs][sources] are those of the snapshots, `written`
     [pairs] that of the outputs: the newest snapshot's, its alpha as it is written. Singular values
     above `tolerance` times the largest are kept, `most` at most. `odd` are the modules whose
-    factors are averaged as they are.
+    factors are averaged as they are. `groups` [pairs] says which weights are theirs.
     """
 
     plan: TensorPlan
@@ -61,6 +68,7 @@ class Products:
     dtype: str
     most: int | None
     tolerance: float
+    groups: tuple[int, ...]
     odd: tuple[str, ...] = ()
 
     @property
@@ -143,12 +151,13 @@ def make_products(
     drop: Sequence[str] = (),
     most: int | None = None,
     tolerance: float = TOLERANCE,
+    groups: Groups = (),
 ) -> Products:
     """Plan the outputs of a consistent set of LoRAs, of which `newest` is the last.
 
     `most` is the highest rank of a module. Pairs of which `copy` or `drop` fits a factor are none.
-    Raises UsageError where there is no pair, SnapshotError where the scales of the factors make no
-    sense, and what `make_plan` does.
+    Raises UsageError where there is no pair or one is of two `groups`, SnapshotError where the
+    scales of the factors make no sense, and what `make_plan` does.
     """
     tensors = sources[newest].tensors
     found, odd = pairs(tensors)
@@ -170,6 +179,10 @@ def make_products(
                 "its factors keep their rank, and the configuration has one for all",
                 "average the factors, without lora='exact'",
             )
+    own = [group for pair in chosen if (group := common_group(pair.names, groups)) is not None]
+    if len(own) < len(chosen):
+        problem = "one product of LoRA factors can't have two targets"
+        raise UsageError("target_for=", problem, "name whole modules, or leave out lora='exact'")
     each = [scales(source, chosen) for source in sources]
     return Products(
         make_plan(
@@ -180,6 +193,7 @@ def make_products(
             drop=drop,
             without={name for pair in chosen for name in pair.names},
             kept={pair.alpha for pair in chosen if pair.alpha is not None},
+            groups=groups,
         ),
         tuple(chosen),
         tuple(zip(*each, strict=True)),
@@ -192,6 +206,7 @@ def make_products(
         dtype,
         most,
         tolerance,
+        tuple(own),
         tuple(odd),
     )
 
@@ -270,10 +285,10 @@ class Factors:
         return self.products.written[at].at(rank)
 
     def ranks(self, at: int, stack: Stack, weights: Weights) -> list[int]:
-        """The rank that holds each target's product; `weights` is [targets, sources]."""
+        """The rank that holds each target's product; `weights` is [groups, targets, sources]."""
         left, right = triangle(stack.ups), triangle(stack.downs)
         found = []
-        for each in weights:
+        for each in weights[self.products.groups[at]]:
             core = _core(stack, left, right, each)
             values: Any = np.linalg.svd(core, full_matrices=False, compute_uv=False)
             kept = int(np.count_nonzero(values > self.products.tolerance * values[0]))
@@ -288,7 +303,7 @@ class Factors:
         A rank above the product's own is filled with zeros. Both factors are equally large.
         """
         (first, left), (last, right) = (np.linalg.qr(each) for each in (stack.ups, stack.downs))
-        for each, rank in zip(weights, ranks, strict=True):
+        for each, rank in zip(weights[self.products.groups[at]], ranks, strict=True):
             scale = self.scale_out(at, rank)
             core = _core(stack, left, right, each)
             ours, values, theirs = np.linalg.svd(core, full_matrices=False)
@@ -317,7 +332,7 @@ class Factors:
             return None
         left, right = _thinned(stack.ups, SIDE), _thinned(stack.downs, SIDE)
         found = []
-        for each in weights:
+        for each in weights[self.products.groups[at]]:
             exact = _core(stack, left, right, each)
             up, down = (
                 (side.reshape(len(side), len(ranks), -1) * each[:, None]).sum(axis=1)
@@ -336,9 +351,7 @@ def _thinned(rows: FloatArray, most: int | None) -> FloatArray:
 
 def triangle(matrix: FloatArray) -> FloatArray:
     """The R of a matrix's QR."""
-    triangle: Any = np.linalg.qr(matrix, mode="r")
-    found: FloatArray = triangle
-    return found
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 
 def _core(stack: Stack, left: FloatArray, right: FloatArray, weights: FloatArray) -> FloatArray:
@@ -408,7 +421,7 @@ def find_ranks(
     products: Products, weights: Weights, count: Callable[[int], None] | None = None
 ) -> Ranks:
     """The rank of each module in each target's output; `count` is told the bytes just read."""
-    ranks: list[list[int]] = [[] for _ in weights]
+    ranks: list[list[int]] = [[] for _ in weights[0]]
     apart = []
     with Factors.open(products) as factors:
         for at, pair in enumerate(products.pairs):
@@ -424,7 +437,7 @@ def find_ranks(
                 rank if pair.own_rank else shared
                 for pair, rank in zip(products.pairs, own, strict=True)
             ]
-    return Ranks(ranks, *together(apart, len(weights)))
+    return Ranks(ranks, *together(apart, len(ranks)))
 
 
 def together(

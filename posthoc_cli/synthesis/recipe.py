@@ -14,6 +14,7 @@ from posthoc_cli._version import __version__
 from posthoc_cli.errors import UsageError
 from posthoc_cli.formats import AS_USUAL, KINDS, How
 from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.solver.groups import TensorGroup
 from posthoc_cli.solver.targets import Target
 from posthoc_cli.synthesis.products import Products, check_mode
 
@@ -28,15 +29,17 @@ def make_recipe(
     *,
     copied: Sequence[str] = (),
     dropped: Sequence[str] = (),
+    groups: Sequence[tuple[TensorGroup, Sequence[float]]] = (),
     lora: object = None,
     how: How | None = None,
 ) -> dict[str, Any]:
     """The recipe of one output: its target, and each snapshot with its weight.
 
     `snapshots`, `weights` and `fingerprints` (see storage.readers.fingerprint) go together;
-    `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `lora` is
-    the plan, which may be one of a LoRA's products; `how` is how checkpoints of other tools are
-    read, where it isn't as usual.
+    `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `groups`
+    those whose tensors have weights of their own, one a source, and these; `lora` is the plan,
+    which may be one of a LoRA's products; `how` is how checkpoints of other tools are read, where
+    it isn't as usual.
     """
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
@@ -44,6 +47,7 @@ def make_recipe(
         "method": method,
         "target": target.as_dict(step),
         **{key: value for key, value in globs.items() if value},
+        **({"groups": [_describe_group(step, *group) for group in groups]} if groups else {}),
         **(
             {"lora": {"mode": "exact", "tolerance": lora.tolerance, "rank": lora.most}}
             if isinstance(lora, Products)
@@ -60,6 +64,14 @@ def make_recipe(
             }
             for snapshot, weight, fingerprint in zip(snapshots, weights, fingerprints, strict=True)
         ],
+    }
+
+
+def _describe_group(step: int, group: TensorGroup, weights: Sequence[float]) -> dict[str, Any]:
+    return {
+        "tensors": list(group.globs),
+        "target": group.target.as_dict(step),
+        "weights": list(weights),
     }
 
 
@@ -100,12 +112,16 @@ class Source:
 class RecipeSources:
     """What a recipe says of how the bytes of an output come about.
 
-    `lora` are tolerance and highest rank, where a LoRA's products were averaged.
+    `groups` has the globs of each group of tensors (see plan.Groups), `weights` those of the
+    tensors of no group and of each group: [1 + groups][sources]. `lora` are tolerance and highest
+    rank, where a LoRA's products were averaged.
     """
 
     sources: tuple[Source, ...]
     copied: tuple[str, ...]
     dropped: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
     lora: tuple[float, int | None] | None = None
     how: How = AS_USUAL
 
@@ -118,10 +134,20 @@ def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
     sources = recipe.get("sources")
     if not isinstance(sources, list) or not sources:
         raise ValueError("it names no sources")
+    read = tuple(map(_source, sources))
+    groups = recipe.get("groups", [])
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError("'groups' is no list of objects")
+    globs = tuple(_globs(group, "tensors") for group in groups)
+    if sum(map(len, globs)) > _MAX_GLOBS:
+        raise ValueError(f"'groups' has more than {_MAX_GLOBS:,} names")
+    own = (_weights(group, len(read)) for group in groups)
     return RecipeSources(
-        tuple(map(_source, sources)),
+        read,
         _globs(recipe, "copied"),
         _globs(recipe, "dropped"),
+        globs,
+        (tuple(source.weight for source in read), *own),
         _lora(recipe.get("lora")),
         _how(recipe.get("read", {})),
     )
@@ -132,6 +158,13 @@ def _how(read: Any) -> How:
     if not isinstance(key, str | None) or tool not in (None, "auto", *KINDS):
         raise ValueError("it says not how its sources are read")
     return How(key, tool or "auto")
+
+
+def _weights(group: Mapping[str, Any], count: int) -> tuple[float, ...]:
+    weights = group.get("weights")
+    if not isinstance(weights, list) or len(weights) != count:
+        raise ValueError("a group has not one weight for each source")
+    return tuple(_number(weight, "a weight of a group") for weight in weights)
 
 
 def _source(entry: Any) -> Source:
@@ -147,18 +180,17 @@ def _source(entry: Any) -> Source:
         raise ValueError(f"the bytes of '{file}' are no number")
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise ValueError(f"the fingerprint of '{file}' is no text")
-    step, weight = (_number(entry, key) for key in ("step", "weight"))
+    step, weight = (_number(entry.get(key), f"the {key} of '{file}'") for key in ("step", "weight"))
     return Source(file, step, weight, size, fingerprint)
 
 
-def _number(source: Mapping[str, Any], key: str) -> float:
-    value = source.get(key)
+def _number(value: Any, name: str) -> float:
     try:
         number = math.nan if isinstance(value, (str, bool)) or value is None else float(value)
     except (TypeError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"the {key} of '{source['file']}' is no number")
+        raise ValueError(f"{name} is no number")
     return number
 
 

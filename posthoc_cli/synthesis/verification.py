@@ -109,7 +109,7 @@ def verify(
     report = dataclasses.replace(report, values=values, problems=problems)
     if problems:
         return report
-    weights = np.array([[source.weight for source in recipe.sources]])
+    weights = np.array(recipe.weights)[:, None]  # [groups, one target, sources]
     parts = [compare(plan, weights, out, full=full, workers=workers, progress=progress)]
     if products is not None:
         parts.append(compare_products(products, weights, out, full=full))
@@ -263,7 +263,7 @@ def _find_plan(
     for dtype in ("same", *OUTPUT_DTYPES):
         plan: TensorPlan | Products
         if recipe.lora is None:
-            plan = plan_tensors(sources, newest, names, copied, dtype)
+            plan = plan_tensors(sources, newest, names, copied, dtype, recipe.groups)
             tensors = plan.tensors
         else:
             plan = _products(out, sources, newest, recipe, dtype)
@@ -296,6 +296,7 @@ def _products(
     assert recipe.lora is not None
     tolerance, most = recipe.lora
     how: dict[str, Any] = {"copy": recipe.copied, "drop": recipe.dropped, "dtype": dtype}
+    how["groups"] = recipe.groups
     try:
         return make_products(sources, newest, tolerance=tolerance, most=most, **how)
     except UsageError as error:

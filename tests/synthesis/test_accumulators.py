@@ -16,13 +16,13 @@ from posthoc_cli.synthesis.accumulators import (
 from posthoc_cli.synthesis.outputs import write_outputs
 from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
-ROW, CAPACITY, TARGETS, GROUP = 1024, 256, 3, 4
+ROW, CAPACITY, TARGETS, BATCH = 1024, 256, 3, 4
 
 MAKERS = [
-    pytest.param(lambda: CpuAccumulator(ROW, CAPACITY, TARGETS, GROUP), id="cpu"),
-    pytest.param(lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, GROUP, "cpu"), id="torch-cpu"),
+    pytest.param(lambda: CpuAccumulator(ROW, CAPACITY, TARGETS, BATCH), id="cpu"),
+    pytest.param(lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, BATCH, "cpu"), id="torch-cpu"),
     pytest.param(
-        lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, GROUP, "cuda"),
+        lambda: TorchAccumulator(ROW, CAPACITY, TARGETS, BATCH, "cuda"),
         id="torch-cuda",
         marks=pytest.mark.gpu,
     ),
@@ -35,12 +35,12 @@ def sums_of(
     """Go through `rows` [snapshots, elements] by groups, as the workers do."""
     elements = rows.shape[1]
     summing.begin(dtype, out_dtype, elements)
-    for first in range(0, len(rows), GROUP):
-        part = rows[first : first + GROUP]
+    for first in range(0, len(rows), BATCH):
+        part = rows[first : first + BATCH]
         for staged, row in zip(summing.staging(), part, strict=False):
             staged[: row.nbytes] = row.tobytes()
-        last = first + GROUP >= len(rows)
-        summing.add(np.ascontiguousarray(weights[first : first + GROUP]), last=last)
+        last = first + BATCH >= len(rows)
+        summing.add(np.ascontiguousarray(weights[first : first + BATCH]), last=last)
     return [
         np.frombuffer(bytes(summing.result(t)), STORED[out_dtype]) for t in range(weights.shape[1])
     ]

@@ -242,12 +242,12 @@ def test_bytes_depend_on_nothing_but_the_content(
     shuffled.mkdir()
     orders = [data.draw(st.permutations(names)) for _ in contents]
     snapshots = make_snapshots(shuffled, contents, orders=orders)
-    before = synthesis.GROUP
-    synthesis.GROUP = group
+    before = synthesis.BATCH
+    synthesis.BATCH = group
     try:
         many = synthesize(snapshots, weights, folder / "many", workers=workers, row_bytes=row_bytes)
     finally:
-        synthesis.GROUP = before
+        synthesis.BATCH = before
     assert many[4].read_bytes() == plain[0].read_bytes()
 
 
