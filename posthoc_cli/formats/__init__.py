@@ -17,6 +17,7 @@ from posthoc_cli.formats.files import without_ending as without_ending
 from posthoc_cli.formats.networks import AS_USUAL as AS_USUAL
 from posthoc_cli.formats.networks import How as How
 from posthoc_cli.formats.networks import find_checkpoint as find_checkpoint
+from posthoc_cli.formats.networks import is_there as is_there
 from posthoc_cli.formats.networks import open_network as open_network
 from posthoc_cli.formats.ranks import in_ranks as in_ranks
 from posthoc_cli.formats.sharding import METADATA as METADATA

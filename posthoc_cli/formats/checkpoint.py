@@ -55,7 +55,7 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
         if len(found) > 1:
             raise refused(
                 f"holds several dicts of tensors ({_listed(list(found))})",
-                f"choose one with {_each(found)}",
+                f"choose one with {_each(found, checkpoint.root)}",
             )
         (tensors,) = found.values()
         return tensors
@@ -268,13 +268,15 @@ def _choice(value: Any) -> str:
     return f"there is {_listed(names)}" if names else "there is nothing to choose from"
 
 
-def _each(found: dict[str, dict[str, StoredTensor]], most: int = 4) -> str:
+def _each(found: dict[str, dict[str, StoredTensor]], root: Any = None, most: int = 4) -> str:
     """`key='ema' (12 tensors, 4.5 GB) or key='model' (...)`."""
     parts = []
+    lightning = {"averaging_state", "current_model_state"} <= _entries(root).keys()
     for key, tensors in list(found.items())[:most]:
         size = in_bytes(sum(tensor.bytes for tensor in tensors.values()))
         count = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
-        parts.append(f"key='{shown(key, 40)}' ({count}, {size})")
+        what = "the average: " if lightning and key == "state_dict" else ""
+        parts.append(f"key='{shown(key, 40)}' ({what}{count}, {size})")
     more = [f"{len(found) - most} more"] if len(found) > most else []
     return " or ".join(parts + more)
 

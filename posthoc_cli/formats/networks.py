@@ -69,6 +69,11 @@ def open_network(path: Path, how: How = AS_USUAL, cache: Cache | None = None) ->
     return open_tensors(path, cache)
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything is at `path`, or the shards whose index it would be."""
+    return os.path.lexists(path) or (_is_index(path) and bool(shards_of(path)))
+
+
 def find_checkpoint(folder: Path) -> str | None:
     """The name of the one network in `folder` that is a checkpoint of torch, if there is one and
     no safetensors file."""

@@ -6,7 +6,8 @@ What is wrong with single files is collected, so that a user sees all of it at o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def read_folder(
             if isinstance(error, UnknownError) and compiled is None:
                 unsaid[name] = opened[name]
             _leave_out(contents, name, error, skip_incomplete)
+    _say_once(contents, failed)
     if others := dict(other_runs(opened, run)):
         contents.skipped += others.items()
         contents.problems = [each for each in contents.problems if each[0] not in others]
@@ -257,6 +259,20 @@ def _leave_out(
 def _may_be_other(path: Path) -> bool:
     """Whether a network that nothing is said of may be none of the snapshots: one of a folder."""
     return os.path.isdir(path) and not is_distributed(path)
+
+
+def _say_once(contents: FolderContents, failed: Mapping[str, SnapshotError]) -> None:
+    """Make one problem of the same choice that several checkpoints leave to the user."""
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, error in failed.items():
+        if "key=" in error.remedy:
+            alike[error.problem, error.remedy].append(name)
+    for (problem, remedy), (first, *others) in alike.items():
+        if others:
+            more = f", as {len(others)} more do" if others[1:] else ", as one more does"
+            left = {first, *others}
+            contents.problems[:] = [each for each in contents.problems if each[0] not in left]
+            contents.problems.append((first, in_line(f"{problem}{more}; {remedy}")))
 
 
 def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[str, str]]:

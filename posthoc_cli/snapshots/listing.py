@@ -143,8 +143,11 @@ def list_candidates(
             listing.left_out.append((name, MADE_BY_POSTHOC))
         elif name in folders:
             state_of = name[: -len("-state")] + ENDING
-            if name.endswith("-state") and state_of in files:
-                listing.left_out.append((name, f"the training state beside '{state_of}'"))
+            if name.endswith("-state") and state_of in (
+                beside := {as_snapshot(f): f for f in files}
+            ):
+                text = f"the training state beside '{beside[state_of]}'"
+                listing.left_out.append((name, text))
             elif given is None and name[-1].isdigit() and _COMPONENT.fullmatch(name):
                 listing.left_out.append((name, "a part of a pipeline, by its name"))
             elif not _list_below(folder, name, listing, pattern, deep or given is not None):
@@ -259,12 +262,11 @@ def _list_below(
     if any(network.path.endswith(METADATA) for network in below.networks):
         below.others += [one for one in below.networks if _is_state_beside(one)]
         below.networks = [one for one in below.networks if not _is_state_beside(one)]
-        listing.others += below.others
+    listing.others += below.others
     listing.networks += below.networks
     listing.left_out += below.left_out
     if below.networks:
         return True
-    listing.others += below.others
     if name.lower().endswith(ENDING):
         listing.left_out.append((name, "a folder, not a file"))
         return True

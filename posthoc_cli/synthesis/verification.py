@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.formats import open_network
+from posthoc_cli.formats import is_there, open_network
 from posthoc_cli.snapshots.lora import without_rank
 from posthoc_cli.snapshots.wrappers import agree_on_names
 from posthoc_cli.storage import (
@@ -157,7 +157,7 @@ def _open_sources(folder: Path, recipe: RecipeSources) -> tuple[list[TensorIndex
     headers: Cache = {}
     for source in recipe.sources:
         path = folder / source.file
-        if not os.path.lexists(path):
+        if not is_there(path):
             remedy = "give the folder that has all the snapshots it was made of"
             problems.append(Problem(path, "is not there", remedy))
             continue
