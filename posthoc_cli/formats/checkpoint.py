@@ -105,14 +105,10 @@ def auxiliary(checkpoint: Checkpoint) -> str | None:
     root = checkpoint.root
     if isinstance(root, dict) and {"state", "param_groups"} <= root.keys():
         return "an optimizer's state"
-    tensors, complete = _all_tensors(root)
-    if not complete:
+    tensors = _random_states(root)
+    if tensors is None:
         return None
-    if not tensors:
-        return "holds no tensors"
-    if all(_is_random(tensor) for tensor in tensors):
-        return "random states"
-    return None
+    return "random states" if tensors else "holds no tensors"
 
 
 _AUXILIARY = re.compile(r"(?i)(optim|opt\Z|sched|lr_|scaler|grad_scal|rng|random)")
@@ -124,6 +120,7 @@ def is_beside(name: str) -> bool:
     return _AUXILIARY.match(name) is not None
 
 
+_CONTAINERS = (dict, list, tuple, Call)
 _MOST_NESTED = 4
 _MOST_WALKED = 200_000
 
@@ -157,13 +154,12 @@ def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
         below = []
         for place, value in level:
             for key, entry in _entries(value).items():
-                if len(seen) > _MOST_WALKED or id(entry) in seen or len(place) > _MOST_WALKED:
+                if not isinstance(entry, _CONTAINERS) or id(entry) in seen:
                     continue
-                if _AUXILIARY.match(key):
+                if len(seen) > _MOST_WALKED or len(place) > _MOST_WALKED or _AUXILIARY.match(key):
                     continue
-                if isinstance(entry, dict | list | tuple | Call):
-                    seen.add(id(entry))
-                    below.append((f"{place}{key}.", entry))
+                seen.add(id(entry))
+                below.append((f"{place}{key}.", entry))
         level = below
         for place, value in level:
             if tensors := _tensors(value):
@@ -171,15 +167,18 @@ def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
     return found
 
 
-def _all_tensors(root: Any) -> tuple[list[StoredTensor], bool]:
-    """The tensors anywhere in a checkpoint, and whether all of it could be looked at."""
-    tensors: list[StoredTensor] = []
+def _random_states(root: Any) -> int | None:
+    """How many tensors there are anywhere in a checkpoint; None where one of them isn't a random
+    state, or where not all could be looked at."""
+    tensors = 0
     seen: set[int] = set()
     pending = [root]
     while pending:
         value = pending.pop()
         if isinstance(value, StoredTensor):
-            tensors.append(value)
+            if not _is_random(value):
+                return None
+            tensors += 1
         if not isinstance(value, dict | list | tuple | Call) or id(value) in seen:
             continue
         seen.add(id(value))
@@ -187,9 +186,9 @@ def _all_tensors(root: Any) -> tuple[list[StoredTensor], bool]:
             pending += [value.args, value.state, value.items]
         else:
             pending += value.values() if isinstance(value, dict) else value
-        if len(pending) > 10 * _MOST_WALKED or len(tensors) > 10 * _MOST_WALKED:
-            return tensors, False
-    return tensors, True
+        if len(pending) > 10 * _MOST_WALKED or tensors > 10 * _MOST_WALKED:
+            return None
+    return tensors
 
 
 def _whole_module(root: Any) -> Global | None:

@@ -32,8 +32,8 @@ def make_index(
     part with content. Of files that lie alike, `cache` lets the indexes share one table.
     """
     known = cache.get("laid") if cache is not None and len(networks) == 1 else None
-    if known is not None and known[0] is networks[0][1]:
-        index = _laid_again(path, networks[0][0], metadata, known)
+    if known is not None and _same(known[0], networks[0][1]):
+        index = _laid_again(path, *networks[0], metadata, known)
         if index is not None:
             return index
     parts: list[Part] = []
@@ -64,15 +64,29 @@ def make_index(
     if len(parts) == 1 and cache is not None:
         storages = [one.storage for one in networks[0][1].values()]
         offsets = [storage.offset - parts[0].data_start for storage in storages]
-        cache["laid"] = networks[0][1], storages, offsets, shared, parts[0]
+        cache["laid"] = networks[0][1], offsets, shared, parts[0]
     return TensorIndex(path, shared, metadata, files, tuple(parts), digests)
 
 
+def _same(one: Network, other: Network) -> bool:
+    """Whether two networks have the same tensors at the same places of storages that lie as they
+    are; those of two files often are the very same objects."""
+    return one is other or (
+        [*one] == [*other]
+        and all(
+            a is b
+            or (a.dtype, a.shape, a.strides, a.start) == (b.dtype, b.shape, b.strides, b.start)
+            for a, b in zip(one.values(), other.values(), strict=True)
+        )
+    )
+
+
 def _laid_again(
-    path: Path, checkpoint: Checkpoint, metadata: Mapping[str, str], known: Any
+    path: Path, checkpoint: Checkpoint, network: Network, metadata: Mapping[str, str], known: Any
 ) -> TensorIndex | None:
     """The index of a file with the same network as the one before, if it lies alike."""
-    _, storages, before, tensors, part = known
+    _, before, tensors, part = known
+    storages = [one.storage for one in network.values()]
     if any(storage.swapped or storage.content is not None for storage in storages):
         return None
     offsets = [storage.offset for storage in storages]

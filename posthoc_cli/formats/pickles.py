@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from posthoc_cli.errors import SnapshotError
+
+if TYPE_CHECKING:
+    from posthoc_cli.formats.quick import Quick
 
 MAX_UNITS = 4_000_000
 """Of one file: an opcode takes one for each 64 bytes of memory; a tensor about a hundred."""
@@ -111,6 +114,7 @@ def unpickle(
     allowance: Allowance | None = None,
     others: Others | None = None,
     base: int = 0,
+    quick: Quick | None = None,
 ) -> Any:
     """The value of the pickle at the position of `file`, which is left after its end.
 
@@ -118,15 +122,15 @@ def unpickle(
     of a call from its arguments, or None. `others(module, name)` says the same of any other name,
     or raises; without it, no other may be named. `persistent(identity)` is the value of a
     persistent id. All must be quick, whatever they are given. The pickle lies before byte `end`.
-    `base` is added to the places of what is left unread.
+    `base` is added to the places of what is left unread, and `quick` takes tensors at once.
     Values may be shared and may contain themselves: who walks them must count. Sets come as lists
     and frozensets as tuples.
 
     Raises SnapshotError, without the file's name, for a pickle that is broken, too large for its
     `allowance`, or that names anything else; OSError when the file can't be read.
     """
-    machine = _Unpickler(file, end, names, persistent, allowance or Allowance(), others)
-    machine.base = base
+    machine = Unpickler(file, end, names, persistent, allowance or Allowance(), others)
+    machine.base, machine.quick = base, quick
     return machine.load()
 
 
@@ -164,13 +168,14 @@ def shown(text: str, most: int = _SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-class _Unpickler(pickle._Unpickler):
+class Unpickler(pickle._Unpickler):
     """`stack` holds the values since the last mark, `metastack` the stacks below each mark."""
 
     stack: list[Any]
     metastack: list[list[Any]]
     memo: dict[int, Any]
     base: int
+    quick: Quick | None
     pop_mark: Callable[[], list[Any]]
 
     def __init__(
@@ -237,7 +242,10 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Global:
         module = _RENAMED.get(module, module)
         if (module, name) in self.names:
-            return Global(module, name, self.names[module, name])
+            found = Global(module, name, self.names[module, name])
+            return (
+                found if self.quick is None else self.quick.names.setdefault((module, name), found)
+            )
         if self.others is None:
             raise needed(Global(module, name))
         return Global(module, name, self.others(module, name))
@@ -248,6 +256,16 @@ class _Unpickler(pickle._Unpickler):
         return self.persistent(pid)
 
     # Opcodes that are not the standard library's.
+
+    def get(self, length: int) -> None:
+        place = self.number(length)
+        if place not in self.memo:
+            raise corrupt(f"nothing is kept at place {place}")
+        value = self.memo[place]
+        self.append(value)
+        quick = self.quick
+        if quick is not None and isinstance(value, Global) and value.make is quick.rebuild:
+            quick.take(self)
 
     def frame(self) -> None:
         self.claim(self.number(8))  # a hint for buffering: what it frames simply follows
@@ -333,7 +351,7 @@ def _hashable(key: Any) -> Any:
     return key if isinstance(key, int) and key.bit_length() < 64 else Key(key)
 
 
-def _refuse(code: int, machine: _Unpickler) -> None:
+def _refuse(code: int, machine: Unpickler) -> None:
     name = _REFUSED.get(bytes([code]))
     if name is None:
         raise corrupt(f"no pickle has the opcode {code:#04x}")
@@ -354,13 +372,14 @@ _STANDARD: dict[bytes, Callable[[Any], None]] = {
         *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
         *(pickle.BINFLOAT, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
         *(pickle.TUPLE, pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_DICT, pickle.GLOBAL),
-        *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.BINPUT, pickle.LONG_BINPUT),
-        *(pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
+        *(pickle.STACK_GLOBAL, pickle.BINPERSID, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
     )
 }
 """Opcodes that are the standard library's: they move plain values, or call what is overridden."""
-_OWN: dict[bytes, Callable[[_Unpickler], None]] = {
-    pickle.FRAME: _Unpickler.frame,
+_OWN: dict[bytes, Callable[[Unpickler], None]] = {
+    pickle.FRAME: Unpickler.frame,
+    pickle.BINGET: lambda machine: machine.get(1),
+    pickle.LONG_BINGET: lambda machine: machine.get(4),
     pickle.SHORT_BINUNICODE: lambda machine: machine.text(machine.number(1)),
     pickle.BINUNICODE: lambda machine: machine.text(machine.number(4)),
     pickle.BINUNICODE8: lambda machine: machine.text(machine.number(8)),
@@ -377,13 +396,13 @@ _OWN: dict[bytes, Callable[[_Unpickler], None]] = {
     pickle.EMPTY_SET: _STANDARD[pickle.EMPTY_LIST],
     pickle.ADDITEMS: lambda machine: machine.extend(machine.pop_mark()),
     pickle.FROZENSET: _STANDARD[pickle.TUPLE],
-    pickle.SETITEM: _Unpickler.set_item,
+    pickle.SETITEM: Unpickler.set_item,
     pickle.SETITEMS: lambda machine: machine.update(machine.pop_mark()),
-    pickle.DICT: _Unpickler.make_dict,
-    pickle.REDUCE: _Unpickler.call,
-    pickle.NEWOBJ: _Unpickler.call,  # a class and its arguments, rather than a function and its
-    pickle.NEWOBJ_EX: _Unpickler.call_with_keywords,
-    pickle.BUILD: _Unpickler.set_state,
+    pickle.DICT: Unpickler.make_dict,
+    pickle.REDUCE: Unpickler.call,
+    pickle.NEWOBJ: Unpickler.call,  # a class and its arguments, rather than a function and its
+    pickle.NEWOBJ_EX: Unpickler.call_with_keywords,
+    pickle.BUILD: Unpickler.set_state,
 }
 _REFUSED = {
     pickle.FLOAT: "FLOAT", pickle.INT: "INT", pickle.LONG: "LONG", pickle.STRING: "STRING",

@@ -28,6 +28,7 @@ from posthoc_cli.formats.pickles import (
     shown,
     unpickle,
 )
+from posthoc_cli.formats.quick import Quick
 from posthoc_cli.formats.tensors import NAMES, Storage, claim_storage, itemsize, unsupported
 from posthoc_cli.storage import Cache, File
 from posthoc_cli.storage.deflated import Deflated
@@ -221,12 +222,17 @@ def _unpickled(
     data = _small(file, size, entry, "data.pkl", _MAX_PICKLE)
     digest = hashlib.sha256(data).digest()
     # Of many that differ only the last is kept: all of them would fill the memory.
-    last, *known = cache.get("pickle", (None, None, None))
-    if last != digest:
-        root = unpickle(BytesIO(data), len(data), *values, base=start)
-        cache["pickle"] = digest, root, storages
-        return root, storages, digest
-    return known[0], known[1], digest
+    last, before = cache.get("pickle", (None, None))
+    if last is not None and last[2] == digest:
+        return last[0], last[1], digest
+    rebuild = NAMES["torch._utils", "_rebuild_tensor_v2"]
+    assert rebuild is not None
+    known, names = (before.known, before.names) if before else ([], {})
+    quick = Quick(data, rebuild, storages, known, names)
+    root = unpickle(BytesIO(data), len(data), *values, base=start, quick=quick)
+    quick.before, quick.data = [], b""
+    cache["pickle"] = (root, storages, digest), quick
+    return root, storages, digest
 
 
 def _small(file: BinaryIO, size: int, entry: Entry | None, what: str, most: int) -> bytes:
