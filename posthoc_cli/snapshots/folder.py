@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
 from posthoc_cli.snapshots.images import out_of_range
 from posthoc_cli.snapshots.listing import MADE_BY_POSTHOC, folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
-from posthoc_cli.snapshots.names import compile_pattern, read_name
+from posthoc_cli.snapshots.names import Pattern, compile_pattern, read_name
 from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.series import missing_steps
@@ -142,6 +142,10 @@ def read_folder(
     trained: list[Trained] = []
     failed: dict[str, SnapshotError] = {}
     for name in names:
+        if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
+            reason = "of step 0, where training has not begun and nothing is averaged"
+            contents.skipped.append((name, reason))
+            continue
         try:
             index = _open(folder / name, headers, reading.how)
             if read_recipe(index.metadata) is not None:
@@ -300,6 +304,14 @@ def _clock(folder: Path) -> Clock:
         return status.st_mtime if status else None
 
     return written
+
+
+def _of_step_0(name: str, pattern: Pattern | None) -> bool:
+    try:
+        named = read_name(name, pattern)
+    except SnapshotError:  # told where it is read again
+        return False
+    return named is not None and named.step == 0
 
 
 def _has_index(name: str) -> bool:
