@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.solver.profiles import gamma_to_sigma_rel
+from posthoc_cli.solver.profiles import Profile
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import TensorInfo, read_header
 from posthoc_cli.synthesis.plan import TensorPlan, make_plan, newest_of
@@ -95,7 +95,7 @@ def snapshot_of(
     gamma: float = 6.94,
 ) -> Snapshot:
     layout = read_header(path, cache)
-    return Snapshot(layout, step, gamma, float(gamma_to_sigma_rel(gamma)), "metadata")
+    return Snapshot(layout, Profile(step, gamma), "metadata")
 
 
 def write_kohya(

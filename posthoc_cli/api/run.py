@@ -34,6 +34,7 @@ def open_snapshots(
     exclude: Sequence[str] = (),
     run: str | None = None,
     raw: bool = False,
+    ema_decay: float | None = None,
     skip_incomplete: bool = False,
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -51,7 +52,8 @@ def open_snapshots(
         only: globs for the files to use, by name or path below the folder; no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
-        raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
+        raw: files that nothing says a profile of are no EMAs but plain checkpoints.
+        ema_decay: they are EMAs of this decay a step; with `raw`, those that are called `ema`.
         skip_incomplete: leave out files whose end is missing, instead of taking them for problems.
         copy, drop: those that `save` will be given: what is odd in these tensors is no problem.
         lora: what `save` will be given: with "exact", the ranks of a LoRA may differ.
@@ -73,6 +75,7 @@ def open_snapshots(
         exclude=exclude,
         run=run,
         raw=raw,
+        ema_decay=ema_decay,
         skip_incomplete=skip_incomplete,
         copy=copy,
         drop=drop,
@@ -81,7 +84,7 @@ def open_snapshots(
         tool=tool,
         update_every=update_every,
     )
-    return Run(contents, raw)
+    return Run(contents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ class Run:
     """The snapshots of one training run, as `open_snapshots` found them."""
 
     contents: FolderContents
-    raw: bool
     _plans: dict[Any, TensorPlan | Products] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -100,8 +102,13 @@ class Run:
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """Those with a step and a profile, by step, sigma_rel and file name."""
+        """Those with a step and a profile, by step, width and file name."""
         return self.contents.snapshots
+
+    @property
+    def raw(self) -> bool:
+        """Whether all snapshots are raw checkpoints, no EMAs."""
+        return bool(self.snapshots) and all(each.profile.raw for each in self.snapshots)
 
     @property
     def problems(self) -> list[tuple[str, str]]:
@@ -219,7 +226,7 @@ class Run:
         Raises UsageError for arguments out of bounds, SnapshotError for the first of the
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
         """
-        method = choose_method(method, self.raw)
+        method = choose_method(method, [snapshot.profile for snapshot in self.snapshots])
         targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
         device = resolve_device(device)
         snapshots, step = self.until(step)
@@ -228,7 +235,7 @@ class Run:
         if groups:
             groups = _counted(groups, snapshots, leave_out)
         wanted = [target.profile(step) for target in (*targets, *(g.target for g in groups))]
-        if not METHODS[method].needs_values and not self.raw:
+        if not METHODS[method].needs_values:
             check_norms(snapshots, method)
         ranks = of_several_shapes(snapshots, leave_out)
         if ranks and (sample or METHODS[method].needs_values):

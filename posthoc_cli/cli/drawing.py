@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from posthoc_cli.solver import Average
+
 NEGLIGIBLE, SMALL = 1e-6, 1e-3
 """Weights below this fraction of the largest are only summed up: the negligible always, the small
 where more than LONG lines would be left."""
@@ -28,12 +30,10 @@ _PLUS, _MINUS = "cyan", "red"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One snapshot with its weight; a raw checkpoint's gamma is infinite."""
+    """One snapshot with its weight."""
 
     file: str
-    step: float
-    sigma_rel: float
-    gamma: float
+    profile: Average
     weight: float
 
 
@@ -67,10 +67,8 @@ def draw_weights(console: Console, rows: Sequence[Row], *, everything: bool = Fa
     if not everything and len(those_above(fraction)) > LONG:
         fraction = SMALL
     shown = those_above(fraction)
-    columns = {"step": [f"{row.step:.15g}" for row in shown]}
-    if not all(math.isinf(row.gamma) for row in rows):  # raw checkpoints: there is nothing to tell
-        columns["sigma_rel"] = [width_of(row.sigma_rel, row.gamma) for row in shown]
-        columns["gamma"] = ["" if math.isinf(row.gamma) else f"{row.gamma:.2f}" for row in shown]
+    columns = {"step": [f"{row.profile.step:.15g}" for row in shown]}
+    columns |= kind_columns([row.profile for row in rows], [row.profile for row in shown])
     columns["weight"] = [signed(row.weight) for row in shown]
     table = plain_table(right=list(columns))
     left = console.width - sum(
@@ -132,9 +130,26 @@ class Bars:
         return Text.assemble(before, (minus, _MINUS), (self.axis, "dim"), (plus, _PLUS), after)
 
 
-def width_of(sigma_rel: float, gamma: float) -> str:
-    """The sigma_rel of a snapshot: `0.0500`, or `raw`."""
-    return "raw" if math.isinf(gamma) else f"{sigma_rel:.4f}"
+def kind_columns(averages: Sequence[Average], shown: Sequence[Average]) -> dict[str, list[str]]:
+    """What the averages `shown` are, by heading: `0.0500`, `raw`, `decay 0.9999`; and the gamma.
+
+    Nothing where all `averages` are raw checkpoints, no gamma where none has one.
+    """
+    from posthoc_cli.snapshots import gamma_of
+    from posthoc_cli.solver import Profile
+
+    if all(each.raw for each in averages):
+        return {}
+    others = [each for each in averages if not (each.raw or isinstance(each, Profile))]
+    columns = {
+        "profile" if others else "sigma_rel": [
+            f"{each.sigma_rel:.4f}" if isinstance(each, Profile) else str(each) for each in shown
+        ]
+    }
+    if any(isinstance(each, Profile) for each in averages):
+        gammas = [gamma_of(each) for each in shown]
+        columns["gamma"] = [f"{gamma:.2f}" if math.isfinite(gamma) else "" for gamma in gammas]
+    return columns
 
 
 def signed(weight: float) -> str:

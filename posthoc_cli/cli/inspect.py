@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from posthoc_cli.cli.console import (
     warn,
     warning_lines,
 )
-from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, width_of
+from posthoc_cli.cli.drawing import Row, draw_readings, draw_weights, kind_columns
 from posthoc_cli.cli.folders import describe_manifest, draw_manifests
 from posthoc_cli.cli.lora import lora_row
 from posthoc_cli.cli.spelling import spelled
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from posthoc_cli.api import Run
     from posthoc_cli.snapshots.folder import Snapshot
+    from posthoc_cli.solver import Average
     from posthoc_cli.storage import TensorIndex
 
 
@@ -117,6 +117,7 @@ def describe(run: Run) -> dict[str, Any]:
                 "step": snapshot.step,
                 "sigma_rel": snapshot.sigma_rel,
                 "gamma": snapshot.gamma,
+                "profile": snapshot.profile.as_dict(),
                 "dtypes": snapshot.dtypes,
                 "tensors": snapshot.tensors,
                 "parameters": snapshot.parameters,
@@ -152,24 +153,23 @@ def _draw(console: Console, run: Run) -> None:
 
 
 def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
+    kinds = [snapshot.profile for snapshot in snapshots]
     columns = [
         Column("file", [printable(snapshot.file) for snapshot in snapshots], right=False),
         Column("step", [str(snapshot.step) for snapshot in snapshots]),
-        Column("sigma_rel", [width_of(each.sigma_rel, each.gamma) for each in snapshots]),
-        Column("gamma", [f"{snapshot.gamma:.2f}" for snapshot in snapshots]),
+        *(Column(heading, texts) for heading, texts in kind_columns(kinds, kinds).items()),
         Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
         Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
         Column("parameters", [in_short(snapshot.parameters) for snapshot in snapshots]),
         Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
         Column("source", [snapshot.source for snapshot in snapshots], right=False),
     ]
-    raw = snapshots[0].profile.raw
-    if raw:  # they have no profile
-        columns = [each for each in columns if each.heading not in ("sigma_rel", "gamma")]
     table = Columns(columns, console.width)
     common = table.leave_out_common(
         {
-            "source": "step from {}" if raw else "step and profile from {}",
+            "source": "step from {}"
+            if all(each.raw for each in kinds)
+            else "step and profile from {}",
             "tensors": "{} tensors",
             "parameters": "{} parameters",
             "dtype": "{}",
@@ -206,16 +206,17 @@ def _abbreviated(names: list[str], room: int) -> list[str]:
 
 def _totals(snapshots: Sequence[Snapshot]) -> str:
     steps = sorted({snapshot.step for snapshot in snapshots})
-    if snapshots[0].profile.raw:
-        noun, widths = "raw checkpoint", []
-    else:
-        noun, widths = "snapshot", sorted({f"{snapshot.sigma_rel:.4f}" for snapshot in snapshots})
+    widths = sorted({f"{each.sigma_rel:.4f}" for each in snapshots if each.sigma_rel > 0})
+    others = sorted({str(each.profile) for each in snapshots if not each.sigma_rel > 0})
+    noun = "raw checkpoint" if others == ["raw"] and not widths else "snapshot"
     size = in_bytes(sum(snapshot.bytes for snapshot in snapshots))
     span = (
         f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps, {steps[0]} to {steps[-1]}"
     )
     listed = ", ".join(widths) if len(widths) <= 4 else f"{widths[0]} to {widths[-1]}"
-    profiles = f"; sigma_rel {listed}" if widths else ""
+    kinds = [f"sigma_rel {listed}"] if widths else []
+    kinds += others if noun == "snapshot" else []
+    profiles = f"; {', '.join(kinds)}" if kinds else ""
     return f"{counted(len(snapshots), noun)}, {size}: {span}{profiles}"
 
 
@@ -255,7 +256,7 @@ def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     try:
         target = _target_of(document["target"])
         rows = [
-            Row(str(source["file"]), *(_number(source, key) for key in _NUMBERS))
+            Row(str(source["file"]), _profile_of(source), float(source["weight"]))
             for source in document["sources"]
         ]
         groups = [
@@ -291,14 +292,14 @@ def _target_of(document: dict[str, Any]) -> str:
     return f"{what} at step {step:.15g}"
 
 
-_NUMBERS = ("step", "sigma_rel", "gamma", "weight")
+def _profile_of(source: dict[str, Any]) -> Average:
+    """The average that a source is; older recipes tell power functions and raw checkpoints."""
+    from posthoc_cli.solver import Decay, Profile, read_average
 
-
-def _number(source: dict[str, Any], key: str) -> float:
-    """A number of a source; a raw checkpoint's gamma, which is infinite, is null."""
-    if key == "gamma" and source[key] is None:
-        return math.inf
-    return float(source[key])
+    if "profile" in source:
+        return read_average(source["profile"])
+    step, gamma = float(source["step"]), source["gamma"]
+    return Decay(step, 0.0) if gamma is None else Profile(step, float(gamma))
 
 
 def _show_output(

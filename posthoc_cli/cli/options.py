@@ -146,8 +146,8 @@ class Reading:
             READING,
             "PATTERN",
             "File-name pattern, such as 'run7_{step}_{sigma_rel}.safetensors', with the fields "
-            "{step} or {kimg}, one of {sigma_rel}, {gamma} and {index} (with --raw none), and * "
-            "for anything.",
+            "{step} or {kimg}, one of {sigma_rel}, {gamma}, {decay} and {index} (with --raw or "
+            "--ema-decay none), and * for anything.",
         ),
     ] = None
     profiles: Annotated[
@@ -181,11 +181,22 @@ class Reading:
         bool,
         flag(
             "--raw",
-            "The files are no EMAs but plain checkpoints, such as a LoRA trainer saves. Steps are "
-            "those of their metadata, kohya's too, or the last number of their names.",
+            "Files that nothing says a profile of are no EMAs but plain checkpoints, as LoRA "
+            "trainers save them. Steps are those of their metadata, kohya's too, or the last "
+            "number of their names.",
             READING,
         ),
     ] = False
+    ema_decay: Annotated[
+        float | None,
+        in_panel(
+            READING,
+            "BETA",
+            "They are EMAs of this decay a step, such as 0.9999; with --raw, those that are called "
+            "ema.",
+            show_default=False,
+        ),
+    ] = None
     skip_incomplete: Annotated[
         bool,
         flag(
@@ -323,8 +334,9 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
     """The snapshots of a folder, or of files and folders in one."""
     from posthoc_cli.api import open_snapshots
 
-    if reading.raw and reading.profiles:
-        raise UsageError("--profiles", "not used, as --raw checkpoints have none", "leave it out")
+    if reading.profiles and (reading.raw or reading.ema_decay is not None):
+        kind = "--raw checkpoints" if reading.raw else "EMAs of --ema-decay"
+        raise UsageError("--profiles", f"not used, as {kind} have none", "leave it out")
     check_choice("--from", reading.tool, tools())
     return open_snapshots(
         paths,
@@ -334,6 +346,7 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
         exclude=reading.exclude or (),
         run=reading.run,
         raw=reading.raw,
+        ema_decay=reading.ema_decay,
         skip_incomplete=reading.skip_incomplete,
         copy=reading.copy or (),
         drop=reading.drop or (),

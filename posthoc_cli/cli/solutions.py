@@ -207,6 +207,7 @@ def _describe_target(solution: Solution, at: int) -> dict[str, Any]:
                 "step": snapshot.step,
                 "sigma_rel": snapshot.sigma_rel,
                 "gamma": snapshot.gamma,
+                "profile": snapshot.profile.as_dict(),
                 "weight": float(weight),
             }
             for snapshot, weight in zip(solution.snapshots, solved.weights[at], strict=True)

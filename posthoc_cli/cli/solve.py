@@ -128,7 +128,8 @@ def _write_csv(solution: Solution) -> None:
         weights = solution.solved.weights[at].tolist()
         for snapshot, weight in zip(solution.snapshots, weights, strict=True):
             wanted = (target.sigma_rel, target.gamma, solution.step)
-            source = (snapshot.step, snapshot.sigma_rel, snapshot.gamma)
+            widths = (snapshot.sigma_rel, snapshot.gamma)
+            source = (snapshot.step, *("" if each != each else each for each in widths))
             whose = tensors[at] if tensors else []
             row = [*wanted, shown(snapshot.file), *source, weight, target.named, *whose]
             writer.writerow(row)
@@ -147,7 +148,7 @@ def _draw(console: Console, solution: Solution, everything: bool) -> None:
             style="bold",
         )
         rows = [
-            Row(snapshot.file, snapshot.step, snapshot.sigma_rel, snapshot.gamma, weight)
+            Row(snapshot.file, snapshot.profile, weight)
             for snapshot, weight in zip(
                 solution.snapshots, solution.solved.weights[at].tolist(), strict=True
             )

@@ -11,8 +11,18 @@ import re
 from posthoc_cli.errors import PosthocError, brief
 
 _SAME = (
-    *("copy", "decay", "device", "drop", "dtype", "exclude", "force", "gamma", "half_life"),
-    *("key", "layout", "lora", "lora_rank", "lora_tolerance", "lr_decay", "max_error", "window"),
+    *("copy", "decay", "device", "drop", "dtype", "ema_decay", "exclude", "force", "gamma"),
+    *(
+        "half_life",
+        "key",
+        "layout",
+        "lora",
+        "lora_rank",
+        "lora_tolerance",
+        "lr_decay",
+        "max_error",
+        "window",
+    ),
     *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
     *("skip_existing", "skip_incomplete", "step", "strict", "target_for", "update_every"),
 )

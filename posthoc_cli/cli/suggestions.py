@@ -48,11 +48,13 @@ def command(name: str, folder: str, reading: Reading) -> str:
     for field in dataclasses.fields(reading):
         value = getattr(reading, field.name)
         option = OPTIONS.get(field.name, "--" + field.name.replace("_", "-"))
+        if value == field.default:
+            continue
         if value is True:
             words.append(option)
         elif isinstance(value, str) and value == field.default:
             continue
-        elif isinstance(value, str | int) and value is not False:
+        elif isinstance(value, str | int | float) and value is not False:
             words += [option, str(value)]
         elif value:
             words += [word for each in value for word in (option, str(each))]
@@ -71,7 +73,8 @@ def _others(reading: Reading, run: Run) -> Iterator[Reading]:
         yield dataclasses.replace(reading, raw=False)
     if not run.snapshots and len(wrong) == 1 and not reading.only:
         yield dataclasses.replace(reading, only=[f"{glob.escape(wrong[0])}/*"])
-    if not run.snapshots and not reading.raw and reading.pattern is None and not reading.profiles:
+    told = reading.raw or reading.ema_decay or reading.pattern or reading.profiles
+    if not run.snapshots and not told:
         for pattern in _patterns(wrong):
             yield dataclasses.replace(reading, pattern=pattern)
         yield dataclasses.replace(reading, raw=True)

@@ -19,6 +19,7 @@ from posthoc_cli.formats.averages import (
     COUNTERS,
     ONLINE,
     PREFIX,
+    SHADOW,
     check_layout,
     check_values,
     shadow_tensors,
@@ -30,6 +31,7 @@ from posthoc_cli.formats.laying import read_elements
 from posthoc_cli.formats.pickles import naming, refused
 from posthoc_cli.formats.tensors import StoredTensor
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
+from posthoc_cli.storage.metadata import DECAY, GAMMA, SCHEDULE, SIGMA_REL, STEP, UPDATES
 
 KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 
@@ -112,17 +114,28 @@ def _is_text(name: str) -> bool:
 
 
 def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
-    """`step`, `gamma` and `sigma_rel` where its root says them, as a snapshot's metadata would."""
+    """Step and profile where its root says them, as a snapshot's metadata would.
+
+    A `decay` is one where it is that of a list of averages: diffusers' EMAModel keeps its schedule
+    beside it, torch_ema the number of updates, with which it rises as diffusers' does by default.
+    """
     root = checkpoint.root if isinstance(checkpoint.root, dict) else {}
     stated = {}
     for key in ("optimization_step", "global_step", "step"):
         value = _number(checkpoint, root.get(key))
         if value is not None and value >= 1 and value == math.floor(value):
             stated["step"] = str(int(value))
-    for key in ("gamma", "sigma_rel"):
+    for key in (GAMMA, SIGMA_REL, *(DECAY,) * (SHADOW in root)):
         value = _number(checkpoint, root.get(key))
         if value is not None:
             stated[key] = repr(float(value))
+    if DECAY in stated:
+        updates = _number(checkpoint, root.get(UPDATES, root.get("num_updates")))
+        if updates is not None:
+            stated[UPDATES] = repr(updates)
+            stated.pop(STEP, None)
+        schedule = {key: root[key] for key in SCHEDULE if isinstance(root.get(key), int | float)}
+        stated |= {key: repr(value) for key, value in schedule.items()}
     return stated
 
 

@@ -12,7 +12,8 @@ from posthoc_cli.snapshots.folder import select as select
 from posthoc_cli.snapshots.identity import Identity as Identity
 from posthoc_cli.snapshots.identity import check_profiles as check_profiles
 from posthoc_cli.snapshots.identity import identify as identify
-from posthoc_cli.snapshots.names import SAME_WIDTH as SAME_WIDTH
+from posthoc_cli.snapshots.kinds import SAME_WIDTH as SAME_WIDTH
+from posthoc_cli.snapshots.kinds import gamma_of as gamma_of
 from posthoc_cli.snapshots.names import Pattern as Pattern
 from posthoc_cli.snapshots.names import compile_pattern as compile_pattern
 from posthoc_cli.snapshots.names import read_name as read_name

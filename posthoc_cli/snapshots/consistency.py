@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
+from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.snapshots.lora import different_alphas, pairs, without_rank
 from posthoc_cli.snapshots.majority import most
-from posthoc_cli.snapshots.names import SAME_WIDTH
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage import TensorInfo
 from posthoc_cli.storage.dtypes import FLOATS
@@ -70,20 +69,19 @@ def different_dtypes(
 def _same_average(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
     """Two of one step and profile: no weights could tell them apart."""
     for one, other in pairwise(snapshots):
-        same_width = math.isclose(one.sigma_rel, other.sigma_rel, rel_tol=SAME_WIDTH)
-        # Below gamma 0 there are two of each width.
-        same_gamma = math.isclose(one.gamma + 1, other.gamma + 1, rel_tol=10 * SAME_WIDTH)
-        if one.step == other.step and one.profile.raw:
+        if one.step != other.step or not same_kind(one.profile, other.profile):
+            continue
+        if one.profile.raw:
             yield (
                 other.file,
                 f"has the step ({other.step}) of '{one.file}'; leave out one of the two, "
                 f"as with exclude='{other.file}', or say with pattern= which number of the names "
                 "it is",
             )
-        elif one.step == other.step and same_width and same_gamma:
+        else:
             yield (
                 other.file,
-                f"has the step ({other.step}) and profile (sigma_rel {other.sigma_rel:.4g}) of "
+                f"has the step ({other.step}) and profile ({other.profile}) of "
                 f"'{one.file}'; leave out one of the two, as with exclude='{other.file}'",
             )
 

@@ -6,7 +6,6 @@ numbered snapshot it is left out; else it is for the user to say what it is.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -14,8 +13,9 @@ from typing import Protocol
 from posthoc_cli.errors import SnapshotError, brief, printable
 from posthoc_cli.formats import as_snapshot
 from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.snapshots.listing import counts
-from posthoc_cli.snapshots.names import SAME_WIDTH, read_name
+from posthoc_cli.snapshots.names import read_name
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.storage import ENDING, Reader, TensorIndex
 
@@ -144,8 +144,7 @@ def _of_its_step(snapshot: Snapshot, others: Sequence[Snapshot]) -> list[Snapsho
     return [
         each
         for each in others
-        if each.step == snapshot.step
-        and math.isclose(each.sigma_rel, snapshot.sigma_rel, rel_tol=SAME_WIDTH)
+        if each.step == snapshot.step and same_kind(each.profile, snapshot.profile)
     ]
 
 

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from posthoc_cli.errors import (
@@ -22,21 +23,30 @@ from posthoc_cli.errors import (
     in_line,
     printable,
 )
-from posthoc_cli.formats import AS_USUAL, How, is_distributed, open_network, without_ending
+from posthoc_cli.formats import (
+    AS_USUAL,
+    How,
+    as_snapshot,
+    is_distributed,
+    open_network,
+    without_ending,
+)
 from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.copies import other_formats, settle_copies
-from posthoc_cli.snapshots.identity import Identity, check_profiles, identify
+from posthoc_cli.snapshots.identity import Identity, identify
 from posthoc_cli.snapshots.images import out_of_range
+from posthoc_cli.snapshots.kinds import width
 from posthoc_cli.snapshots.listing import MADE_BY_POSTHOC, folder_of, list_candidates, title
 from posthoc_cli.snapshots.meaning import meaningless, misfitting
-from posthoc_cli.snapshots.names import Pattern, compile_pattern, read_name
-from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit, step_counts
+from posthoc_cli.snapshots.names import Pattern, beside_emas, read_name
+from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
-from posthoc_cli.snapshots.trained import Reading, Trained, explanations, identify_trained
+from posthoc_cli.snapshots.telling import listen, tell
+from posthoc_cli.snapshots.trained import Reading, Trained, explanations, settle_trained
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex
 from posthoc_cli.storage.disk import file_status, is_gone
@@ -50,7 +60,7 @@ class FolderContents:
     """What a folder holds. File names are as they are; all messages can go to a terminal.
 
     `how` is how checkpoints of other tools were read. `snapshots` are those with a step and a
-    profile, by step, sigma_rel and file name; with `problems`, that is not yet a set that can be
+    profile, by step, width and file name; with `problems`, that is not yet a set that can be
     summed: `usable` says so. A warning that is about no single file has "" in its place.
     """
 
@@ -90,6 +100,7 @@ def read_folder(
     exclude: Sequence[str] = (),
     run: str | None = None,
     raw: bool = False,
+    ema_decay: float | None = None,
     skip_incomplete: bool = False,
     copy: Sequence[str] = (),
     drop: Sequence[str] = (),
@@ -107,7 +118,8 @@ def read_folder(
         only: globs for the files to use, by name or path below the folder: no other is opened.
         exclude: globs for those to leave out.
         run: of several training runs in the folder, the one to use.
-        raw: the files are no EMAs but plain checkpoints, of which only the steps are to be known.
+        raw: files that nothing says a profile of are no EMAs but plain checkpoints.
+        ema_decay: they are EMAs of this decay a step; with `raw`, those that are called `ema`.
         skip_incomplete: leave out files whose end is missing, which are problems otherwise.
         copy, drop: globs of tensors that won't be averaged, and may be as they like.
         lora: "exact" where products of a LoRA's factors are averaged, whose ranks may differ.
@@ -120,9 +132,9 @@ def read_folder(
     a snapshot, MachineError when one can't be read.
     """
     folder, given = folder_of(folder)
-    compiled = compile_pattern(pattern, raw) if pattern is not None else None
-    widths = () if raw else check_profiles(profiles, compiled)
-    reading = Reading(compiled, widths, How(key, tool), update_every)
+    told = tell(pattern, profiles, raw, ema_decay)
+    compiled = told.pattern
+    reading = Reading(compiled, told.profiles, How(key, tool), update_every)
     reading.check()
     deep = any("/" in each for each in (pattern or "", *only))
     choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
@@ -132,7 +144,7 @@ def read_folder(
     contents = FolderContents(folder, reading.how, skipped=choice.left_out)
     contents.problems += [(name, in_line(text)) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
-    if widths and compiled is None and not any(_has_index(name) for name in names):
+    if told.profiles and compiled is None and not any(_has_index(name) for name in names):
         contents.warnings.append(("", "profiles= isn't used: no file name has an index"))
     headers: Cache = {}
     opened: dict[str, TensorIndex] = {}
@@ -141,6 +153,7 @@ def read_folder(
     unsaid: dict[str, TensorIndex] = {}
     trained: list[Trained] = []
     failed: dict[str, SnapshotError] = {}
+    beside = beside_emas(map(as_snapshot, names))
     for name in names:
         if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
             reason = "of step 0, where training has not begun and nothing is averaged"
@@ -152,20 +165,23 @@ def read_folder(
                 contents.skipped.append((name, MADE_BY_POSTHOC))
                 continue
             opened[name] = index
-            if raw:
-                doubted = isinstance(doubts.get(name), UnknownError)
-                counts[name] = step_counts(title(name, compiled), index.metadata, compiled, doubted)
-            elif TOOL in index.metadata:
-                one, warnings = identify_trained(
-                    name, title(name, compiled), index.metadata, reading, doubts.get(name)
-                )
-                assert one.identity is not None
-                trained.append(one)
-                found[name] = one.identity, warnings
+            called, doubt = title(name, compiled), doubts.get(name)
+            settle = partial(identify, called, index.metadata, compiled, told.profiles, doubt)
+            if TOOL in index.metadata:
+                known = (name, called, index.metadata, reading, doubt)
+                settle = partial(settle_trained, trained, *known)
+            said = listen(
+                index.files[0].path.relative_to(folder).as_posix(),
+                *(called, index, told, settle, doubt),
+                plain=as_snapshot(name) in beside,
+                own_folder=index.files[0].path.parent != folder or len(names) == 1,
+            )
+            if isinstance(said, StepCounts):
+                counts[name] = said
+                if not told.raw and TOOL in index.metadata:
+                    trained.append(Trained(name, index.metadata[TOOL], None, None, False))
             else:
-                found[name] = identify(
-                    title(name, compiled), index.metadata, compiled, widths, doubts.get(name)
-                )
+                found[name] = said
         except SnapshotError as error:
             if without_ending(name) or (name in opened and TOOL in opened[name].metadata):
                 failed[name] = error
@@ -179,7 +195,7 @@ def read_folder(
         counts = {name: each for name, each in counts.items() if name not in others}
         found = {name: each for name, each in found.items() if name not in others}
         unsaid = {name: each for name, each in unsaid.items() if name not in others}
-    for name, outcome in agree_on_unit(counts, written).items():
+    for name, outcome in agree_on_unit(counts, written, bool(found)).items():
         if isinstance(outcome, SnapshotError):
             unsaid[name] = opened[name]
             _leave_out(contents, name, outcome, skip_incomplete)
@@ -193,7 +209,7 @@ def read_folder(
             shared[id(index.tensors)] = Contents.of(index.tensors)
         contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)], name))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
-    contents.snapshots.sort(key=lambda each: (each.step, each.sigma_rel, each.file))
+    contents.snapshots.sort(key=lambda each: (each.step, width(each.profile), each.file))
     settle_copies(contents, unsaid)
     other_formats(contents, failed)
     contents.warnings += [("", text) for text in explanations(trained, reading)]

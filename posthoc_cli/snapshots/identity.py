@@ -1,8 +1,9 @@
 """Which step and profile a snapshot has, from its file name and its metadata.
 
 The first source that says both decides: pattern=, then the file's own metadata (`step` with
-`gamma` or `sigma_rel`), then its name by the known conventions. Where a second source says
-otherwise, a warning names both. Raw checkpoints, of which only the step is asked, are in raw.py.
+`gamma`, `sigma_rel` or `decay`), then its name by the known conventions. Where a second source says
+otherwise, a warning names both. Raw checkpoints and EMAs of which only the decay is known, whose
+names are read together, are in raw.py.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
 from posthoc_cli.snapshots.counts import read_counts
+from posthoc_cli.snapshots.kinds import gamma_of, sigma_rel_of
 from posthoc_cli.snapshots.names import Pattern, Reading, read_name, read_number
 from posthoc_cli.solver import (
     MAX_GAMMA,
     MAX_SIGMA_REL,
     MIN_SIGMA_REL,
-    gamma_to_sigma_rel,
+    Average,
+    Decay,
+    Profile,
     sigma_rel_to_gamma,
 )
-from posthoc_cli.storage.metadata import CONVERTED, COUNTS, GAMMA, SIGMA_REL, STEP
+from posthoc_cli.storage.metadata import CONVERTED, COUNTS, DECAY, GAMMA, SIGMA_REL, STEP
 
 MAX_STEP = 2**53
 """Above it float64, in which the weights are solved, no longer tells each step from the next."""
@@ -32,12 +36,24 @@ UNITS = ("step", "epoch", "number")
 
 
 class Identity(NamedTuple):
-    """The step and profile of a snapshot; `source` is "pattern", "metadata" or "name"."""
+    """Which average a snapshot is; `source` is "pattern", "metadata", "config" or "name"."""
 
-    step: int
-    gamma: float
-    sigma_rel: float
+    profile: Average
     source: str
+
+    @property
+    def step(self) -> int:
+        return int(self.profile.step)
+
+    @property
+    def gamma(self) -> float:
+        """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
+        return gamma_of(self.profile)
+
+    @property
+    def sigma_rel(self) -> float:
+        """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
+        return sigma_rel_of(self.profile)
 
 
 def identify(
@@ -64,7 +80,7 @@ def identify(
         # Our own `convert` has read the name, and written what the snapshot really is.
         if named is None or CONVERTED in metadata:
             return identity, []
-        if named.agrees_with(identity.step, identity.sigma_rel):
+        if named.agrees(identity.profile):
             return identity, []
         return identity, [f"its name says {named}, its metadata {stated}; the metadata is used"]
     if named is not None:
@@ -97,12 +113,13 @@ def check_profiles(profiles: Sequence[float] | None, pattern: Pattern | None) ->
 
 def _nothing_said(name: str, metadata: Mapping[str, str]) -> UnknownError:
     """The error for a file without step and profile; with a step, it may be a raw checkpoint."""
-    found = [key for key in (STEP, GAMMA, SIGMA_REL) if key in metadata]
+    found = [key for key in (STEP, GAMMA, SIGMA_REL, DECAY) if key in metadata]
     remedy = "give pattern=, or leave it out with only="
     # A name such as x-0 says nothing: no step is 0.
     counted = [each for each in read_steps(name, metadata).values() if each[0] > 0]
     if counted and found in ([], [STEP]):
         remedy = f"add raw=True if it is a plain checkpoint and no EMA, else {remedy}"
+        remedy = remedy.replace("pattern=", "pattern= or ema_decay=")
     if found:
         problem = f"its metadata has only {' and '.join(found)}, and its name says nothing"
     elif counted:
@@ -119,7 +136,7 @@ def _doubts(named: Reading, metadata: Mapping[str, str], used: str) -> list[str]
         stated = _read_metadata(metadata)
         if stated is not None:
             identity = _checked("", stated, "metadata")
-            agrees, says = named.agrees_with(identity.step, identity.sigma_rel), str(stated)
+            agrees, says = named.agrees(identity.profile), str(stated)
         else:  # a step alone is not enough to go by, but enough to doubt
             step = whole_number(metadata.get(STEP, ""))
             agrees, says = step is None or step in named.steps, f"step {step} and no profile"
@@ -129,12 +146,12 @@ def _doubts(named: Reading, metadata: Mapping[str, str], used: str) -> list[str]
 
 
 def _read_metadata(metadata: Mapping[str, str]) -> Reading | None:
-    """What `step` with `gamma` or `sigma_rel` says; None unless both are there.
+    """What `step` with `gamma`, `sigma_rel` or `decay` says; None unless both are there.
 
     Raises SnapshotError for a text that is no number, and for a gamma and a sigma_rel that
     contradict one another.
     """
-    texts = {key: metadata[key] for key in (GAMMA, SIGMA_REL) if key in metadata}
+    texts = {key: metadata[key] for key in (GAMMA, SIGMA_REL, DECAY) if key in metadata}
     if not texts or STEP not in metadata:
         return None
     step = whole_number(metadata[STEP])
@@ -145,14 +162,17 @@ def _read_metadata(metadata: Mapping[str, str]) -> Reading | None:
         number = read_number(text, key)
         if number is None:
             raise bad_number(key, text, "a plain number")
-        gamma, sigma_rel = (number[0], None) if key == GAMMA else (None, number[0])
-        steps = range(step, step + 1)
-        readings.append(Reading("metadata", step, steps, gamma, sigma_rel, rounding=number[1]))
+        told: dict[str, Any] = {key: number[0], "rounding": number[1]}
+        readings.append(Reading("metadata", step, range(step, step + 1), **told))
+    if DECAY in texts and len(texts) > 1:
+        raise SnapshotError(
+            "", f"its metadata has a decay and a {next(iter(texts))}", "correct the metadata"
+        )
     one = _checked("", readings[0], "metadata")
-    agree = readings[-1].agrees_with(step, one.sigma_rel)
+    agree = readings[-1].agrees(one.profile)
     if not agree and one.gamma > 0:  # below, its width need not be that of any gamma above
         other = _checked("", readings[-1], "metadata")
-        agree = readings[0].agrees_with(step, other.sigma_rel)
+        agree = readings[0].agrees(other.profile)
     if not agree:
         raise SnapshotError(
             "",
@@ -161,6 +181,12 @@ def _read_metadata(metadata: Mapping[str, str]) -> Reading | None:
             "correct the metadata, or give pattern=",
         )
     return readings[0]
+
+
+def stated_profile(metadata: Mapping[str, str]) -> Average | None:
+    """The average at step 1 of metadata, whatever it says of the step. Raises SnapshotError."""
+    stated = _read_metadata({**metadata, STEP: "1"})
+    return None if stated is None else _checked("", stated, "metadata").profile
 
 
 def _checked(name: str, reading: Reading, source: str) -> Identity:
@@ -173,10 +199,14 @@ def _checked(name: str, reading: Reading, source: str) -> Identity:
         problem = f"its {where} says gamma {gamma:g}, not above -1 and at most {MAX_GAMMA:g}"
     elif sigma_rel is not None and not MIN_SIGMA_REL <= sigma_rel < MAX_SIGMA_REL:
         problem = f"its {where} says sigma_rel {sigma_rel:g}, not between 0 and 12^-0.5 = 0.2887"
+    elif reading.decay is not None and not reading.decay < 1:
+        problem = f"its {where} says decay {reading.decay:g}, not one from 0 to below 1"
+    elif reading.decay is not None:
+        return Identity(Decay(reading.step, reading.decay), source)
     elif gamma is not None:
-        return Identity(reading.step, gamma, float(gamma_to_sigma_rel(gamma)), source)
+        return Identity(Profile(reading.step, gamma), source)
     elif sigma_rel is not None:
-        return Identity(reading.step, float(sigma_rel_to_gamma(sigma_rel)), sigma_rel, source)
+        return Identity(Profile(reading.step, float(sigma_rel_to_gamma(sigma_rel))), source)
     else:
         raise SnapshotError(
             name,

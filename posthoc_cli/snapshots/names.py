@@ -1,10 +1,12 @@
 """What a file's name says of the snapshot in it: known conventions, and a user's own pattern.
 
-    sd-scripts    <anything>_<step>_<gamma>.safetensors
-    edm2          <anything>-<kimg, 7 digits>-<sigma_rel, 3 decimals>.safetensors
-    ema-pytorch   <index>.<step>.safetensors, where profiles= lists the sigma_rel of each index
+    sd-scripts        <anything>_<step>_<gamma>.safetensors
+    edm2              <anything>-<kimg, 7 digits>-<sigma_rel, 3 decimals>.safetensors
+    ema-pytorch       <index>.<step>.safetensors, where profiles= lists the sigma_rel of each index
+    guided-diffusion  ema_<decay>_<step>.safetensors, and model<step>.safetensors beside it
 
-No name fits two of them: what stands before the last number is `_`, `-` or `.`.
+No name fits two of them: what stands before the last number is `_`, `-` or `.`, and a decay is at
+least 0.5, as no sigma_rel is.
 
 Names of raw checkpoints only say counts: see `counts`.
 """
@@ -13,11 +15,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.solver import gamma_to_sigma_rel
+from posthoc_cli.snapshots.kinds import SAME_WIDTH
+from posthoc_cli.solver import Average, Decay, Profile, gamma_to_sigma_rel
 
 # [0-9] throughout: \d, int() and float() also take the digits of other scripts.
 _WHOLE = "[0-9]+"
@@ -27,6 +30,7 @@ _FIELDS = {
     "kimg": _WHOLE,
     "sigma_rel": _NUMBER.format("sigma_rel"),
     "gamma": "-?" + _NUMBER.format("gamma"),
+    "decay": _NUMBER.format("decay").replace("[0-9]+", "[0-9]*", 1),
     "index": _WHOLE,
 }
 _END = r"(?ai:\.safetensors)"
@@ -36,18 +40,26 @@ _CONVENTIONS = {
         "sd-scripts": rf".*_(?P<step>{_WHOLE})_(?P<gamma>{_FIELDS['gamma']})",
         "edm2": (r".*-(?P<kimg>[0-9]{7})-(?P<sigma_rel>[0-9]\.(?P<sigma_rel_decimals>[0-9]{3}))"),
         "ema-pytorch": rf"(?P<index>{_WHOLE})\.(?P<step>{_WHOLE})",
+        "guided-diffusion": (
+            rf"(?i:(?:.*[^A-Za-z0-9])?ema)[-_=]?(?P<decay>0?\.(?P<decay_decimals>[0-9]+))"
+            rf"[-_](?P<step>{_WHOLE})"
+        ),
     }.items()
 }
 
 SD_SCRIPTS = _CONVENTIONS["sd-scripts"]
 
+_DECAY = re.compile(
+    r"(?i)(?<![A-Za-z0-9])ema[-_=]?(?:decay|rate)?[-_=]?(0?\.[0-9]+)(?![0-9]|\.[0-9])"
+)
+
+MIN_NAMED_DECAY = 0.5
+"""What a name has below it after `ema` may be a sigma_rel, or a version."""
+
+_BESIDE_EMAS = re.compile(rf"model_?{_WHOLE}{_END}")
+
 MAX_NAMED_GAMMA = 400
 """sigma_rel 0.0025. What a name has above it is a count: checkpoint_3_1500 is epoch and update."""
-
-SAME_WIDTH = 1e-3
-"""Two values of sigma_rel that differ by less than this fraction are the same EMA, written down
-in two ways (sigma_rel 0.100 and gamma 6.94, which is 0.09997); three decimals that differ, differ
-by more."""
 
 _LEAST_GAMMA = -1 + 1e-9
 
@@ -60,8 +72,8 @@ class Reading:
     """What a file's name (or, in the same words, its metadata) says.
 
     `steps` are all the steps that would be written so: kimg is rounded down to 1000 images. At
-    most one of `gamma` and `sigma_rel` is given, known to plus or minus `rounding`; neither, when
-    the name has an `index` that no profile is known for. The values are as written: not checked.
+    most one of `gamma`, `sigma_rel` and `decay` is given, known to plus or minus `rounding`; none,
+    when the name has an `index` that no profile is known for. The values are as written.
     """
 
     convention: str
@@ -71,6 +83,16 @@ class Reading:
     sigma_rel: float | None = None
     rounding: float = 0.0
     index: int | None = None
+    decay: float | None = None
+
+    def agrees(self, average: Average) -> bool:
+        """Whether a snapshot of this average would be written so."""
+        if self.decay is not None:
+            near = isinstance(average, Decay) and abs(average.beta - self.decay) <= self.rounding
+            return near and average.step in self.steps
+        if isinstance(average, Profile):
+            return self.agrees_with(int(average.step), average.sigma_rel)
+        return average.step in self.steps and self.gamma is None and self.sigma_rel is None
 
     def agrees_with(self, step: int, sigma_rel: float) -> bool:
         """Whether a snapshot of this step and width would be written so."""
@@ -91,9 +113,9 @@ class Reading:
 
     def __str__(self) -> str:
         """Such as `step 1000, gamma 6.94`."""
-        for name, value in (("gamma", self.gamma), ("sigma_rel", self.sigma_rel)):
-            if value is not None:
-                return f"step {self.step}, {name} {value:.6g}"
+        for name in ("gamma", "sigma_rel", "decay"):
+            if (value := getattr(self, name)) is not None:
+                return f"step {self.step}, {name} {value:.{9 if name == 'decay' else 6}g}"
         return f"step {self.step}"
 
 
@@ -112,7 +134,7 @@ def compile_pattern(text: str, raw: bool = False) -> Pattern:
 
     A field is a number, `*` is anything, all else stands for itself; the whole file name has to
     fit. Raises UsageError unless it has one field for the step and one for the profile; for `raw`
-    checkpoints, which have no profile, only one for the step.
+    checkpoints, and others whose profile the names don't say, only one for the step.
     """
     pieces = re.split(r"(\{[^{}]*\}|\*+)", text)  # at odd places the fields and stars
     fields = [piece[1:-1] for piece in pieces[1::2] if piece.startswith("{")]
@@ -120,10 +142,11 @@ def compile_pattern(text: str, raw: bool = False) -> Pattern:
         raise UsageError(
             "pattern=",
             f"{problem} in '{text}'",
-            "with raw=True the only field is {step} or {kimg}; * stands for anything"
+            "with raw=True the only field is {step} or {kimg}, as with ema_decay=; * stands for "
+            "anything"
             if raw
-            else "the fields are {step} or {kimg}, with one of {sigma_rel}, {gamma} and {index}; "
-            "* stands for anything",
+            else "the fields are {step} or {kimg}, with one of {sigma_rel}, {gamma}, {decay} and "
+            "{index}; * stands for anything",
         )
     greedy, lazy = (
         re.compile("".join(_regex(pieces, at, star) for at in range(len(pieces))), re.DOTALL)
@@ -138,7 +161,7 @@ def _misuse(fields: list[str], pieces: list[str], raw: bool) -> str | None:
             return f"unknown field {{{field}}}"
         if fields.count(field) > 1:
             return f"{{{field}}} twice"
-    counts, profiles = ("step", "kimg"), ("sigma_rel", "gamma", "index")
+    counts, profiles = ("step", "kimg"), ("sigma_rel", "gamma", "decay", "index")
     if raw and (found := [f"{{{field}}}" for field in fields if field in profiles]):
         return f"a field for a profile, {found[0]},"
     for choice in (counts,) if raw else (counts, profiles):
@@ -166,7 +189,7 @@ def _regex(pieces: list[str], at: int, star: str) -> str:
         return star
     field = piece[1:-1]
     regex = f"(?P<{field}>{_FIELDS[field]})"
-    decimal = field in ("sigma_rel", "gamma")
+    decimal = field in ("sigma_rel", "gamma", "decay")
     if not pieces[at - 1] and "*" in pieces[at - 2 : at - 1]:
         inside = r"(?<![0-9]\.)(?<![0-9][eE])(?<![0-9][eE][+-])" if decimal else ""
         # After a star, a minus sign is the star's: what stands there is rather a hyphen.
@@ -198,12 +221,47 @@ def read_name(
     for convention, regex in _CONVENTIONS.items():
         if match := regex.fullmatch(name):
             reading = _reading(convention, match.groupdict(), profiles)
-            return None if (reading.gamma or 0) > MAX_NAMED_GAMMA else reading
+            small = reading.decay is not None and reading.decay < MIN_NAMED_DECAY
+            return None if small or (reading.gamma or 0) > MAX_NAMED_GAMMA else reading
     return None
 
 
+def read_decay(path: str) -> float | None:
+    """The decay of an EMA that a path says: `ema_0.9999/1000`, `step5k-ema-0.999`.
+
+    Raises SnapshotError where it says two.
+    """
+    found = {float(text) for text in _DECAY.findall(path[-1000:])}
+    found = {decay for decay in found if MIN_NAMED_DECAY <= decay < 1}
+    if len(found) > 1:
+        raise SnapshotError(
+            path,
+            f"its name says two decays, {' and '.join(map(str, sorted(found)))}",
+            "say with pattern= which it is, with {decay}",
+        )
+    return found.pop() if found else None
+
+
+def beside_emas(names: Iterable[str]) -> set[str]:
+    """The raw checkpoints among files, as guided-diffusion names them: `model<step>`.
+
+    They are such only beside `ema_<decay>_<step>`.
+    """
+    files = list(names)
+    homes = {
+        file.rpartition("/")[0]
+        for file in files
+        if (said := read_name(file.rpartition("/")[2])) and said.decay is not None
+    }
+    return {
+        file
+        for file in files
+        if _BESIDE_EMAS.fullmatch(file.rpartition("/")[2]) and file.rpartition("/")[0] in homes
+    }
+
+
 def read_number(text: str, field: str) -> tuple[float, float] | None:
-    """A `gamma` or `sigma_rel` as text -> its value, and half a unit of its last digit."""
+    """A `gamma`, `sigma_rel` or `decay` as text -> its value, and half a unit of its last digit."""
     match = re.fullmatch(_FIELDS[field], text) if len(text) <= 100 else None
     return _value(text, match.groupdict(), field) if match else None
 
@@ -220,6 +278,9 @@ def _reading(convention: str, fields: dict[str, str | None], profiles: Sequence[
     if sigma_rel := fields.get("sigma_rel"):
         value, rounding = _value(sigma_rel, fields, "sigma_rel")
         return Reading(convention, step, steps, sigma_rel=value, rounding=rounding)
+    if decay := fields.get("decay"):
+        value, rounding = _value(decay, fields, "decay")
+        return Reading(convention, step, steps, decay=value, rounding=rounding)
     if "index" not in fields:
         return Reading(convention, step, steps)
     index = int(fields["index"] or 0)

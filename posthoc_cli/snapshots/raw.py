@@ -1,4 +1,4 @@
-"""Which step a raw checkpoint is of: a plain network, no EMA.
+"""Which step a file is of that says no profile: a raw checkpoint, or an EMA of known decay.
 
 Metadata or name may count it in steps or epochs: `step_counts` gathers what one file says,
 `agree_on_unit` finds the unit that all files of a folder have.
@@ -7,11 +7,10 @@ Metadata or name may count it in steps or epochs: `step_counts` gathers what one
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from posthoc_cli.errors import AmbiguousError, SnapshotError, UnknownError
 from posthoc_cli.snapshots.columns import Clock, file_times, from_zero, read_together
@@ -26,34 +25,41 @@ from posthoc_cli.snapshots.identity import (
     whole_number,
 )
 from posthoc_cli.snapshots.names import Pattern, read_name
-from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP
+from posthoc_cli.snapshots.schedules import begun, no_steps
+from posthoc_cli.solver import Average, Decay, Scheduled
+from posthoc_cli.storage.metadata import CONVERTED, DECAY, GAMMA, SIGMA_REL, STEP
+
+RAW = Decay(1, 0.0)
+"""A raw checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """The steps of a raw checkpoint as `read_steps` gives them, and warnings.
+    """The steps of a file as `read_steps` gives them, and warnings.
 
-    `written` is when the checkpoint was that `convert` made it of.
+    `written` is when the checkpoint was that `convert` made it of; `known` is its average, at any
+    step, `updates` the number of its updates where that is said, and `source` what says it where
+    that is not what says the step.
     """
 
     steps: Mapping[str, tuple[int, str, str]]
     warnings: list[str] = field(default_factory=list)
     written: float | None = None
+    known: Average = RAW
+    updates: int | None = None
+    source: str | None = None
 
 
 def step_counts(
     name: str,
     metadata: Mapping[str, str],
     pattern: Pattern | None = None,
-    doubted: bool = False,
 ) -> StepCounts:
-    """What the file `name` with `metadata` says of its step; `doubted`: its name has no profile.
+    """What the file `name` with `metadata` says of its step.
 
     Raises SnapshotError when the pattern doesn't fit, or metadata's `step` is no number.
     """
     warnings = []
-    if ema := _called_ema(None if doubted else name, metadata):
-        warnings.append(f"{ema}: an EMA, which raw=True takes for plain weights")
     if pattern is not None:
         reading = read_name(name, pattern)
         if reading is None:
@@ -84,17 +90,19 @@ def _time_before(metadata: Mapping[str, str]) -> float | None:
 
 
 def agree_on_unit(
-    found: Mapping[str, StepCounts], written: Clock | None = None
+    found: Mapping[str, StepCounts], written: Clock | None = None, stepped: bool = False
 ) -> dict[str, Identity | SnapshotError]:
-    """The identities of a folder's raw checkpoints, by name, or what is wrong with each.
+    """The identities of such files of a folder, by name, or what is wrong with each.
 
-    They take the first of UNITS that all of them have, else the one that most have, and the others
-    are wrong. What names say is read of all of them together; where that can't be told, the first
-    of those names has an AmbiguousError and the others are left out. `written` is the time of each.
+    `stepped`: others of the folder count in steps, so that none may count epochs. They take the
+    first of UNITS that all of them have, else the one that most have, and the others are wrong.
+    What names say is read of all of them together; where that can't be told, the first of those
+    names has an AmbiguousError and the others are left out. `written` is the time of each.
     """
     steps, unclear = _named_together(found, written)
     files = Counter(unit for each in steps.values() for unit in each)
-    unit = max(UNITS, key=lambda unit: files[unit])  # the first of those that most have
+    units = [unit for unit in UNITS if not (stepped and unit == "epoch")]
+    unit = max(units, key=lambda unit: files[unit])  # the first of those that most have
     identities: dict[str, Identity | SnapshotError] = {}
     for error in unclear:
         names = [name for name, _ in error.rows]
@@ -107,15 +115,27 @@ def agree_on_unit(
             identities[name] = _not_counted(name, counted, unit, files[unit])
             continue
         step, source, where = counted[unit]
+        each = found[name]
         if name in zero:
+            if not each.known.raw or stepped:
+                identities[name] = no_steps(name, "saves")
+                continue
             if step == 0:
                 found[name].warnings.append(
                     "names count what was saved from 0 on: save 0 is taken for step 1, "
                     "and save k for step k + 1"
                 )
             step += 1
-        if 0 < step <= MAX_STEP:
-            identities[name] = Identity(step, math.inf, 0.0, source)
+        if unit == "epoch" and isinstance(each.known, (Decay, Scheduled)) and not each.known.raw:
+            identities[name] = no_steps(name, "epochs")
+        elif 0 < step <= MAX_STEP:
+            average = replace(each.known, step=step)
+            try:
+                if isinstance(average, Scheduled) and each.updates is not None:
+                    average = begun(average, each.updates)
+                identities[name] = Identity(average, each.source or source)
+            except SnapshotError as error:
+                identities[name] = error
         else:
             identities[name] = SnapshotError(
                 name,
@@ -171,16 +191,19 @@ def _saved_from_zero(steps: Steps, unit: str) -> set[str]:
     return set(counted) if from_zero(unit, [step for step, _, _ in counted.values()]) else set()
 
 
-def _called_ema(name: str | None, metadata: Mapping[str, str]) -> str | None:
-    """Where a file is called an EMA: `its metadata says sigma_rel 0.05`."""
-    for key in (SIGMA_REL, GAMMA):
-        if key in metadata:
-            return f"its metadata says {key} {metadata[key]}"
+def says_profile(name: str | None, metadata: Mapping[str, str], sure: bool) -> bool:
+    """Whether metadata or name say step and profile; with `sure`, in a way that can't be another.
+
+    `name` is None where it is doubted. Names with a decay are read together with those of others.
+    """
+    if STEP in metadata and any(key in metadata for key in (SIGMA_REL, GAMMA, DECAY)):
+        return True
     named = read_name(name) if name is not None else None
+    if name is None or named is None or named.decay is not None:
+        return False
     # What sd-scripts' convention takes for a whole gamma may as well be a step.
-    if name and named and named.index is None and re.search(r"\.[0-9]+\Z", name.rpartition(".")[0]):
-        return f"its name says {str(named).partition(', ')[2]}"
-    return None
+    decimal = re.search(r"\.[0-9]+\Z", name.rpartition(".")[0])
+    return not sure or (named.index is None and decimal is not None)
 
 
 def _not_counted(

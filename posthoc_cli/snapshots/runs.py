@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from posthoc_cli.errors import UsageError, printable
-from posthoc_cli.snapshots.names import SAME_WIDTH
+from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.storage import TensorIndex
@@ -279,10 +279,7 @@ def _series(snapshots: Sequence[Snapshot]) -> list[list[int]]:
     series: list[list[int]] = []
     for at, snapshot in enumerate(snapshots):
         for places in series:
-            one = snapshots[places[0]]
-            if one.gamma == snapshot.gamma or math.isclose(
-                one.gamma + 1, snapshot.gamma + 1, rel_tol=10 * SAME_WIDTH
-            ):
+            if same_kind(snapshots[places[0]].profile, snapshot.profile):
                 places.append(at)
                 break
         else:

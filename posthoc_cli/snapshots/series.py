@@ -18,16 +18,16 @@ def missing_steps(snapshots: Sequence[Snapshot]) -> list[str]:
     """A line for each step that a snapshot is missing of, where all others are regular."""
     steps: dict[str, set[int]] = defaultdict(set)
     for snapshot in snapshots:
-        steps["" if snapshot.profile.raw else f"{snapshot.sigma_rel:.4g}"].add(snapshot.step)
+        steps[str(snapshot.profile)].add(snapshot.step)
     lacking: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for width, each in steps.items():
+    for kind, each in steps.items():
         for step, usual in _gaps(sorted(each)):
-            lacking[step, usual].append(width)
+            lacking[step, usual].append(kind)
     return [
         f"no snapshot of step {step}"
-        + (f" and sigma_rel {' or '.join(widths)}" if len(widths) < len(steps) else "")
+        + (f" and {' or '.join(kinds)}" if len(kinds) < len(steps) else "")
         + f": all others are {usual} apart"
-        for (step, usual), widths in sorted(lacking.items())
+        for (step, usual), kinds in sorted(lacking.items())
     ]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.solver import Average, Decay, Profile
+from posthoc_cli.snapshots.kinds import gamma_of, sigma_rel_of
+from posthoc_cli.solver import Average
 from posthoc_cli.storage import TensorIndex, TensorInfo
 
 
@@ -32,17 +33,14 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One EMA of the network at one step with one profile.
+    """One average of the network at one step: its `profile` says which.
 
-    `source` says where step and profile are from: "pattern", "metadata" or "name". A raw checkpoint
-    is an EMA of no width: its gamma is infinite, its sigma_rel 0. `contents` is shared between
-    snapshots of the same tensors.
+    `source` says where step and profile are from: "pattern", "metadata", "config" or "name".
+    `contents` is shared between snapshots of the same tensors.
     """
 
     index: TensorIndex
-    step: int
-    gamma: float
-    sigma_rel: float
+    profile: Average
     source: str
     contents: Contents | None = field(default=None, repr=False, compare=False)
     below: str = ""
@@ -73,10 +71,18 @@ class Snapshot:
         return self.index.size
 
     @property
-    def profile(self) -> Average:
-        if math.isinf(self.gamma):
-            return Decay(self.step, 0.0)
-        return Profile(self.step, self.gamma)
+    def step(self) -> int:
+        return int(self.profile.step)
+
+    @property
+    def gamma(self) -> float:
+        """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
+        return gamma_of(self.profile)
+
+    @property
+    def sigma_rel(self) -> float:
+        """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
+        return sigma_rel_of(self.profile)
 
 
 def check_norms(snapshots: Sequence[Snapshot], method: str) -> None:

@@ -13,8 +13,8 @@ from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
 from posthoc_cli.formats import AS_USUAL, DEFAULT_UPDATE_EVERY, How, averaged_steps, effective_gamma
 from posthoc_cli.snapshots.identity import Identity, identify
 from posthoc_cli.snapshots.names import Pattern, read_name
-from posthoc_cli.solver import gamma_to_sigma_rel
-from posthoc_cli.storage.metadata import COUNTED, STEP, TOOL
+from posthoc_cli.solver import Profile
+from posthoc_cli.storage.metadata import COUNTED, DECAY, GAMMA, SIGMA_REL, STEP, TOOL
 
 MAX_UPDATE_EVERY = 1_000_000
 
@@ -84,29 +84,44 @@ def identify_trained(
             said[STEP] = str(named.step)
         if "sigma_rel" not in said or STEP not in said:
             said = {}
-    unsure = named is not None and named.gamma is None and named.sigma_rel is None
-    if tool == "torch" and unsure and not ({STEP} < said.keys() & {STEP, "gamma", "sigma_rel"}):
+    unsure = named is not None and named.gamma is named.sigma_rel is named.decay is None
+    profile = {GAMMA, SIGMA_REL, DECAY} & said.keys()
+    if tool == "torch" and unsure and not (profile and STEP in said):
         raise unknown(title)
     asked, warnings = identify(title, said, pattern, reading.profiles, doubt)
     identity = asked
     if tool in DEFAULT_UPDATE_EVERY:
-        step, gamma, sigma_rel, source = asked
+        step, gamma, source = asked.step, asked.gamma, asked.source
         if tool == "posthoc-ema":
             step = averaged_steps(metadata[COUNTED], step)
         if reading.update_every is not None and reading.update_every > 1:
             gamma = effective_gamma(gamma, reading.update_every)
-            sigma_rel = float(gamma_to_sigma_rel(gamma))
-        identity = Identity(step, gamma, sigma_rel, source)
+        identity = Identity(Profile(step, gamma), source) if gamma == gamma else asked
     indexed = named is not None and named.index is not None
     return Trained(name, tool, asked, identity, indexed), warnings
+
+
+def settle_trained(
+    found: list[Trained],
+    name: str,
+    title: str,
+    metadata: Mapping[str, str],
+    reading: Reading,
+    doubt: SnapshotError | None,
+) -> tuple[Identity, list[str]]:
+    """The identity by `identify_trained`, whose answer is added to `found`."""
+    one, warnings = identify_trained(name, title, metadata, reading, doubt)
+    assert one.identity is not None
+    found.append(one)
+    return one.identity, warnings
 
 
 def unknown(name: str) -> UnknownError:
     return UnknownError(
         name,
         "nothing says its profile",
-        "add raw=True if it is a plain checkpoint and no EMA, else give pattern=, or leave it out "
-        "with only=",
+        "add raw=True if it is a plain checkpoint and no EMA, else give pattern= or ema_decay=, or "
+        "leave it out with only=",
     )
 
 
@@ -116,7 +131,7 @@ def explanations(found: Sequence[Trained], reading: Reading, done: str = "used")
     told = []
     pairs = [(one.asked, one.identity) for one in found if one.asked and one.identity]
     changed = {(asked.gamma, true.gamma): (asked, true) for asked, true in pairs}
-    changed = {key: both for key, both in changed.items() if key[0] != key[1]}
+    changed = {key: both for key, both in changed.items() if key[0] != key[1] and key[0] == key[0]}
     if changed:
         truths = [
             f"sigma_rel {asked.sigma_rel:.4g} is gamma {true.gamma:.4g} in truth, "

@@ -237,6 +237,9 @@ class Scheduled(Average):
     def __post_init__(self) -> None:
         _check(self.step > 0, "step", self.step)
 
+    def __str__(self) -> str:
+        return f"decay up to {max(self.schedule.decay, self.schedule.min_decay):.12g}"
+
     @property
     def breaks(self) -> tuple[float, ...]:
         first = self.schedule.update_after_step + 1

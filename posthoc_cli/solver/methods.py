@@ -149,25 +149,26 @@ def solve_apart(
     )
 
 
-def choose_method(method: str | None, raw: bool) -> str:
+def choose_method(method: str | None, snapshots: Profiles) -> str:
     """The method, by default the one for these snapshots; raises UsageError where none fits."""
+    some_raw = any(each.raw for each in snapshots)
+    all_raw = some_raw and all(each.raw for each in snapshots)
     if method is None:
-        return default_method(raw)
+        return default_method(all_raw) if all_raw or powers(snapshots) else "blup"
     if method not in METHODS:
         raise UsageError("method=", f"'{method}' is not known", f"choose {either(METHODS)}")
-    check_method(method, raw, raw)
+    check_method(method, some_raw, all_raw)
     return method
 
 
 def check_method(method: str, some_raw: bool, all_raw: bool) -> None:
     """Raise UsageError unless `method` is one for snapshots of which some, or all, are raw."""
     if some_raw and not METHODS[method].takes_raw:
-        remedy = f"use {' or '.join(methods_for(raw=True))}"
+        remedy = f"use {' or '.join(methods_for(raw=True)) if all_raw else 'blup'}"
         raise UsageError(f"method='{method}'", "raw checkpoints have no profile", remedy)
     if not all_raw and not METHODS[method].takes_emas:
-        raise UsageError(
-            f"method='{method}'", "is for raw checkpoints only", "add raw=True if they are"
-        )
+        remedy = "use blup" if some_raw else "add raw=True if they are"
+        raise UsageError(f"method='{method}'", "is for raw checkpoints only", remedy)
 
 
 def _algorithm3(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,7 +94,7 @@ class Profile(Average):
     @property
     def sigma_rel(self) -> float:
         """Relative width: the standard deviation of the profile over `step` (eq. 123)."""
-        return float(gamma_to_sigma_rel(self.gamma))
+        return _width(self.gamma)
 
     def share(self, u: FloatArray) -> FloatArray:
         """The share of the average before step `u`: `(u / step)^(gamma + 1)`, and 1 from `step` on.
@@ -109,6 +110,16 @@ class Profile(Average):
             part = -np.expm1((self.gamma + 1) * np.log1p((low - high) / high))
         between: FloatArray = self.share(high) * np.where(high > 0, part, 0.0)
         return between
+
+
+@lru_cache(1024)
+def _width(gamma: float) -> float:
+    """The sigma_rel of a gamma; the one that it is the root of, where that has few digits."""
+    sigma_rel = float(gamma_to_sigma_rel(gamma))
+    short = float(f"{sigma_rel:.12g}")
+    if gamma <= 0 or float(f"{gamma:.12g}") == gamma or not 0 < short < MAX_SIGMA_REL:
+        return sigma_rel
+    return short if sigma_rel_to_gamma(short) == gamma else sigma_rel
 
 
 def gamma_to_sigma_rel(gamma: Array) -> Array:

@@ -10,8 +10,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-STEP, GAMMA, SIGMA_REL = "step", "gamma", "sigma_rel"
-"""A snapshot's step and its profile, as either of the two."""
+STEP, GAMMA, SIGMA_REL, DECAY = "step", "gamma", "sigma_rel", "decay"
+"""A snapshot's step and its profile, as one of the others: a power function's by its exponent or
+its width, a fixed decay a step, 0 of a raw checkpoint."""
+
+SCHEDULE = ("inv_gamma", "power", "use_ema_warmup", "update_after_step", "min_decay")
+"""With any of these the decay is one that rises, as diffusers' EMAModel has it."""
+
+UPDATES = "optimization_step"
+"""diffusers' own count of the updates of such an average."""
 
 RUN = "run"
 """The training run that a snapshot is of."""
@@ -56,7 +63,7 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
-    gone = {STEP, GAMMA, SIGMA_REL, CONVERTED, RECIPE, TOOL, COUNTED}
+    gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL, COUNTED}
     return {
         key: value
         for key, value in metadata.items()

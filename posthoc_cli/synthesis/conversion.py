@@ -15,10 +15,10 @@ from posthoc_cli.errors import NoNetworkError, UnknownError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, How, open_network
 from posthoc_cli.snapshots import Contents, Identity, read_name
 from posthoc_cli.snapshots.trained import Trained, explanations, identify_trained, unused
-from posthoc_cli.solver import sigma_rel_to_gamma
+from posthoc_cli.solver import Decay, sigma_rel_to_gamma
 from posthoc_cli.storage import TensorIndex
 from posthoc_cli.storage.disk import make_folder
-from posthoc_cli.storage.metadata import CONVERTED, GAMMA, SIGMA_REL, STEP, TOOL
+from posthoc_cli.storage.metadata import CONVERTED, DECAY, GAMMA, SIGMA_REL, STEP, TOOL
 from posthoc_cli.synthesis.conversion_jobs import (
     Converted,
     Job,
@@ -145,7 +145,9 @@ def _metadata(
     options: Options,
 ) -> dict[str, str]:
     metadata = {} if step is None else {STEP: str(step)}
-    if identity is not None:
+    if identity is not None and isinstance(identity.profile, Decay):
+        metadata[DECAY] = repr(identity.profile.beta)
+    elif identity is not None:
         # As whichever of the two is shorter, which is the one that was given; below gamma 0 there
         # are two exponents of each width.
         texts = {SIGMA_REL: repr(identity.sigma_rel), GAMMA: repr(identity.gamma)}

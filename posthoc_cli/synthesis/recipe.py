@@ -57,7 +57,7 @@ def make_recipe(
         "sources": [
             {
                 "file": snapshot.file,
-                **_describe(snapshot.step, snapshot.sigma_rel, snapshot.gamma),
+                **_describe(snapshot),
                 "weight": float(weight),
                 "bytes": snapshot.bytes,
                 "fingerprint": fingerprint,
@@ -75,10 +75,11 @@ def _describe_group(step: int, group: TensorGroup, weights: Sequence[float]) -> 
     }
 
 
-def _describe(step: int, sigma_rel: float, gamma: float) -> dict[str, float | None]:
-    """A profile as JSON has it: a raw checkpoint's gamma is null, as JSON has no infinity."""
-    gamma_or_null = None if math.isinf(gamma) else gamma
-    return {"step": step, "sigma_rel": sigma_rel, "gamma": gamma_or_null}
+def _describe(snapshot: Snapshot) -> dict[str, Any]:
+    """Step and profile as JSON has them: what is no finite number is null."""
+    widths = {"sigma_rel": snapshot.sigma_rel, "gamma": snapshot.gamma}
+    told = {key: value if math.isfinite(value) else None for key, value in widths.items()}
+    return {"step": snapshot.step, **told, "profile": snapshot.profile.as_dict()}
 
 
 def _lora(entry: Any) -> tuple[float, int | None] | None:

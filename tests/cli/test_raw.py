@@ -242,10 +242,8 @@ def test_folders_and_patterns(posthoc_here: Posthoc, lora: Path, tmp_path: Path)
     assert found == [(1, "pattern"), (2, "pattern"), (3, "pattern")]
 
 
-def test_emas_taken_for_raw_are_warned_of(posthoc_here: Posthoc, snapshots: Path) -> None:
-    run = posthoc_here("inspect", "snapshots", "--raw", "--only", "*0.05*")
+def test_emas_that_say_so_stay_emas(posthoc_here: Posthoc, snapshots: Path) -> None:
+    run = posthoc_here("inspect", "snapshots", "--raw", "--json")
     assert run.code == 0
-    assert run.err.splitlines()[0] == (
-        "posthoc: warning: ema-1000-0.05.safetensors: its metadata says sigma_rel 0.05: an EMA, "
-        "which --raw takes for plain weights"
-    )
+    assert {each["sigma_rel"] for each in run.json["snapshots"]} == {0.05, 0.1}
+    assert run.json == posthoc_here("inspect", "snapshots", "--json").json

@@ -13,6 +13,7 @@ from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.snapshots import consistency
 from posthoc_cli.snapshots import folder as module
 from posthoc_cli.snapshots.folder import FolderContents, Snapshot, read_folder, select
+from posthoc_cli.solver.profiles import Profile
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.metadata import read_recipe
 
@@ -100,7 +101,7 @@ def test_snapshots_of_one_network_share_what_is_known_of_it(
 
 def test_a_snapshot_made_by_hand_has_its_figures_too(tmp_path: Path) -> None:
     layout = read_header(save(tmp_path / f"a{END}"))
-    snapshot = Snapshot(layout, 5, 6.94, 0.1, "name")
+    snapshot = Snapshot(layout, Profile(5, 6.94), "name")
     assert (snapshot.dtypes, snapshot.parameters) == ({"F16": 2, "I64": 1}, 16)
 
 

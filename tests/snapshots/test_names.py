@@ -222,7 +222,7 @@ def test_pattern_that_fits_in_two_ways_is_refused(name: str) -> None:
         ("{Step}_{gamma}", "unknown field {Step}"),
         ("{step}_{step}_{gamma}", "{step} twice"),
         ("{gamma}.safetensors", "neither {step} nor {kimg}"),
-        ("{step}.safetensors", "neither {sigma_rel} nor {gamma} nor {index}"),
+        ("{step}.safetensors", "neither {sigma_rel} nor {gamma} nor {decay} nor {index}"),
         ("", "neither {step} nor {kimg}"),
         ("{step_{gamma}", "neither {step} nor {kimg}"),
         ("{step}_{kimg}_{gamma}", "both {step} and {kimg}"),

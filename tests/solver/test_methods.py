@@ -281,12 +281,10 @@ def test_methods_are_for_emas_or_for_raw_checkpoints(method: str) -> None:
     target = [profile(9000, 0.1)]
     walk = Trajectory(np.array([0.0, 9000.0]), np.ones(1), np.zeros(4), 0.0)
     if not METHODS[method].takes_raw:
-        with pytest.raises(UsageError, match="raw checkpoints have no profile; use share or blup"):
+        with pytest.raises(UsageError, match="raw checkpoints have no profile; use blup"):
             solve([*emas[:3], *raws(3000)], target, method, trajectory=walk)
     if method == "share":
-        with pytest.raises(
-            UsageError, match="is for raw checkpoints only; add raw=True if they are"
-        ):
+        with pytest.raises(UsageError, match="is for raw checkpoints only; use blup"):
             solve([*emas[:3], *raws(3000)], target, method)
 
 

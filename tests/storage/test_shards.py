@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from posthoc_cli.errors import IncompleteError, SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot, read_folder
-from posthoc_cli.solver.profiles import gamma_to_sigma_rel
+from posthoc_cli.solver.profiles import Profile
 from posthoc_cli.storage.header import TensorInfo
 from posthoc_cli.storage.shards import made_by_posthoc, open_tensors, shard_paths, split
 from posthoc_cli.synthesis import engine as synthesis
@@ -60,7 +60,7 @@ GROUPS = (["b", "empty"], ["a"], ["steps", "c.bias"])
 
 
 def snapshot_at(path: Path, step: int) -> Snapshot:
-    return Snapshot(open_tensors(path), step, 6.94, float(gamma_to_sigma_rel(6.94)), "metadata")
+    return Snapshot(open_tensors(path), Profile(step, 6.94), "metadata")
 
 
 def test_shards_and_folders_sum_to_the_bytes_of_single_files(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.solver.profiles import Profile
 from posthoc_cli.solver.targets import make_targets
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.metadata import RECIPE
@@ -191,7 +192,7 @@ def test_shards_and_folders(tmp_path: Path, folder: Path) -> None:
     snapshots = snapshots_in(folder, 3)
     (folder / "nested").mkdir()
     shutil.move(folder / f"001{END}", folder / "nested" / f"model{END}")
-    snapshots[1] = Snapshot(open_tensors(folder / "nested"), 100, 1.0, 0.2, "metadata")
+    snapshots[1] = Snapshot(open_tensors(folder / "nested"), Profile(100, 1.0), "metadata")
     out = synthesize(snapshots, tmp_path / f"x{END}", shard_bytes=1000)
     assert not out.exists()
     report = check(out, folder, full=True)
