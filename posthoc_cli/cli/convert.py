@@ -351,7 +351,7 @@ def _dtypes_in_short(one: Converted) -> str:
 
 
 def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None or value != value else format(value, form)
 
 
 def _time(one: Converted) -> str:

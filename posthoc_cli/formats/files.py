@@ -32,7 +32,7 @@ _OF_TRAINING = [
         (r"trainer[-_]state.*", "a state of the trainer"),
         (r"training[-_]args.*", "the arguments of training"),
         (rf"(?:.*[-_.])?(?:optimizer|optim)(?:[-_.]states?)?{_COUNTED}", "an optimizer's state"),
-        (r".*_optim_states", "an optimizer's state"),
+        (r".*_optim_states|opt[0-9]+", "an optimizer's state"),
         (rf"(?:lr[-_]?)?scheduler(?:[-_.]states?)?{_COUNTED}", "a scheduler's state"),
         (rf"(?:grad[-_]?)?scaler(?:[-_.]states?)?{_COUNTED}", "a gradient scaler's state"),
         (rf"(?:rng|random)[-_.]?states?{_COUNTED}", "random states"),

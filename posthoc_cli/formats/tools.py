@@ -31,7 +31,7 @@ from posthoc_cli.formats.laying import read_elements
 from posthoc_cli.formats.pickles import naming, refused
 from posthoc_cli.formats.tensors import StoredTensor
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
-from posthoc_cli.storage.metadata import DECAY, GAMMA, SCHEDULE, SIGMA_REL, STEP, UPDATES
+from posthoc_cli.storage.metadata import DECAY, GAMMA, SCHEDULE, SIGMA_REL, UPDATES
 
 KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 
@@ -133,7 +133,6 @@ def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
         updates = _number(checkpoint, root.get(UPDATES, root.get("num_updates")))
         if updates is not None:
             stated[UPDATES] = repr(updates)
-            stated.pop(STEP, None)
         schedule = {key: root[key] for key in SCHEDULE if isinstance(root.get(key), int | float)}
         stated |= {key: repr(value) for key, value in schedule.items()}
     return stated

@@ -85,8 +85,8 @@ def test_raw_for_what_are_emas(posthoc_here: Posthoc, tmp_path: Path) -> None:
     names = [f"ema_{step}_{gamma}" for step in (100, 200) for gamma in ("6.94", "16.97")]
     write(tmp_path, *names)
     shown = posthoc_here("inspect", "run", "--raw", "--json")
-    assert shown.code == 3
-    assert shown.json["suggestion"] == "posthoc inspect run"
+    assert shown.code == 0
+    assert [each["gamma"] for each in shown.json["snapshots"]] == [16.97, 6.94] * 2
 
 
 def test_a_run_in_a_folder_with_a_number(posthoc_here: Posthoc, tmp_path: Path) -> None:
