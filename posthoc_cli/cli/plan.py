@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,12 @@ from posthoc_cli.cli.console import (
     stdout_console,
 )
 from posthoc_cli.cli.lists import read_numbers
-from posthoc_cli.errors import UsageError, in_bytes
+from posthoc_cli.errors import UsageError, in_bytes, percent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from posthoc_cli.solver.targets import Target
 
 WITHIN = (0.01, 0.05)
 """The profile errors that a range is given for."""
@@ -37,13 +42,27 @@ class Outlook:
     widths: tuple[float, ...]
     snapshots: int
     reach: tuple[Ranges, ...]
+    wanted: tuple[Wanted, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a plan gives of a target at its end: the expected `error` of all its snapshots, and the
+    step from which on they are enough (None where that wasn't asked)."""
+
+    target: Target
+    step: int
+    error: float
+    since: int | None
+
+
+@options.with_options
 def plan(
     steps: Annotated[int, typer.Option(metavar="N", help="Steps of the run.", show_default=False)],
     every: Annotated[
         int, typer.Option(metavar="K", help="Steps between snapshots.", show_default=False)
     ],
+    targets: options.Targets,
     profiles: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,12 +84,15 @@ def plan(
     """Show, before training, which EMA lengths its snapshots will give.
 
     For each moment, the widths that can be had within 1% and 5% profile error; then what twice as
-    many snapshots, or one more profile, would buy, at the end of the run.
+    many snapshots, or one more profile, would buy, at the end of the run. For targets that are
+    named, the error that is to be expected at the end if the network moves evenly, and from which
+    step on snapshots have to be kept for it.
 
     \b
     Examples:
       posthoc plan --steps 100000 --every 2000
       posthoc plan --steps 100000 --every 2000 --profiles 0.05,0.10,0.20
+      posthoc plan --steps 100000 --every 1000 --window 10% --lr-decay 1-sqrt:20%
       posthoc plan --steps 1000000 --every 8000 --bytes-per-snapshot 1.2GB --json
     """
     widths = _read_widths(profiles)
@@ -89,6 +111,9 @@ def plan(
         if round(steps * fraction) >= every
     ]
     choices = _alternatives(steps, every, widths)
+    if asked := _read_targets(targets):
+        run[-1] = _with_targets(run[-1], asked, keep=True)
+        choices = [_with_targets(choice, asked) for choice in choices]
     warnings = []
     if left := steps % every:
         warnings.append(
@@ -117,6 +142,25 @@ def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
     if len(widths) > 16:
         raise UsageError("--profiles", f"{len(widths)} of them", "give up to 16")
     return widths
+
+
+def _read_targets(targets: options.Targets) -> list[Target]:
+    from posthoc_cli.solver.targets import make_targets
+
+    given = targets.read()
+    return make_targets(**given) if any(given.values()) else []
+
+
+def _with_targets(one: Outlook, targets: Sequence[Target], keep: bool = False) -> Outlook:
+    from posthoc_cli.solver.reach import even_error, needed, planned_near
+
+    snapshots = planned_near(one.step, one.every, one.widths)
+    wanted = []
+    for target in targets:
+        average = target.profile(one.step)
+        error, since = needed(snapshots, average) if keep else (even_error(snapshots, average), 0)
+        wanted.append(Wanted(target, one.step, error, int(since) if keep else None))
+    return replace(one, wanted=tuple(wanted))
 
 
 def _outlook(label: str, steps: int, every: int, widths: tuple[float, ...], at: int) -> Outlook:
@@ -164,6 +208,14 @@ def _describe(
                 }
                 for within, ranges in zip(WITHIN, one.reach, strict=True)
             ],
+            "targets": [
+                {
+                    "target": wanted.target.as_dict(wanted.step),
+                    "relative_error": wanted.error,
+                    "keep_from": wanted.since,
+                }
+                for wanted in one.wanted
+            ],
         }
 
     return {
@@ -197,8 +249,24 @@ def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) 
         f"sigma_rel that can be had from {widths} saved every {run[-1].every} steps", style="bold"
     )
     print_table(console, table)
+    if run[-1].wanted:
+        _draw_targets(console, run[-1], choices)
     console.print()
     console.print("posthoc solve --diagnose will tell the error itself", style="dim")
+
+
+def _draw_targets(console: Console, end: Outlook, choices: Sequence[Outlook]) -> None:
+    """A line for each target: its error by each plan, and which snapshots it needs."""
+    table = plain_table()
+    table.add_column("target", no_wrap=True)
+    for label in ("expected error", *(choice.label for choice in choices), "keep snapshots"):
+        table.add_column(label, justify="right")
+    for at, wanted in enumerate(end.wanted):
+        others = (choice.wanted[at].error for choice in choices)
+        errors = [percent(error) for error in (wanted.error, *others)]
+        table.add_row(str(wanted.target), *errors, f"from {wanted.since} on")
+    console.print(f"\nat step {end.step}, if the network moves evenly", style="bold")
+    print_table(console, table)
 
 
 def _spans(ranges: Ranges) -> str:

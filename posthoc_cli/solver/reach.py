@@ -10,7 +10,7 @@ import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.chains import Chains, algorithm3_weights, find_chains
-from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Profile, cosine, sigma_rel_to_gamma
+from posthoc_cli.solver.profiles import MAX_SIGMA_REL, Average, Profile, cosine, sigma_rel_to_gamma
 
 NARROWEST = 0.001
 """No target narrower than this is looked at: it is the network itself."""
@@ -128,3 +128,50 @@ def best_extra_width(
 
     new = [width for width in EXTRA_WIDTHS if all(abs(width / one - 1) > 0.1 for one in widths)]
     return max(new, key=span, default=None)
+
+
+NEAR, FAR = 48, 24
+"""Of a plan's steps that errors are told for: so many last ones, and some of those before."""
+
+HALF = 2.0**-24
+"""About the variance of what float16 rounds off, in units of the values' mean square."""
+
+
+def planned_near(steps: int, every: int, widths: Sequence[float]) -> list[Profile]:
+    """The snapshots of a plan at its end: all of the last steps, and fewer and fewer before."""
+    count = steps // every
+    near = max(2 * NEAR // len(widths), 8)
+    back = {*range(min(near, count))}
+    if count > near:
+        back |= {int(at) for at in np.geomspace(near, count - 1, FAR)}
+    gammas = [float(sigma_rel_to_gamma(width)) for width in widths]
+    return [Profile((count - at) * every, gamma) for at in sorted(back) for gamma in gammas]
+
+
+def even_error(snapshots: Sequence[Average], target: Average) -> float:
+    """What error is to be expected of blup's weights for a network that moves evenly.
+
+    Relative to how far the target is from the network of its step. Snapshots are taken to be of
+    half precision, of a network that moves by as much as its weights are large.
+    """
+    from posthoc_cli.solver.blup import Trajectory, blup_weights, expected_error
+
+    last = float(target.step)
+    even = Trajectory(np.array([0.0, last]), np.ones(1), np.full(len(snapshots), HALF * last), 0.0)
+    weights, _ = blup_weights(even, snapshots, [target])
+    return float(expected_error(even, snapshots, [target], weights).relative[0])
+
+
+def needed(snapshots: Sequence[Average], target: Average) -> tuple[float, float]:
+    """The error of all snapshots, and the step from which on they give it within a tenth."""
+    least = even_error(snapshots, target)
+    steps = sorted({float(each.step) for each in snapshots}, reverse=True)
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        some = [each for each in snapshots if each.step >= steps[middle]]
+        if even_error(some, target) <= max(1.1 * least, 1e-4):
+            high = middle
+        else:
+            low = middle + 1
+    return least, steps[low]

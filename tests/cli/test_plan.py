@@ -49,6 +49,31 @@ def test_table(tmp_path: Path, posthoc_here: Posthoc) -> None:
     assert "\x1b" not in plain
 
 
+def test_which_snapshots_a_target_needs(posthoc_here: Posthoc, check_json) -> None:
+    small = ["plan", "--steps", "2400", "--every", "100"]
+    asked = [*small, "--window", "20%", "--lr-decay", "cosine:20%"]
+    run = posthoc_here(*asked, "--json")
+    check_json("plan", run.json)
+    quarter, _, end = run.json["run"]
+    assert quarter["targets"] == []
+    texts = ["window:20%", "lr-decay:cosine:20%"]
+    assert [one["target"]["text"] for one in end["targets"]] == texts
+    window, cosine = end["targets"]
+    assert window["target"]["length"] == 480
+    # About what such snapshots gave of networks that were trained, and tracked the window itself.
+    assert 0.002 < window["relative_error"] < 0.014
+    assert cosine["relative_error"] < window["relative_error"]
+    assert 1500 <= window["keep_from"] <= 2000  # not long before the window begins
+    for one in run.json["alternatives"]:
+        assert [each["keep_from"] for each in one["targets"]] == [None] * 2
+        assert one["targets"][0]["relative_error"] < window["relative_error"]
+    few = ["plan", "--steps", "400", "--every", "100", "--window", "20%"]
+    lines = visible(posthoc_here(*few).out)
+    at = lines.index("at step 400, if the network moves evenly")
+    assert re.search(r"^window 20% +\d+\.?\d*%.* from \d+ on$", lines[at + 2])
+    posthoc_here(*small, "--window", "2401").failed(2, "--window: 2401 is longer than the 2400 .*")
+
+
 def test_run_that_ends_between_snapshots(posthoc_here: Posthoc) -> None:
     run = posthoc_here("plan", "--steps", "1000", "--every", "300")
     assert run.err.startswith("posthoc: --every 300: the last snapshot is 100 steps before the end")
