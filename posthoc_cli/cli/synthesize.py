@@ -160,7 +160,7 @@ def synthesize(
       posthoc synthesize snapshots --gamma 5 --dtype float32 -o ema.safetensors
       posthoc synthesize snapshots --gamma 9 --target-for '*.bias=0.1' -o bias/
       posthoc synthesize checkpoints --raw --sigma-rel 0.15 -o lora.safetensors
-      posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o products.safetensors
+      posthoc synthesize checkpoints --raw --gamma 3 --lora exact -o exact/
       posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07 --layout folder
     """
     load_numpy()

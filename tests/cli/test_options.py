@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from posthoc_cli import __version__
 from posthoc_cli.cli.lists import MAX_VALUES, read_list, shortest
 from posthoc_cli.errors import UsageError
-from tests.command import COMMAND, ENVIRONMENT, Posthoc, write_snapshot
+from tests.command import COMMAND, ENVIRONMENT, Posthoc
+from tests.support import write_kohya
 
 
 def numbers(*texts: str) -> list[float]:
@@ -123,7 +124,7 @@ def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
     (snapshots.parent / "checkpoints").mkdir()
     for epoch in (1, 2, 3, 4):
         path = snapshots.parent / "checkpoints" / f"lora-{epoch:06d}.safetensors"
-        write_snapshot(path, epoch, ss_steps=str(100 * epoch), ss_epoch=str(epoch))
+        write_kohya(path, epoch, ss_steps=str(100 * epoch), ss_epoch=str(epoch))
     ran = []
     for command in ("synthesize", "inspect", "solve"):  # so that there is something to inspect
         for example in re.findall(
