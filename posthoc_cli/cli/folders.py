@@ -46,8 +46,9 @@ def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     names = _listed([each["file"] for each in copied])
     beside = printable(manifest["from"])
     yield f"copied    {names}: {size} from {beside}" if copied else "copied    nothing"
-    if left_out:
-        yield "left out  " + _listed([f"{each['file']} ({each['reason']})" for each in left_out])
+    for reason in dict.fromkeys(each["reason"] for each in left_out):
+        names = _listed([each["file"] for each in left_out if each["reason"] == reason])
+        yield f"left out  {names}: {printable(reason)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -312,17 +312,16 @@ def _rank(ending: str) -> int:
 
 def _take_known(found: Companions, place: str, home: Path, top: Path, own: bool) -> None:
     """Take a config that isn't in the network's own folder, and what is known to go with it, from
-    the nearest folder that has one."""
+    the folders above, up to the first with a config; without one nothing is of the run's folder."""
     for folder in (home, *home.parents)[1 if own else 0 :]:
-        if not folder.is_relative_to(top) or any(
-            f"{place}{each}" in found.copied for each in _CONFIGS
-        ):
+        configs = {f"{place}{each}" for each in _CONFIGS}
+        if not folder.is_relative_to(top) or configs & found.copied.keys():
             return
-        names = [
-            name for name in _visible(folder) if _KNOWN.fullmatch(name) and not _is_state(name)
+        known = [
+            each for each in _visible(folder) if _KNOWN.fullmatch(each) and not _is_state(each)
         ]
-        if folder == home or any(each in names for each in _CONFIGS):
-            for name in names:
+        if folder == home or folder != top or set(known) & set(_CONFIGS):
+            for name in known:
                 if f"{place}{name}" not in found.copied and os.path.isfile(folder / name):
                     found.copy(folder / name, f"{place}{name}")
 

@@ -60,10 +60,14 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
                 return -1, place
         try:
             fd = os.open(place, os.O_RDONLY if folder else flags, 0o666)
-        except FileNotFoundError:
+        except OSError as error:
             if not folder:
                 raise
-            continue  # another run has taken it for abandoned
+            if isinstance(error, FileNotFoundError):
+                continue  # another run has taken it for abandoned
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
+            raise
         keep = False
         try:
             if fcntl is None or kind:

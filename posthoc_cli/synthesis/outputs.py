@@ -200,7 +200,7 @@ def write_copy(
     Raises what `write_outputs` does.
     """
     output = output_files(plan, path, None, metadata=metadata, overwrite=overwrite)
-    weights = np.ones((1, 1))
+    weights = np.ones((1, 1, 1))  # [groups, targets, snapshots]
     report = NonfiniteReport(plan, weights)
     engine = Engine(plan, weights, report=report, progress=progress)
     with engine, _opened(plan, [output], beside=True):

@@ -70,7 +70,7 @@ def test_a_folder(posthoc_here: Posthoc, run: Path, check_json) -> None:
     assert shown.code == 0
     assert "checkpoint-3" in shown.out
     assert "copied    config.json, vocab.txt: 31 B from checkpoint-3" in shown.out
-    assert "left out  optimizer.pt (training state)" in shown.out
+    assert "left out  optimizer.pt: training state" in shown.out
     shown = posthoc_here("inspect", "out", "--json")
     check_json("inspect", shown.json)
     assert shown.json["contents"] == contents

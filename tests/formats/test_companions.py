@@ -186,6 +186,15 @@ def test_a_config_that_lies_above(tmp_path: Path) -> None:
     assert of(found) == ("model.safetensors", ["config.json", "tokenizer.json"])
 
 
+def test_a_distributed_checkpoint_of_a_trainer(tmp_path: Path) -> None:
+    """Its tokenizer lies in the step folder, its config where the final model was saved."""
+    inside = [f"checkpoint-{step}/pytorch_model_fsdp_0/__0_0.distcp" for step in (1, 2)]
+    write(tmp_path, *inside, "checkpoint-2/tokenizer.json", "checkpoint-2/trainer_state.json")
+    write(tmp_path, "config.json", "training_args.bin", "model.safetensors", "vocab.txt")
+    found = beside(tmp_path, *inside)
+    assert of(found) == ("model.safetensors", ["config.json", "tokenizer.json", "vocab.txt"])
+
+
 def test_links_are_copied_as_what_they_lead_to(tmp_path: Path) -> None:
     write(tmp_path, "blobs/a", "run/step1/model.safetensors", "run/step2/model.safetensors")
     (tmp_path / "run/step2/config.json").symlink_to(tmp_path / "blobs/a")
