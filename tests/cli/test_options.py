@@ -133,7 +133,12 @@ def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
             arguments = shlex.split(example.partition(" > ")[0].replace("*0.050*", "*0.05*"))
             run = posthoc_here(*arguments)
             assert run.code == 0, example
-            told = ("profile error of up to", "what they do is", "the products of", "no config.json")
+            told = (
+                "profile error of up to",
+                "what they do is",
+                "the products of",
+                "no config.json",
+            )
             assert all(any(each in line for each in told) for line in run.err.splitlines()), run.err
             assert run.out
             ran.append(example)
