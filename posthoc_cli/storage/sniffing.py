@@ -22,7 +22,7 @@ _AGAIN = "download it again"
 _AGAIN_BY_LIBRARY = "write it again with the safetensors library"
 _DOWNLOAD = f"the download failed: log in, or check the address, and {_AGAIN}"
 _UNPACK = "unpack it first"
-_CONVERT = "rename it to .pt and make a snapshot of it with posthoc convert"
+_RENAME = "rename it to .pt: it is read as it is"
 _OF_WHAT = "use the checkpoint that it was made of, or save its tensors as safetensors"
 _EXPORT = "save its tensors as safetensors with the library that wrote it"
 
@@ -30,7 +30,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs.github.com/", "a Git LFS pointer", "run git lfs pull"),
     (b"version https://hawser.github.com/", "a Git LFS pointer", "run git lfs pull"),
     (b"/annex/objects/", "a git-annex pointer", "run git annex get"),
-    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46", "an old torch checkpoint", _CONVERT),
+    (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46", "an old torch checkpoint", _RENAME),
     (b"GGUF", "a GGUF file", "use the checkpoint that it was made of"),
     (b"lmgg", "a GGML file", "use the checkpoint that it was made of"),
     (b"tjgg", "a GGML file", "use the checkpoint that it was made of"),
@@ -79,7 +79,7 @@ def sniff(start: bytes, size: int) -> tuple[str, str] | None:
     if start[257:262] == b"ustar":
         return "a tar archive", _UNPACK
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a pickle, as torch.save and pickle.dump write it", _CONVERT
+        return "a pickle, as torch.save and pickle.dump write it", _RENAME
     return _text(start, size)
 
 
@@ -166,7 +166,7 @@ def _describes(document: object) -> bool:
 def _zip(start: bytes) -> tuple[str, str]:
     name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
     if b".pkl" in name or b"data.pkl" in start or b"/version" in name or b".format_version" in name:
-        return "a torch checkpoint (a zip archive)", _CONVERT
+        return "a torch checkpoint (a zip archive)", _RENAME
     if name.endswith(b".npy"):
         return "an archive of NumPy arrays (.npz)", _EXPORT
     if b"keras" in start or name in (b"metadata.json", b"config.json"):
