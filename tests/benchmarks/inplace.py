@@ -3,9 +3,9 @@
     python tests/benchmarks/inplace.py speed [--folder DIR] [--megabytes 256] [--files 16]
     python tests/benchmarks/inplace.py opening [--folder DIR]
 
-`speed` makes one EMA and eight of them of a folder in each form, in turn, and takes the best of a few
-runs: the ratio to safetensors, and the peak memory of the process. `opening` opens 64 checkpoints of
-2,000 tensors, with the same pickle and with one that counts steps, in the process's own time.
+`speed` makes one EMA and eight of them of a folder in each form, in turn, and takes the best of
+a few runs: the ratio to safetensors, and the peak memory of the process. `opening` opens 64
+checkpoints of 2,000 tensors, with one pickle and with such as count steps, in processor time.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_lightning_and_its_averages(tmp_path: Path) -> None:
     averages, networks = {}, {}
     for step in STEPS:
         path = next((tmp_path / "run").glob(f"*step={step}.ckpt"))
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, weights_only=True)
         averages[step], networks[step] = saved["state_dict"], saved["current_model_state"]
     run = posthoc_cli.open_snapshots(tmp_path / "run", raw=True)
     ((_, problem),) = run.problems
