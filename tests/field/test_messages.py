@@ -47,7 +47,7 @@ ZIP = b"PK\x03\x04" + bytes(22) + b"\x10\x00\x00\x00archive/data.pkl"
         (LFS, r"a Git LFS pointer, .+;.+ git lfs pull"),
         (b"<!doctype html><html>Sign in</html>", r"an HTML page, .+; the download failed.+"),
         (b'{"error":"Invalid credentials"}', r".*Invalid credentials.*; the download failed.+"),
-        (ZIP, r"a torch checkpoint.+rename it to \.pt"),
+        (ZIP, r"a torch checkpoint.+rename it to \.pt: .+"),
         (b"GGUF" + bytes(60), r"a GGUF file, not a safetensors file; .+"),
         (b"", r"not a whole safetensors file.+it is empty; wait for it.+"),
         (bytes(4096), r"zeros in place of a header.+a download that never came; .+"),
