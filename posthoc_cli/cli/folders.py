@@ -42,10 +42,13 @@ def lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     """The weights' place in a folder, what was copied into it, and what was left out."""
     copied, left_out = manifest["copied"], manifest["left_out"]
     yield f"weights   {printable(manifest['weights'])}"
-    size = in_bytes(sum(each["bytes"] for each in copied))
-    names = _listed([each["file"] for each in copied])
-    beside = printable(manifest["from"])
-    yield f"copied    {names}: {size} from {beside}" if copied else "copied    nothing"
+    if not copied:
+        yield "copied    nothing"
+    for place in dict.fromkeys(each["from"] for each in copied):
+        files = [each for each in copied if each["from"] == place]
+        size = in_bytes(sum(each["bytes"] for each in files))
+        names = _listed([each["file"] for each in files])
+        yield f"copied    {names}: {size} from {printable(place)}"
     for reason in dict.fromkeys(each["reason"] for each in left_out):
         names = _listed([each["file"] for each in left_out if each["reason"] == reason])
         yield f"left out  {names}: {printable(reason)}"

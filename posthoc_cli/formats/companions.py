@@ -68,13 +68,13 @@ _MOST_LEVELS = 8
 class Companions:
     """What a folder shall hold besides the tensors of an average, by paths below it.
 
-    `weights` is where those go, `source` the folder that the rest is copied from, by `name` below
-    the run's; `left_out` is what lies there and isn't copied, with the reason, and `missing` what a
-    loader will ask for.
+    `weights` is where those go, `source` the folder that the rest is copied from, or most of it, in
+    the folder `top` of the run; `left_out` is what lies there and isn't copied, with the reason,
+    and `missing` what a loader will ask for.
     """
 
     source: Path
-    name: str
+    top: Path
     weights: str = ""
     copied: dict[str, File] = field(default_factory=dict)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -84,6 +84,17 @@ class Companions:
     def bytes(self) -> int:
         """Of what is copied."""
         return sum(file.size for file in self.copied.values())
+
+    def origin(self, name: str = "") -> str:
+        """The folder that a file is copied from, or that most are: below the run's, or its name."""
+        source = self.copied[name].path.parent if name else self.source
+        if name and source.is_relative_to(self.source):
+            source = self.source
+        return (
+            self.top.resolve().name
+            if source == self.top
+            else source.relative_to(self.top).as_posix()
+        )
 
     def leave_out(self, path: Path, why: str) -> None:
         name = path.relative_to(self.source).as_posix()
@@ -116,9 +127,7 @@ def companions(files: Sequence[Path], top: Path, others: Sequence[Sequence[Path]
     root = _whole(home, top) if own else home
     parts = _parts(root) if own else []
     place = _place(home, root, parts)
-    found = Companions(
-        root, top.resolve().name if root == top else root.relative_to(top).as_posix()
-    )
+    found = Companions(root, top)
     if own:
         _Taking(found, home, place, parts, {_weights(path.name) for path in files}).take(root, "")
     _take_known(found, place, home, top, own)

@@ -20,7 +20,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What posthoc says of a folder it made; None for a folder of others.
 
     `weights` is the file or index with the average, `from` the folder that the rest came from;
-    `copied` are those files, each with its `file` and `bytes`, `left_out` others, each with a
+    `copied` are those files, each with `file`, `bytes` and `from`, `left_out` others, each with a
     `reason`, and `missing` what was not there. Raises MachineError when it can't be read.
     """
     try:
@@ -30,6 +30,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             document = json.loads(file.read(_LONGEST))
         names = [document["weights"], *(each["file"] for each in document["copied"])]
         texts = [document["posthoc"], document["from"], *document["missing"]]
+        texts += [each["from"] for each in document["copied"]]
         texts += [each[key] for each in document["left_out"] for key in ("file", "reason")]
         sizes = [each["bytes"] for each in document["copied"]]
     except (SnapshotError, ValueError, RecursionError, LookupError, TypeError):

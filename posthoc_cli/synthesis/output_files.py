@@ -172,8 +172,11 @@ def _manifest(beside: Companions, weights: Path, texts: Mapping[str, bytes]) -> 
     return {
         "posthoc": __version__,
         "weights": weights.as_posix(),
-        "from": beside.name,
-        "copied": [{"file": name, "bytes": size} for name, size in sizes.items()],
+        "from": beside.origin(),
+        "copied": [
+            {"file": name, "bytes": size, "from": beside.origin(name)}
+            for name, size in sizes.items()
+        ],
         "left_out": [{"file": name, "reason": why} for name, why in beside.left_out],
         "missing": list(beside.missing),
     }

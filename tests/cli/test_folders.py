@@ -48,7 +48,10 @@ def test_a_folder(posthoc_here: Posthoc, run: Path, check_json) -> None:
     contents = {
         "weights": "model.safetensors",
         "from": "checkpoint-3",
-        "copied": [{"file": "config.json", "bytes": 22}, {"file": "vocab.txt", "bytes": 9}],
+        "copied": [
+            {"file": "config.json", "bytes": 22, "from": "checkpoint-3"},
+            {"file": "vocab.txt", "bytes": 9, "from": "checkpoint-3"},
+        ],
         "left_out": [{"file": "optimizer.pt", "reason": "training state"}],
         "missing": [],
     }

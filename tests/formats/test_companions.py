@@ -193,6 +193,9 @@ def test_a_distributed_checkpoint_of_a_trainer(tmp_path: Path) -> None:
     write(tmp_path, "config.json", "training_args.bin", "model.safetensors", "vocab.txt")
     found = beside(tmp_path, *inside)
     assert of(found) == ("model.safetensors", ["config.json", "tokenizer.json", "vocab.txt"])
+    assert found.origin() == "checkpoint-2/pytorch_model_fsdp_0"
+    assert found.origin("tokenizer.json") == "checkpoint-2"
+    assert found.origin("config.json") == tmp_path.name
 
 
 def test_links_are_copied_as_what_they_lead_to(tmp_path: Path) -> None:
