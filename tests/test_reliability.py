@@ -68,7 +68,7 @@ def test_runs_at_once_and_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 def test_every_call_may_be_the_last_or_fail() -> None:
     """Some calls of some commands; the soak takes every one."""
     tally = Tally("few")
-    chosen = {"synthesize --force", "shards over shards"}
+    chosen = {"synthesize --force", "shards over shards", "a folder over a folder"}
     calls_section(SEED, tally, most=4, only=chosen)
     if tally.skipped:
         pytest.skip(tally.skipped[0])
