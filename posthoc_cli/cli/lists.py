@@ -24,8 +24,8 @@ class Item:
         return (f"{self.shape}:" if self.shape else "") + shortest(self.number) + self.unit
 
 
-NUMBERS, LENGTHS = "0.05,0.10", "5%,10% or 480"
-"""How lists of numbers are written, and such of lengths."""
+NUMBERS, LENGTHS, SHAPED = "0.05,0.10", "5%,10% or 480", "1-sqrt:5%,10%"
+"""How lists of numbers are written, of lengths, and of lengths with shapes."""
 
 
 def read_list(option: str, texts: Sequence[str]) -> list[Decimal]:
@@ -51,10 +51,10 @@ def read_lengths(option: str, texts: Sequence[str] | None, shapes: bool = False)
     A shape holds for the lengths after it: `1-sqrt:5%,10%`. Dots lead from lengths to one of the
     same unit and shape.
     """
-    return [str(item) for item in _read(option, texts or (), LENGTHS, shapes)]
+    return [str(item) for item in _read(option, texts or (), SHAPED if shapes else LENGTHS)]
 
 
-def _read(option: str, texts: Sequence[str], such: str, shapes: bool = False) -> list[Item]:
+def _read(option: str, texts: Sequence[str], such: str) -> list[Item]:
     values: list[Item] = []
     for whole in texts:
         text = whole if len(whole) <= 60 else whole[:57] + "..."  # as messages show it
@@ -73,9 +73,9 @@ def _read(option: str, texts: Sequence[str], such: str, shapes: bool = False) ->
                 dots = True
                 continue
             number = item
-            if shapes:
+            if such == SHAPED:
                 shape, number = _shape(item, shape)
-            unit = "%" if such == LENGTHS and number.endswith("%") and number[-2:] != " %" else ""
+            unit = "%" if such != NUMBERS and number.endswith("%") and number[-2:] != " %" else ""
             value = _number(option, number.removesuffix(unit), item, text, such)
             one = Item(value, shape, unit)
             found += _continued(option, found[-2], found[-1], one, text) if dots else [one]
@@ -105,7 +105,7 @@ def _number(option: str, number: str, item: str, text: str, such: str) -> Decima
     # Far exponents would make sums of decimals fail, and mean nothing here.
     if not value.is_finite() or abs(value.adjusted()) > 30 or len(value.as_tuple().digits) > 25:
         what = f"'{item}' in '{text}'" if item != text else f"'{item}'"
-        noun = "a length" if such == LENGTHS else "a number"
+        noun = "a number" if such == NUMBERS else "a length"
         raise UsageError(
             option,
             f"{what} is not {noun}" if number else f"{noun} is missing in '{text}'",
