@@ -29,6 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("snapshots", "other"):
         (folder / name).mkdir()
     (folder / "checkpoints").mkdir()
+    (folder / "ema-checkpoints").mkdir()
+    for value, name in enumerate(f"{kind}-{step}" for step in (10, 20) for kind in ("ema", "net")):
+        tensors = {"w": np.arange(50.0) ** value}
+        write_tensors(folder / "ema-checkpoints" / f"{name}.safetensors", tensors)
     rng = np.random.default_rng(0)
     for step in range(1000, 9000, 1000):
         write_tensors(
