@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from posthoc_cli.snapshots.sampling import SampleMoments
     from posthoc_cli.solver import SolvedWeights
     from posthoc_cli.solver.arrays import FloatArray
-    from posthoc_cli.solver.blup import ExpectedError, Trajectory
+    from posthoc_cli.solver.blup import ExpectedError
     from posthoc_cli.solver.estimates import MethodEstimate
+    from posthoc_cli.solver.trajectory import Trajectory
     from posthoc_cli.synthesis.outputs import Saved
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.products import Products

@@ -23,7 +23,7 @@ from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, FloatArray, bytes_of, decode, rounding_variances
 
 if TYPE_CHECKING:
-    from posthoc_cli.solver.blup import Trajectory
+    from posthoc_cli.solver.trajectory import Trajectory
 
 BLOCKS = 1024
 """Places that are read in each snapshot; half as many in each of very many snapshots."""
@@ -305,9 +305,9 @@ def fit_snapshots(
     Of very many, some are measured, and the sample is of those. `leave_out` are globs of tensors
     that won't be averaged. Raises what `sample_moments` does.
     """
-    from posthoc_cli.solver.blup import fit_trajectory
     from posthoc_cli.solver.chains import MANY
     from posthoc_cli.solver.choice import choose
+    from posthoc_cli.solver.fitting import fit_trajectory
 
     steps = [float(snapshot.step) for snapshot in snapshots]
     chosen: Sequence[int] = range(len(snapshots))

@@ -13,81 +13,127 @@ import numpy as np
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
-from posthoc_cli.solver.quadrature import quadrature
+from posthoc_cli.solver.quadrature import IntArray, quadrature
+from posthoc_cli.solver.trajectory import Trajectory, held_before, jitter_cells
 
 INTERVALS = 16
 """Looked at together: those whose pieces are at work."""
+
+CELLS = 12 * INTERVALS
+"""Of jitter, that are looked at together."""
 
 
 def _stretches(
     chains: Chains,
     snapshots: Sequence[Average],
-    targets: Sequence[Average],
-    edges: FloatArray,
-    rates: FloatArray,
-) -> Iterator[tuple[int, FloatArray, FloatArray, FloatArray, FloatArray]]:
-    """The integrals' nodes, some intervals between `edges` at a time.
+    others: Sequence[Average],
+    trajectory: Trajectory,
+    end: float,
+) -> Iterator[tuple[int, float, float, FloatArray, FloatArray, FloatArray]]:
+    """What trajectory.seen yields, with the pieces for the snapshots, a stretch at a time.
 
-    Yields the first place that is not all before them, the rates times the nodes' weights [nodes],
-    the shares of the pieces from that place on that are not all after them [pieces, nodes], those
-    of the targets [targets, nodes], and the ends of the nodes' intervals [nodes].
+    Yields the first place that is not all before a stretch, what it yields first, the variances
+    [n], the factors of the pieces from that place on that are not all after it [pieces, n], and
+    those of the `others` [others, n].
     """
+    steps = np.unique([0.0, *chains.step, *(float(each.step) for each in others), end])
+    edges = np.unique([*trajectory.edges, *steps])
+    edges = edges[edges <= end]
     for start in range(0, len(edges) - 1, INTERVALS):
         stretch = edges[start : start + INTERVALS + 1]
-        first = int(np.searchsorted(chains.step, stretch[0], side="right"))
-        begun = np.flatnonzero(chains.low[first:] < stretch[-1])
-        places = np.arange(first, first + (int(begun[-1]) + 1 if len(begun) else 0))
-        linked = chains.before[places]
-        needed = np.unique(np.concatenate([places, linked[linked >= 0]]))
-        profiles = [*(snapshots[at] for at in chains.order[needed]), *targets]
-        own, other = np.searchsorted(needed, places), np.searchsorted(needed, linked)
-        kept = np.where(linked >= 0, chains.kept[places], 0.0)[:, None, None]
+        first, places, needed = _at_work(chains, stretch[0], stretch[-1])
+        profiles = [*(snapshots[at] for at in chains.order[needed]), *others]
         for interval, weights, shares in quadrature(profiles, stretch):
-            low, high = stretch[interval], stretch[interval + 1]
-            pieces = shares[own]
-            pieces -= kept * shares[other]
-            pieces /= chains.mass[places, None, None]
-            pieces[chains.step[places, None] <= low] = 1.0
-            pieces[chains.low[places, None] >= high] = 0.0
-            amounts = weights * rates[start + interval, None]
-            wanted = shares[len(needed) :]
-            ends = np.repeat(high, weights.shape[1])
-            yield (
-                first,
-                amounts.ravel(),
-                pieces.reshape(len(places), amounts.size),
-                wanted.reshape(len(targets), amounts.size),
-                ends,
-            )
+            low, high = stretch[interval, None], stretch[interval + 1, None]
+            known, wanted = np.split(shares, [len(needed)])
+            pieces = _pieces(chains, places, needed, known, low, high)
+            amounts = weights * trajectory.rates[trajectory.at(stretch[interval])][:, None]
+            size = amounts.size
+            flat = pieces.reshape(len(places), size), wanted.reshape(len(others), size)
+            yield first, 1.0, 1.0, amounts.ravel(), *flat
+    for jitter in trajectory.jitter:
+        begin, lasting, weights = jitter_cells(steps, trajectory.cell, jitter.lag)
+        lasting = np.broadcast_to(lasting, begin.shape)
+        own = float(jitter.lag > trajectory.cell)
+        for start in range(0, len(begin), CELLS):
+            some = slice(start, start + CELLS)
+            low, high = begin[some], begin[some] + lasting[some]
+            first, places, needed = _at_work(chains, low[0], high[-1])
+            every = [*(snapshots[at] for at in chains.order[needed]), *others]
+            ends = np.stack([each.share(high) for each in every])
+            starts = np.stack([held_before(each, low) for each in every])
+            pieces = _pieces(chains, places, needed, ends[: len(needed)], high, high)
+            pieces -= _pieces(chains, places, needed, starts[: len(needed)], low, low)
+            rates = jitter.rates[trajectory.at(np.maximum(low, 0.0))]
+            wanted = ends[len(needed) :] - starts[len(needed) :]
+            yield first, 0.0, own, weights[some] * rates, pieces, wanted
+
+
+def _at_work(chains: Chains, low: float, high: float) -> tuple[int, IntArray, IntArray]:
+    """The first place whose piece isn't all before `low`, those from it on that begin before
+    `high`, and the places whose shares make up their pieces."""
+    first = int(np.searchsorted(chains.step, low, side="right"))
+    begun = np.flatnonzero(chains.low[first:] < high)
+    places = np.arange(first, first + (int(begun[-1]) + 1 if len(begun) else 0))
+    linked = chains.before[places]
+    return first, places, np.unique(np.concatenate([places, linked[linked >= 0]]))
+
+
+def _pieces(
+    chains: Chains,
+    places: IntArray,
+    needed: IntArray,
+    shares: FloatArray,
+    low: FloatArray,
+    high: FloatArray,
+) -> FloatArray:
+    """The shares of the pieces at `places` [places, ...], from the snapshots' at `needed`.
+
+    `low` and `high` are between what steps the shares are: the pieces are 1 after their last and 0
+    before their first step.
+    """
+    linked = chains.before[places]
+    whole = (len(places), *(1,) * (shares.ndim - 1))
+    kept = np.where(linked >= 0, chains.kept[places], 0.0).reshape(whole)
+    pieces = shares[np.searchsorted(needed, places)]
+    pieces -= kept * shares[np.searchsorted(needed, linked)]
+    pieces /= chains.mass[places].reshape(whole)
+    shape = pieces.shape
+    pieces[np.broadcast_to(chains.step[places].reshape(whole) <= low, shape)] = 1.0
+    pieces[np.broadcast_to(chains.low[places].reshape(whole) >= high, shape)] = 0.0
+    return pieces
 
 
 def chain_weights(
     chains: Chains,
     snapshots: Sequence[Average],
     targets: Sequence[Average],
-    edges: FloatArray,
-    rates: FloatArray,
-    noise: FloatArray,
+    trajectory: Trajectory,
 ) -> tuple[FloatArray, float]:
     """The weights of least expected error, as blup.blup_weights has them; and the condition.
 
     The first piece's weight is one, as all others are differences, whose weights sum to none: what
     is left is a plain problem of least squares.
     """
-    count = len(chains.step)
-    band, against = _noise_band(chains, noise[chains.order])
+    count, end = len(chains.step), max(float(each.step) for each in targets)
+    lag = max((each.lag for each in trajectory.jitter), default=0.0)
+    width = chains.width + _within(chains, lag)
+    band, against = _noise_band(chains, trajectory.noise[chains.order], width)
     right = np.repeat(-against[:, None], len(targets), axis=1)
-    for first, amounts, pieces, wanted, _ in _stretches(chains, snapshots, targets, edges, rates):
-        start = pieces[0] if first == 0 else np.ones(len(amounts))
+    for first, past, _, amounts, pieces, wanted in _stretches(
+        chains, snapshots, targets, trajectory, end
+    ):
         if first == 0:
-            steps, rows = np.diff(pieces, axis=0, append=0.0), 1
+            start, rows = pieces[0], 1
+            steps = np.diff(pieces, axis=0, append=0.0)
         else:
-            steps, rows = np.diff(pieces, axis=0, prepend=1.0, append=0.0), first
+            start, rows = np.full(len(amounts), past), first
+            steps = np.diff(pieces, axis=0, prepend=past, append=0.0)
         steps = steps[: count - rows]
         weighed = steps * amounts
-        moments = weighed @ steps.T
-        for apart in range(min(chains.width + 1, len(steps))):
-            band[rows + apart : rows + len(steps), apart] += np.diagonal(moments, -apart)
+        products = weighed @ steps.T
+        for apart in range(min(width + 1, len(steps))):
+            band[rows + apart : rows + len(steps), apart] += np.diagonal(products, -apart)
         right[rows : rows + len(steps)] += weighed @ (wanted - start).T
     solved, condition = _solve(band[1:], right[1:])
     differences = np.vstack([np.ones((1, len(targets))), solved, np.zeros((1, len(targets)))])
@@ -96,7 +142,14 @@ def chain_weights(
     return weights / weights.sum(axis=1, keepdims=True), condition
 
 
-def _noise_band(chains: Chains, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _within(chains: Chains, lag: float) -> int:
+    """The most snapshots that were taken within `lag` steps."""
+    return int(
+        (np.searchsorted(chains.step, chains.step + lag) - np.arange(len(chains.step))).max()
+    )
+
+
+def _noise_band(chains: Chains, noise: FloatArray, width: int) -> tuple[FloatArray, FloatArray]:
     """The covariances of the differences' rounding, a band; and those with the first piece's."""
     count = len(chains.step)
     places = np.arange(count)
@@ -108,7 +161,7 @@ def _noise_band(chains: Chains, noise: FloatArray) -> tuple[FloatArray, FloatArr
     factors = np.stack([part, -part, passed, -passed])
     factors[2:, ~linked] = 0.0
     factors[rows >= count] = 0.0
-    band = np.zeros((count, chains.width + 2))
+    band = np.zeros((count, width + 2))
     for row, factor in zip(rows, factors, strict=True):
         for column, other in zip(rows, factors, strict=True):
             value = factor * other * noise
@@ -139,26 +192,26 @@ def chain_errors(
     chains: Chains,
     snapshots: Sequence[Average],
     targets: Sequence[Average],
-    edges: FloatArray,
-    rates: FloatArray,
+    networks: Sequence[Average],
+    trajectory: Trajectory,
     weights: FloatArray,
     excess: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """The squares of approximation (without what scales the start) and distance, [targets] each.
 
-    `excess` [targets] is by how much the weights sum to more than one.
+    `networks` are the network itself at each target's step; `excess` [targets] is by how much the
+    weights sum to more than one.
     """
     amounts = (to_amounts(chains, weights) * chains.mass[:, None]).T
     before = np.concatenate([np.zeros((len(targets), 1)), np.cumsum(amounts, axis=1)], axis=1)
-    stop = np.array([float(each.step) for each in targets])
-    approximation, distance = np.zeros(len(targets)), np.zeros(len(targets))
-    for first, factors, pieces, wanted, ends in _stretches(
-        chains, snapshots, targets, edges, rates
+    end = max(float(each.step) for each in targets)
+    approximation, distance = np.zeros((2, len(targets)))
+    for first, past, own, factors, pieces, others in _stretches(
+        chains, snapshots, [*targets, *networks], trajectory, end
     ):
-        own = amounts[:, first : first + len(pieces)]
-        off = before[:, first, None] + own @ pieces - wanted - excess[:, None]
-        # A target's error ends where the target does.
-        within = ends <= stop[:, None]
-        approximation += np.where(within, off**2, 0.0) @ factors
-        distance += np.where(within, wanted**2, 0.0) @ factors
+        wanted, network = np.split(others, 2)
+        made = amounts[:, first : first + len(pieces)] @ pieces
+        made += past * (before[:, first] - excess)[:, None]
+        approximation += (made - wanted) ** 2 @ factors
+        distance += (wanted - own * network) ** 2 @ factors
     return approximation, distance

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.solver.blup import ExpectedError, Trajectory, expected_error
+from posthoc_cli.solver.blup import ExpectedError, expected_error
 from posthoc_cli.solver.methods import SolvedWeights, methods_for, solve
 from posthoc_cli.solver.profiles import Average
+from posthoc_cli.solver.trajectory import Trajectory
 
 
 @dataclass(frozen=True, slots=True)

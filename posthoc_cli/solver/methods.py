@@ -22,7 +22,7 @@ from posthoc_cli.solver.overlaps import overlaps
 from posthoc_cli.solver.profiles import Average, Profile, cosine, norm
 
 if TYPE_CHECKING:
-    from posthoc_cli.solver.blup import Trajectory
+    from posthoc_cli.solver.trajectory import Trajectory
 
 
 Profiles = Sequence[Average]

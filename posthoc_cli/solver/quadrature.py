@@ -1,4 +1,4 @@
-"""Integrals of products of shares over the intervals between steps, whatever the profiles."""
+"""Where to look at shares, to integrate their products between steps, whatever the profiles."""
 
 from __future__ import annotations
 
@@ -82,3 +82,24 @@ def quadrature(
             high = np.column_stack([middle, high[bad]]).ravel()
             interval, part = np.repeat(interval[bad], 2), np.repeat(part[bad] / 2, 2)
             top = np.repeat(top[:, bad], 2, axis=1)
+
+
+CELLS = 6
+"""Of each half of an interval: the shortest at its ends, where averages begin and end."""
+
+
+def cells(edges: FloatArray, shortest: float) -> FloatArray:
+    """Bounds of cells that grow from `shortest` at all `edges` to the middles between them.
+
+    They are multiples of `shortest`, as the edges are taken to be.
+    """
+    low, half = edges[:-1, None], np.diff(edges)[:, None] / 2
+    # The first of CELLS that grow evenly: expm1(x / CELLS) / expm1(x) of a half, for growth x.
+    slow, fast = np.full(half.shape, 1e-6), np.full(half.shape, 60.0)
+    for _ in range(30):
+        growth = (slow + fast) / 2
+        long = np.expm1(growth / CELLS) / np.expm1(growth) * half > shortest
+        slow, fast = np.where(long, growth, slow), np.where(long, fast, growth)
+    inward = half * np.expm1(slow * np.arange(CELLS + 1) / CELLS) / np.expm1(slow)
+    bounds = np.concatenate([low + inward, low + 2 * half - inward], axis=None)
+    return np.unique(np.rint(bounds / shortest)) * shortest

@@ -12,11 +12,12 @@ import pytest
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.solver import chains, solve
 from posthoc_cli.solver.averages import Decay, Schedule, Scheduled
-from posthoc_cli.solver.blup import Trajectory, expected_error
+from posthoc_cli.solver.blup import expected_error
 from posthoc_cli.solver.chains import find_chains, solve_band, times_band, to_amounts, to_weights
 from posthoc_cli.solver.choice import choose, usable
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
 from posthoc_cli.solver.reach import least_profile_error, reachable
+from posthoc_cli.solver.trajectory import Jitter, Trajectory
 
 Either = Callable[..., tuple[Any, Any]]
 
@@ -54,12 +55,17 @@ def uneven(count: int) -> list[Profile]:
     return sorted(every, key=lambda each: each.step)
 
 
+JITTER = ((1.0, 0.3), (150.0, 0.01))
+"""How many steps it lasts, and its variance in units of how far the network goes."""
+
+
 def moving(snapshots: list[Profile], noise: float) -> Trajectory:
     """A run that slows down, and is restless at times."""
     last = max(each.step for each in snapshots)
     edges = np.linspace(0, last, 41)
     rates = np.exp(np.sin(np.arange(40)) - np.arange(40) / 20) / last
-    return Trajectory(edges, rates, np.full(len(snapshots), noise), 1.0)
+    jitter = tuple(Jitter(lag, share * last * rates) for lag, share in JITTER)
+    return Trajectory(edges, rates, np.full(len(snapshots), noise), 1.0, jitter)
 
 
 @pytest.fixture
@@ -99,7 +105,8 @@ def test_no_method_loses_anything(kind: str, after: float, noise: float, either:
         theirs = expected_error(trajectory, snapshots, targets, plain.weights)
         assert np.all(ours.total <= 1.001 * theirs.total)
         # What is said of the errors doesn't depend on how it was computed either.
-        assert said.total == pytest.approx(ours.total, rel=1e-6)
+        # (Chains take rounding for independent, which of close snapshots it isn't quite.)
+        assert said.total == pytest.approx(ours.total, rel=1e-4 if noise == BFLOAT16 else 1e-6)
         assert said.distance == pytest.approx(ours.distance, rel=1e-9)
         if kind in EMAS and method != "blup":
             better = found.profile_error <= 1.001 * plain.profile_error
@@ -110,7 +117,7 @@ def test_no_method_loses_anything(kind: str, after: float, noise: float, either:
 def test_exponents_without_a_norm_and_steep_ones(either: Either) -> None:
     snapshots = [Profile(50.0 * (at + 1), exponent) for at in range(60) for exponent in (-0.8, 2e4)]
     targets = [Profile(50.0 * 60, exponent) for exponent in (-0.6, 3.0, 500.0)]
-    trajectory = moving(snapshots, 1e-6)
+    trajectory = moving(snapshots, 1e-7)
     found, plain = either(solve, snapshots, targets, "blup", "cpu", trajectory)
     assert found.weights == pytest.approx(plain.weights, abs=1e-6)
     assert np.all(np.isnan(found.profile_error))

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.solver.averages import Decay
-from posthoc_cli.solver.blup import Trajectory, expected_error
+from posthoc_cli.solver.blup import expected_error
 from posthoc_cli.solver.estimates import estimate_methods
 from posthoc_cli.solver.methods import METHODS, check_method, default_method, methods_for, solve
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
+from posthoc_cli.solver.trajectory import Trajectory
 
 CASES = json.loads((Path(__file__).parent / "reference_weights.json").read_text())["cases"]
 TARGETS = [(case, target) for case in CASES for target in case["targets"]]
