@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
-from posthoc_cli.solver import METHODS, choose_method, solve_apart
+from posthoc_cli.solver import METHODS, SolvedWeights, choose_method, plain_method, solve_apart
 from posthoc_cli.solver.arrays import resolve_device
 from posthoc_cli.solver.groups import TargetFor, TensorGroup, globs_of, make_groups
 from posthoc_cli.solver.targets import Values, make_targets
 
 if TYPE_CHECKING:
+    from posthoc_cli.snapshots.sampling import Sample
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.products import Products
     from posthoc_cli.synthesis.verification import Report
@@ -214,19 +216,22 @@ class Run:
             target_for: another target for some tensors of every output, by a glob of their names:
                 {"*.attn.*": 0.15, "*.bias": "window:5%"}, or pairs; the last glob that fits counts.
             step: the target step, by default the last snapshot's; later snapshots are not used.
-            method: "edm2" (the default: algorithm 3 of arXiv 2312.02696, weights rescaled to sum
-                one), "algorithm3" (not rescaled), "blup" (least expected error); for raw
-                checkpoints "share" (the default) or "blup".
+            method: "blup" (the default: least expected error), "edm2" (algorithm 3 of arXiv
+                2312.02696, weights rescaled to sum one), "algorithm3" (not rescaled); "share" for
+                raw checkpoints only.
             device: where to compute: "cpu", "cuda", "cuda:1" or "auto".
             sample: read a sample of the values even if the method needs none, to know the error
                 that is to be expected.
             leave_out: globs of tensors that shall not be part of the sample.
-            glance: without a sample, read a few values, to see if one is of another network.
+            glance: the same, where a sample can be had.
+
+        By default "edm2" ("share") takes the place of "blup" where the values can't be compared, or
+        are not like those of one training run at all; the solution's `doubt` says so.
 
         Raises UsageError for arguments out of bounds, SnapshotError for the first of the
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
         """
-        method = choose_method(method, [snapshot.profile for snapshot in self.snapshots])
+        chosen = choose_method(method, [snapshot.profile for snapshot in self.snapshots])
         targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
         device = resolve_device(device)
         snapshots, step = self.until(step)
@@ -235,36 +240,71 @@ class Run:
         if groups:
             groups = _counted(groups, snapshots, leave_out)
         wanted = [target.profile(step) for target in (*targets, *(g.target for g in groups))]
-        if not METHODS[method].needs_values:
-            check_norms(snapshots, method)
-        ranks = of_several_shapes(snapshots, leave_out)
-        if ranks and (sample or METHODS[method].needs_values):
-            problem = f"LoRAs of several ranks have no values to compare (tensor '{ranks[0]}')"
-            raise UsageError("method=", problem, "use another method, and no max_error=")
-        leave_out = (*leave_out, *map(glob.escape, ranks))
-        moments = trajectory = expected = seen = None
-        if sample or METHODS[method].needs_values:
-            from posthoc_cli.snapshots.sampling import fit_snapshots
+        plain = plain_method(all(profile.raw for profile in profiles))
+        if not METHODS[chosen].needs_values:
+            check_norms(snapshots, chosen)
+        needed = sample or (method is not None and METHODS[chosen].needs_values)
+        sampled, doubt = None, ""
+        if needed or glance or METHODS[chosen].needs_values:
+            sampled, doubt = self._measure(snapshots, leave_out, needed)
+        trajectory = sampled.trajectory if sampled else None
 
-            moments, trajectory = fit_snapshots(snapshots, leave_out)
-        elif glance:
-            from posthoc_cli.snapshots.sampling import glance as glance_at
+        def solved_by(name: str) -> SolvedWeights:
+            return solve_apart(profiles, wanted, len(targets), name, device, trajectory)
 
-            seen = glance_at(snapshots, leave_out)
-        solved = solve_apart(profiles, wanted, len(targets), method, device, trajectory)
+        solved = None
+        if doubt and method is None:
+            with contextlib.suppress(UsageError, *([SnapshotError] if sampled else [])):
+                solved = solved_by(plain)
+        solved = solved or solved_by(chosen)
+        errors = {}
         if trajectory is not None:
             from posthoc_cli.solver.blup import expected_error
 
-            expected = expected_error(trajectory, profiles, wanted, solved.weights)
+            rivals = [solved]
+            with contextlib.suppress(UsageError, SnapshotError):
+                rivals += [] if solved.method == plain else [solved_by(plain)]
+            for each in rivals:
+                found = expected_error(trajectory, profiles, wanted, each.weights)
+                errors[each.method] = found
         solution = Solution(
             *(self, snapshots, targets, step, device, solved),
-            *(moments, trajectory, expected, seen, groups),
+            *(sampled, errors, doubt, groups),
         )
         for target, total in zip(solution.wanted, solved.sum_of_weights.tolist(), strict=True):
             if not abs(total) < float("inf"):
                 remedy = "use more snapshots, or another target"
                 raise SnapshotError(str(self.folder), f"no weights give {target}", remedy)
         return solution
+
+    def _measure(
+        self, snapshots: list[Snapshot], leave_out: Sequence[str], needed: bool
+    ) -> tuple[Sample | None, str]:
+        """A sample of the values, and what makes one doubt it; None where it can't be had.
+
+        Where it is needed, what keeps it from being had is raised.
+        """
+        from posthoc_cli.snapshots.sampling import fit_snapshots
+
+        ranks = of_several_shapes(snapshots, leave_out)
+        if ranks:
+            problem = f"LoRAs of several ranks have no values to compare (tensor '{ranks[0]}')"
+            if needed:
+                raise UsageError("method=", problem, "use another method, and no max_error=")
+            return None, problem
+        try:
+            sampled = fit_snapshots(snapshots, leave_out)
+        except SnapshotError as error:
+            if needed:
+                raise
+            return None, error.problem
+        if sampled.trajectory.fits:
+            return sampled, ""
+        factor = math.exp(sampled.trajectory.misfit)
+        return sampled, (
+            "the snapshots are not like those of one training run: their squared differences are "
+            f"off by a factor of {factor:.1f} from any model of one"
+        )
 
 
 def _counted(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.errors import SnapshotError, UsageError, percent
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.api.run import Run
-    from posthoc_cli.snapshots.sampling import SampleMoments
+    from posthoc_cli.snapshots.sampling import Sample
     from posthoc_cli.solver import SolvedWeights
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.blup import ExpectedError
@@ -34,9 +34,11 @@ Progress = Callable[[int, int], None]
 class Solution:
     """Weights for each target, and how good they are.
 
-    `snapshots` are those used, `step` is the target step. `moments`, `trajectory` and `expected`
-    are there when a sample of the values was read. `groups` are the tensors that have a target of
-    their own; `solved` and `expected` are for the targets, and then for those of the groups.
+    `snapshots` are those used, `step` is the target step. When a `sample` of the values was read,
+    `errors` has those to be expected of its method and of the plain one, "edm2" or "share", if that
+    has weights. `doubt` says what keeps the values from telling anything, or is empty. `groups` are
+    the tensors that have a target of their own; `solved` and `errors` are for the targets, and then
+    for those of the groups.
     """
 
     run: Run
@@ -45,15 +47,29 @@ class Solution:
     step: int
     device: str
     solved: SolvedWeights
-    moments: SampleMoments | None = None
-    trajectory: Trajectory | None = None
-    expected: ExpectedError | None = None
-    glance: tuple[Sequence[Snapshot], SampleMoments] | None = None
+    sample: Sample | None = None
+    errors: Mapping[str, ExpectedError] = field(default_factory=dict)
+    doubt: str = ""
     groups: Sequence[TensorGroup] = ()
 
     @property
     def method(self) -> str:
         return self.solved.method
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """How the network moved; None when no sample was read."""
+        return None if self.sample is None else self.sample.trajectory
+
+    @property
+    def expected(self) -> ExpectedError | None:
+        """The errors of these weights; None when no sample was read."""
+        return self.errors.get(self.method)
+
+    @property
+    def plain(self) -> str | None:
+        """The plain method that `errors` knows besides this one; None if there is none."""
+        return next((name for name in self.errors if name != self.method), None)
 
     @property
     def found(self) -> int:
@@ -80,6 +96,25 @@ class Solution:
         """[targets], relative to how far each target is from the network of its step; None when no
         sample was read."""
         return None if self.expected is None else self.expected.relative[: len(self.targets)]
+
+    def errors_of(self, at: int) -> dict[str, Any]:
+        """As JSON: the error to be expected of a target, and beside it the plain method's.
+
+        Empty when no sample was read.
+        """
+        if self.expected is None:
+            return {}
+        told: list[dict[str, Any]] = [
+            {
+                "expected_error": float(self.errors[method].total[at]),
+                "relative_error": float(self.errors[method].relative[at]),
+            }
+            for method in (self.method, self.plain)
+            if method is not None
+        ]
+        if self.plain is not None:
+            told[0]["compared"] = {"method": self.plain, **told[1]}
+        return told[0]
 
     def estimate_methods(self) -> list[MethodEstimate]:
         """Every method's weights, with the errors that are to be expected: for the targets, and
@@ -194,6 +229,7 @@ class Solution:
                     groups=list(zip(self.groups, self.group_weights.tolist(), strict=True)),
                     lora=plan,
                     how=self.run.contents.how,
+                    errors=self.errors_of(at),
                 )
                 for at in wanted
             ]

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 
 def describe_estimates(solution: Solution, estimates: Sequence[MethodEstimate]) -> dict[str, Any]:
-    assert solution.moments is not None
+    assert solution.sample is not None
     assert solution.expected is not None
     return {
-        "sampled": solution.moments.sampled,
-        "values": solution.moments.values,
-        "not_finite": solution.moments.broken,
+        "sampled": solution.sample.moments.sampled,
+        "values": solution.sample.moments.values,
+        "not_finite": solution.sample.moments.broken,
+        "misfit": solution.sample.trajectory.misfit,
+        "left_out": _number(solution.sample.trajectory.left_out),
+        "raised": solution.sample.trajectory.raised,
         "targets": [
             _describe_target(solution, at, estimates) for at, _ in enumerate(solution.targets)
         ],
@@ -50,6 +53,10 @@ def _describe_target(
     }
 
 
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _describe_estimate(estimate: MethodEstimate, at: int) -> dict[str, Any]:
     if estimate.solved is None or estimate.expected is None:
         return {"method": estimate.method, "problem": spelled(estimate.problem)}
@@ -70,7 +77,7 @@ def draw_estimates(
     console: Console, solution: Solution, estimates: Sequence[MethodEstimate]
 ) -> None:
     """For each target a line a method; errors relative to the distance of EMA and network."""
-    assert solution.moments is not None
+    assert solution.sample is not None
     assert solution.expected is not None
     raw = solution.run.raw
     for at, heading in enumerate(titles(solution)):
@@ -100,8 +107,17 @@ def draw_estimates(
         console.print()
     console.print(
         "expected: approximation and rounding together, relative to how far the EMA is\n"
-        f"from the network of its step; by {solution.moments.values:,} values of each of "
-        f"{counted(len(solution.moments.rounding), 'snapshot')}",
+        f"from the network of its step; by {solution.sample.moments.values:,} values of each of "
+        f"{counted(len(solution.sample.moments.rounding), 'snapshot')}",
         style="dim",
         soft_wrap=True,
     )
+    trajectory = solution.sample.trajectory
+    if math.isfinite(trajectory.left_out):
+        raised = f";\nall errors are raised by {trajectory.raised:.3g}" * (trajectory.raised > 1)
+        console.print(
+            "left out and rebuilt from the others, snapshots are "
+            f"{trajectory.left_out:.3g} times as far\noff as expected{raised}",
+            style="dim",
+            soft_wrap=True,
+        )

@@ -36,14 +36,14 @@ def _format_options(command: Any, context: Any, formatter: Any, rest: str = _RES
 
 
 def _methods() -> str:
-    from posthoc_cli.solver import METHODS, default_method
+    from posthoc_cli.solver import DEFAULT, METHODS
 
     said = []
     for name, method in METHODS.items():
-        default = ", the default" if name == default_method(raw=False) else ""
-        if name == default_method(raw=True):
-            default = ", the default with --raw" + ("" if method.takes_emas else ", and only there")
-        said.append(f"{name}{default}: {method.help}.")
+        note = ", the default" if name == DEFAULT else ""
+        if not method.takes_emas:
+            note = ", with --raw only"
+        said.append(f"{name}{note}: {method.help}.")
     return " ".join(said)
 
 

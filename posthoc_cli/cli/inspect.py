@@ -30,7 +30,7 @@ from posthoc_cli.cli.lora import lora_row
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest
 from posthoc_cli.cli.tables import Column, Columns, shortened
-from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, printable
+from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, percent, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -331,6 +331,21 @@ def _describe_output(path: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _errors_row(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """The error that was expected, where the recipe says it."""
+    compared = document.get("compared")
+    error, other = (
+        each.get("relative_error") if isinstance(each, dict) else None
+        for each in (document, compared)
+    )
+    if not isinstance(error, (int, float)):
+        return []
+    text = f"{percent(error)} of how far the EMA is from the network"
+    if isinstance(other, (int, float)) and isinstance(compared, dict):
+        text += f"; {compared.get('method')}'s: {percent(other)}"
+    return [("expected error", text)]
+
+
 def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everything: bool) -> None:
     from posthoc_cli.snapshots.folder import Contents
 
@@ -346,6 +361,7 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
         ),
         ("target", recipe.target),
         ("method", f"{recipe.method} (posthoc {recipe.version})"),
+        *_errors_row(recipe.document),
         *lora_row(recipe.document),
         ("sources", f"{counted(len(recipe.rows), 'snapshot')}:"),
     ):

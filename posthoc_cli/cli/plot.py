@@ -42,8 +42,8 @@ def plot(
         typer.Option(
             metavar="METHOD",
             show_default=False,
-            help="Whose weights are drawn: edm2 (the default), algorithm3 or blup; with --raw "
-            "share (the default there) or blup.",
+            help="Whose weights are drawn: blup (the default), edm2 or algorithm3; with --raw "
+            "blup or share.",
         ),
     ] = None,
     force: Annotated[

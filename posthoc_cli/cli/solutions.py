@@ -58,18 +58,19 @@ def warn_of_sample(solution: Solution, quiet: bool) -> None:
 
 def _of_sample(solution: Solution) -> list[tuple[str, str]]:
     from posthoc_cli.snapshots.runs import jumps
+    from posthoc_cli.solver import DEFAULT
 
-    moments = solution.moments
-    if moments is None:
-        if solution.glance is None:
-            return []
-        snapshots, glanced = solution.glance
-        return jumps(snapshots, glanced.differences)
-    jumped = jumps(solution.snapshots, moments.differences)
-    if not moments.broken:
-        return jumped
-    share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
-    return [("", f"{share} are NaN or infinite in some snapshot, and left out"), *jumped]
+    found = []
+    if solution.doubt:
+        instead = "" if solution.method == DEFAULT else f"; the weights are {solution.method}'s"
+        found.append(("", f"{solution.doubt}{instead}"))
+    if solution.sample is None:
+        return found
+    moments = solution.sample.moments
+    if moments.broken:
+        share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
+        found.append(("", f"{share} are NaN or infinite in some snapshot, and left out"))
+    return [*found, *jumps(solution.sample.snapshots, moments.differences)]
 
 
 def note_large_errors(solution: Solution, quiet: bool) -> None:
@@ -77,17 +78,16 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
     if quiet:
         return
     targets = range(len(solution.wanted))
+    lone = _note_lone_checkpoints(solution) if solution.run.raw else []
     if solution.expected is not None:
         off = solution.expected.relative
-        if far := [at for at in targets if off[at] > FAR_OFF]:
+        if far := [at for at in targets if off[at] > FAR_OFF and at not in lone]:
             note(
                 f"{_listed(solution, far)}: an error of up to {percent(off[far].max())} of the "
                 "distance between EMA and network is to be expected (see --diagnose)",
                 quiet,
             )
-        return
-    if solution.run.raw:
-        _note_lone_checkpoints(solution)
+    if solution.expected is not None or solution.run.raw:
         return
     errors, gains = solution.solved.profile_error, solution.solved.noise_gain
     if far := [at for at in targets if errors[at] > FAR_OFF]:
@@ -114,12 +114,14 @@ def _note_far(solution: Solution, far: Sequence[int], errors: FloatArray) -> Non
     note(f"{_listed(solution, far)}: {said}", quiet=False)
 
 
-def _note_lone_checkpoints(solution: Solution) -> None:
-    """A line on stderr for EMAs that are narrower than raw checkpoints are apart."""
+def _note_lone_checkpoints(solution: Solution) -> list[int]:
+    """A line on stderr for EMAs narrower than raw checkpoints are apart; returns which."""
     weights = solution.solved.weights
     largest = weights.max(axis=1)
     lone = [at for at in range(len(solution.wanted)) if largest[at] > LONE]
-    if lone and len(solution.snapshots) > 1:
+    if len(solution.snapshots) < 2:
+        return []
+    if lone:
         worst = max(lone, key=lambda at: float(largest[at]))
         one = solution.snapshots[int(weights[worst].argmax())]
         note(
@@ -127,6 +129,7 @@ def _note_lone_checkpoints(solution: Solution) -> None:
             f"{percent(largest[worst])} of it is '{one.file}' alone",
             quiet=False,
         )
+    return lone
 
 
 def _listed(solution: Solution, which: Sequence[int]) -> str:
@@ -200,7 +203,7 @@ def _describe_target(solution: Solution, at: int) -> dict[str, Any]:
         "sum_of_weights": float(solved.sum_of_weights[at]),
         "noise_gain": float(solved.noise_gain[at]),
         "profile_error": float(solved.profile_error[at]),
-        **_describe_expected(solution, at),
+        **solution.errors_of(at),
         "weights": [
             {
                 "file": snapshot.file,
@@ -212,13 +215,4 @@ def _describe_target(solution: Solution, at: int) -> dict[str, Any]:
             }
             for snapshot, weight in zip(solution.snapshots, solved.weights[at], strict=True)
         ],
-    }
-
-
-def _describe_expected(solution: Solution, at: int) -> dict[str, float]:
-    if solution.expected is None:
-        return {}
-    return {
-        "expected_error": float(solution.expected.total[at]),
-        "relative_error": float(solution.expected.relative[at]),
     }

@@ -62,10 +62,11 @@ def solve(
 ) -> None:
     """Show the weights that rebuild an EMA from the snapshots in FOLDER.
 
-    Nothing is written: it reads the files' headers, and a sample of the values for --method blup
-    and --diagnose, so it is a quick way to see how well a target can be had. The profile error says
-    how far the EMA that the weights give is from the one that is wanted; the noise gain, how much
-    rounding noise of the snapshots is amplified.
+    Nothing is written: it reads the files' headers, and a sample of the values unless --method is
+    edm2, algorithm3 or share, so it is a quick way to see how well a target can be had. The
+    expected error says how far the EMA that the weights give is from the one that is wanted,
+    relative to how far that is from the network; the noise gain, how much rounding noise of the
+    snapshots is amplified.
 
     \b
     Examples:
@@ -171,8 +172,12 @@ def _draw_totals(console: Console, solution: Solution, at: int) -> None:
     if solved.method != "share":  # which solves no system
         totals.append(("condition number", f"{solved.condition_number:.3g}", ""))
     if solution.expected is not None:
-        error = percent(float(solution.expected.relative[at]))
-        totals.insert(0, ("expected error", error, "of how far the EMA is from the network"))
+        meaning = "of how far the EMA is from the network"
+        if (plain := solution.plain) is not None:
+            meaning += f"; {plain}'s: {percent(float(solution.errors[plain].relative[at]))}"
+        totals.insert(
+            0, ("expected error", percent(float(solution.expected.relative[at])), meaning)
+        )
     for total, value, meaning in totals:
         table.add_row(total, value, meaning)
     table.columns[2].style = "dim"

@@ -261,9 +261,12 @@ def _draw(solution: Solution, written: Sequence[Output]) -> None:
     kind, errors = "profile error", solved.profile_error.tolist()
     if solution.run.raw:  # which have no profile to be off by
         kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
-        if solution.expected is not None:
-            kind, errors = "expected error", solution.expected.relative.tolist()
-    headings = ("size", "time", "sum of weights", "noise gain", kind)
+    if solution.expected is not None:
+        kind, errors = "expected error", solution.expected.relative.tolist()
+    plain = solution.plain
+    rivals = [] if plain is None else solution.errors[plain].relative.tolist()
+    headings = ["size", "time", "sum of weights", "noise gain", kind]
+    headings += [f"{plain}'s"] if plain else []
     files = [
         (in_bytes(one.bytes), "kept" if one.seconds is None else f"{one.seconds:.1f} s")
         for one in written
@@ -276,6 +279,7 @@ def _draw(solution: Solution, written: Sequence[Output]) -> None:
             f"{solved.sum_of_weights[at]:.6f}",
             f"{solved.noise_gain[at]:.3f}",
             percent(errors[at]),
+            *([percent(rivals[at])] if plain else []),
         )
         for at, (size, seconds) in enumerate(files)
     ]
@@ -287,9 +291,10 @@ def _draw(solution: Solution, written: Sequence[Output]) -> None:
     if max(map(len, names)) + 60 > console.width:
         for name, line in zip(names, lines, strict=True):
             console.print(name, style="bold", soft_wrap=True)
-            size, seconds, total, noise, error = line
+            size, seconds, total, noise, *others = line
             made = f"{size}, {seconds}; " if size else ""
-            console.print(f"  {made}sum {total}, noise gain {noise}, {kind} {error}")
+            told = ", ".join(map(" ".join, zip(headings[4:], others, strict=True)))
+            console.print(f"  {made}sum {total}, noise gain {noise}, {told}")
         return
     table = plain_table()
     table.add_column("output")

@@ -156,8 +156,6 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
     compared.
     """
     found = []
-    if len(differences) != len(snapshots):
-        return []  # of thousands of snapshots, some are measured
     for series in _series(snapshots):
         pairs = list(pairwise(series))
         gaps = [max(snapshots[b].step - snapshots[a].step, 1) for a, b in pairs]

@@ -12,7 +12,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,6 @@ went."""
 
 BLOCK = 256
 """Elements read at each: a page of a float32 file, the least that a disk gives anyway."""
-
-_GLANCED, _GLANCES = 512, 16
-"""Snapshots that are glanced at, and places in each: far fewer than are needed for weights."""
-
-_FEW = 16
-"""Values that must differ: of fewer, chance decides how far they are apart."""
 
 _HELD_BYTES = 1 << 25
 """The most that the values of all snapshots held at a time may take, as float64."""
@@ -285,21 +279,18 @@ def _read(
             into = into[end - start :]
 
 
-def glance(
-    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
-) -> tuple[Sequence[Snapshot], SampleMoments] | None:
-    """A small sample of the last snapshots, to see whether one is of another network."""
-    last = snapshots[-_GLANCED:]
-    try:
-        moments = sample_moments(last, leave_out=leave_out, blocks=_GLANCES)
-    except SnapshotError:  # whoever reads all of it says so, too
-        return None
-    return (last, moments) if moments.values >= _FEW else None
+class Sample(NamedTuple):
+    """What was measured of `snapshots`, and the trajectory that was fitted to it.
+
+    Of very many snapshots they are some, but the trajectory's `noise` is that of each.
+    """
+
+    moments: SampleMoments
+    trajectory: Trajectory
+    snapshots: Sequence[Snapshot]
 
 
-def fit_snapshots(
-    snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()
-) -> tuple[SampleMoments, Trajectory]:
+def fit_snapshots(snapshots: Sequence[Snapshot], leave_out: Sequence[str] = ()) -> Sample:
     """Measure a sample of the snapshots' values, and fit how the network moved.
 
     Of very many, some are measured, and the sample is of those. `leave_out` are globs of tensors
@@ -315,11 +306,11 @@ def fit_snapshots(
         backwards = choose([-step for step in steps], MEASURED // 2)
         chosen = sorted({*choose(steps, MEASURED // 2), *backwards})
     measured = [snapshots[at] for at in chosen]
-    sample = sample_moments(measured, leave_out=leave_out)
+    moments = sample_moments(measured, leave_out=leave_out)
     profiles = [snapshot.profile for snapshot in measured]
-    fitted = fit_trajectory(profiles, sample.differences, sample.rounding, sample.squares)
+    fitted = fit_trajectory(profiles, moments.differences, moments.rounding, moments.squares)
     if len(measured) < len(snapshots):  # the others' rounding is like their neighbours'
         known, place = np.unique([steps[at] for at in chosen], return_inverse=True)
-        noise = np.bincount(place, sample.rounding) / np.bincount(place)
+        noise = np.bincount(place, moments.rounding) / np.bincount(place)
         fitted = replace(fitted, noise=np.interp(steps, known, noise))
-    return sample, fitted
+    return Sample(moments, fitted, measured)

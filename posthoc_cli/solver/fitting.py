@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -96,7 +95,8 @@ def fit_trajectory(
             grams = [(each := factors[:, among == at]) @ each.T for at in range(part[-1] + 1)]
             own.append(np.array([np.diagonal(gram) for gram in grams]))
             designs.append(np.stack([_apart(gram, *pairs) for gram in grams], axis=1))
-        rates, *found, misfit = _smooth_rates(designs, differences[pairs], *noise[[*pairs]], cut)
+        noises = noise[pairs[0]], noise[pairs[1]]
+        (rates, *found), misfit = _smooth_rates(designs, differences[pairs], noises, cut)
         trajectory = Trajectory(
             edges,
             np.maximum(rates, FLOOR * rates.max()),
@@ -161,10 +161,9 @@ def _apart(gram: FloatArray, first: IntArray, second: IntArray) -> FloatArray:
 def _smooth_rates(
     designs: Sequence[FloatArray],
     measured: FloatArray,
-    noise: FloatArray,
-    other_noise: FloatArray,
+    noises: tuple[FloatArray, FloatArray],
     cut: int,
-) -> list[Any]:
+) -> tuple[list[FloatArray], float]:
     """The rates of each of `designs`, the walk's first, and the misfit.
 
     They are those whose differences `design @ rates + rounding` [pairs] are nearest to `measured`,
@@ -185,8 +184,8 @@ def _smooth_rates(
         slopes = np.diff(np.eye(high - low), 1, axis=0)
         cost_of[low:high, low:high] = SMOOTHNESS * slopes.T @ slopes / (high - low)
     design = np.concatenate(designs, axis=1) / measured[:, None]
-    rounding = (noise + other_noise) / measured
-    shared = 2 * np.sqrt(noise * other_noise) / measured
+    rounding = (noises[0] + noises[1]) / measured
+    shared = 2 * np.sqrt(noises[0] * noises[1]) / measured
 
     left = np.maximum(1 - rounding, 1e-3)
     even = np.empty(places[-1])
@@ -229,7 +228,7 @@ def _smooth_rates(
         if gained < ENOUGH * now or now < EXACT:
             break
     rates = np.exp(logs)
-    return [*np.split(rates, places[1:-1]), float(np.sqrt(np.mean(off**2)))]
+    return np.split(rates, places[1:-1]), float(np.sqrt(np.mean(off**2)))
 
 
 def leave_out(

@@ -77,8 +77,12 @@ def methods_for(raw: bool) -> tuple[str, ...]:
     return tuple(each.name for each in sorted(every, key=lambda each: each.needs_values))
 
 
-def default_method(raw: bool) -> str:
-    """The method for raw checkpoints, or for EMAs, when none is asked for."""
+DEFAULT = "blup"
+"""The method when none is asked for."""
+
+
+def plain_method(raw: bool) -> str:
+    """The first that goes by the profiles alone: what DEFAULT is held against, and gives way to."""
     return methods_for(raw)[0]
 
 
@@ -150,11 +154,11 @@ def solve_apart(
 
 
 def choose_method(method: str | None, snapshots: Profiles) -> str:
-    """The method, by default the one for these snapshots; raises UsageError where none fits."""
+    """The method, by default DEFAULT; raises UsageError where it doesn't fit the snapshots."""
     some_raw = any(each.raw for each in snapshots)
     all_raw = some_raw and all(each.raw for each in snapshots)
     if method is None:
-        return default_method(all_raw) if all_raw or powers(snapshots) else "blup"
+        return DEFAULT
     if method not in METHODS:
         raise UsageError("method=", f"'{method}' is not known", f"choose {either(METHODS)}")
     check_method(method, some_raw, all_raw)

@@ -154,7 +154,8 @@ def even_error(snapshots: Sequence[Average], target: Average) -> float:
     Relative to how far the target is from the network of its step. Snapshots are taken to be of
     half precision, of a network that moves by as much as its weights are large.
     """
-    from posthoc_cli.solver.blup import Trajectory, blup_weights, expected_error
+    from posthoc_cli.solver.blup import blup_weights, expected_error
+    from posthoc_cli.solver.trajectory import Trajectory
 
     last = float(target.step)
     even = Trajectory(np.array([0.0, last]), np.ones(1), np.full(len(snapshots), HALF * last), 0.0)

@@ -32,6 +32,7 @@ def make_recipe(
     groups: Sequence[tuple[TensorGroup, Sequence[float]]] = (),
     lora: object = None,
     how: How | None = None,
+    errors: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The recipe of one output: its target, and each snapshot with its weight.
 
@@ -39,13 +40,14 @@ def make_recipe(
     `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `groups`
     those whose tensors have weights of their own, one a source, and these; `lora` is the plan,
     which may be one of a LoRA's products; `how` is how checkpoints of other tools are read, where
-    it isn't as usual.
+    it isn't as usual; `errors` what errors are to be expected.
     """
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
         "version": __version__,
         "method": method,
         "target": target.as_dict(step),
+        **_rounded(errors or {}),
         **{key: value for key, value in globs.items() if value},
         **({"groups": [_describe_group(step, *group) for group in groups]} if groups else {}),
         **(
@@ -80,6 +82,19 @@ def _describe(snapshot: Snapshot) -> dict[str, Any]:
     widths = {"sigma_rel": snapshot.sigma_rel, "gamma": snapshot.gamma}
     told = {key: value if math.isfinite(value) else None for key, value in widths.items()}
     return {"step": snapshot.step, **told, "profile": snapshot.profile.as_dict()}
+
+
+def _rounded(errors: Mapping[str, Any]) -> dict[str, Any]:
+    """Errors to four digits; null where nothing is known, as JSON has no NaN."""
+    told: dict[str, Any] = {}
+    for key, value in errors.items():
+        if isinstance(value, Mapping):
+            told[key] = _rounded(value)
+        elif isinstance(value, float):
+            told[key] = float(f"{value:.4g}") if math.isfinite(value) else None
+        else:
+            told[key] = value
+    return told
 
 
 def _lora(entry: Any) -> tuple[float, int | None] | None:

@@ -53,7 +53,12 @@ def test_one_target_or_several(snapshots: Path) -> None:
         "gamma 3",
     ]
     np.testing.assert_allclose(several.weights[1], one.weights[0], rtol=1e-12)
-    assert one.expected_error is None
+    assert one.method == "blup"
+    assert one.expected_error is not None
+    plain = run.solve(sigma_rel=0.07, method="edm2")
+    assert plain.expected_error is None
+    assert set(one.errors) == {"blup", "edm2"}
+    assert one.errors["blup"].total < one.errors["edm2"].total
 
 
 def test_save_and_state_dict_give_the_same_numbers(snapshots: Path, tmp_path: Path) -> None:
@@ -137,7 +142,7 @@ def test_errors_name_arguments(snapshots: Path, tmp_path: Path) -> None:
 def test_an_expected_error_needs_a_sample(snapshots: Path, tmp_path: Path) -> None:
     run = posthoc_cli.open_snapshots(snapshots)
     with pytest.raises(ValueError, match="sample=True"):
-        run.solve(sigma_rel=0.07).estimate_methods()
+        run.solve(sigma_rel=0.07, method="edm2").estimate_methods()
     solution = run.solve(sigma_rel=0.07, sample=True)
     assert solution.expected_error is not None
     assert {each.method for each in solution.estimate_methods()} == {"edm2", "algorithm3", "blup"}

@@ -207,7 +207,7 @@ def compared(
     profiles = [snapshot.profile for snapshot in snapshots]
     targets = [Profile(profiles[-1].step, sigma_rel_to_gamma(width)) for width in TARGETS]
     distance = (run.truth - run.end).square().mean(1).sqrt().numpy()
-    _, trajectory = fit_snapshots(snapshots)
+    trajectory = fit_snapshots(snapshots).trajectory
     for verdict in estimate_methods(profiles, targets, trajectory):
         assert verdict.solved is not None
         assert verdict.expected is not None

@@ -113,7 +113,8 @@ def test_a_file_of_posthoc(posthoc_here: Posthoc, snapshots: Path, check_json) -
 
     plain = posthoc_here("inspect", "x.safetensors")
     assert "sigma_rel 0.07 (gamma 11.24) at step 4000" in plain.out
-    assert "edm2 (posthoc " in plain.out
+    assert "blup (posthoc " in plain.out
+    assert re.search(r"^expected error +2\.\d\d% of .*; edm2's: 5\.\d\d%$", plain.out, re.MULTILINE)
     for source in recipe["sources"]:
         shown = abs(source["weight"]) > 1e-6
         assert (f"  {source['file']}" in plain.out) == shown

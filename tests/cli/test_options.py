@@ -134,6 +134,7 @@ def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
             run = posthoc_here(*arguments)
             assert run.code == 0, example
             told = (
+                "an error of up to",
                 "profile error of up to",
                 "what they do is",
                 "the products of",
@@ -229,7 +230,7 @@ def test_a_name_too_long_and_a_working_folder_that_is_gone(
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
 def test_streams_that_the_caller_has_closed(snapshots: Path, tmp_path: Path) -> None:
     """Nothing that is opened then takes their numbers: an output least of all."""
-    command = f"'{COMMAND}' synthesize snapshots --gamma 3 -o"
+    command = f"'{COMMAND}' synthesize snapshots --sigma-rel 0.02 -o"
     for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", "<&- 2>&-"):
         for output, code in (("x.safetensors", 0), ("x.safetensors", 2), ("x.bin", 2)):
             done = subprocess.run(

@@ -62,7 +62,7 @@ def test_inspect(posthoc: Posthoc, posthoc_here: Posthoc, lora: Path, check_json
 
 
 def test_json_and_csv(posthoc_here: Posthoc, lora: Path, check_json) -> None:
-    arguments = ("solve", "lora", "--raw", "--sigma-rel", "0.1,0.2")
+    arguments = ("solve", "lora", "--raw", "--sigma-rel", "0.1,0.2", "--method", "share")
     document = posthoc_here(*arguments, "--json").json
     check_json("solve", document)
     assert (document["method"], document["condition_number"]) == ("share", 1.0)
@@ -77,7 +77,8 @@ def test_json_and_csv(posthoc_here: Posthoc, lora: Path, check_json) -> None:
 
 
 def test_tables(posthoc_here: Posthoc, lora: Path) -> None:
-    run = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.2")
+    share = ("--method", "share")
+    run = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.2", *share)
     assert (run.code, run.err) == (0, "")
     lines = run.out.splitlines()
     assert lines[0].endswith("at step 600, from 4 raw checkpoints (share)")
@@ -85,10 +86,11 @@ def test_tables(posthoc_here: Posthoc, lora: Path) -> None:
     assert "sum of weights  1.000000" in run.out
     assert "profile error" not in run.out
     assert "condition" not in run.out
-    many = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.10,0.15,...,0.25")
+    many = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.10,0.15,...,0.25", *share)
     assert "largest weight" in many.out.splitlines()[0]
     assert "at step 600, from 4 raw checkpoints (share)\n" in many.out
-    blup = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.2", "--method", "blup", "-q")
+    blup = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.2", "-q")
+    assert "(blup)" in blup.out.splitlines()[0]
     assert "expected error" in blup.out
     assert "condition number" in blup.out
     told = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.2", "--diagnose")
@@ -119,7 +121,7 @@ def test_on_a_narrow_terminal(lora: Path, tmp_path: Path) -> None:
 
 
 def test_an_ema_that_is_but_one_checkpoint_is_said_to_be(posthoc_here: Posthoc, lora: Path) -> None:
-    run = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.02,0.2")
+    run = posthoc_here("solve", "lora", "--raw", "--sigma-rel", "0.02,0.2", "--method", "share")
     assert run.err == (
         "posthoc: sigma_rel 0.02: narrower than the checkpoints are apart; up to 100% of it is "
         "'style.safetensors' alone\n"
@@ -170,7 +172,7 @@ def test_plot(posthoc_here: Posthoc, lora: Path, tmp_path: Path) -> None:
     run = posthoc_here(*arguments, "-q")
     assert (run.code, run.err) == (0, "")
     text = (tmp_path / "x.svg").read_text()
-    for word in ("share of the EMA before t", "wanted", "share", "blup", "weights (share)"):
+    for word in ("share of the EMA before t", "wanted", "share", "blup", "weights (blup)"):
         assert word in text
     assert "edm2" not in text
     posthoc_here(*arguments, "--force", "--method", "edm2").failed(

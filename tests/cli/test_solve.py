@@ -20,6 +20,7 @@ def test_json_and_csv_say_what_the_library_does(
     posthoc: Posthoc, posthoc_here: Posthoc, snapshots: Path, check_json
 ) -> None:
     arguments = ["solve", "snapshots", "--sigma-rel", "0.07,0.2", "--gamma", "3", "-q"]
+    arguments += ["--method", "edm2"]
     run = posthoc(*arguments, "--json")
     assert (run.code, run.err) == (0, "")
     check_json("solve", run.json)
@@ -75,7 +76,7 @@ def test_step_and_method(posthoc_here: Posthoc, snapshots: Path, check_json) -> 
 
 
 def test_the_table(posthoc: Posthoc, posthoc_here: Posthoc, snapshots: Path) -> None:
-    run = posthoc_here("solve", "snapshots", "--sigma-rel", "0.07", "--all")
+    run = posthoc_here(*("solve", "snapshots", "--sigma-rel", "0.07", "--all", "--method", "edm2"))
     assert run.code == 0
     assert "\x1b" not in run.out
     title, heading, *rows = run.out.splitlines()
@@ -93,7 +94,13 @@ def test_the_table(posthoc: Posthoc, posthoc_here: Posthoc, snapshots: Path) -> 
     assert re.search(r"^noise gain +0\.7415 ", run.out, re.MULTILINE)
     assert re.search(r"^profile error +3\.61% ", run.out, re.MULTILINE)
     assert re.search(r"^condition number +27\.3$", run.out, re.MULTILINE)
-    few = posthoc("solve", "snapshots", "--sigma-rel", "0.07", env={"PYTHONIOENCODING": "ascii"})
+    assert "expected error" not in run.out
+    best = posthoc_here("solve", "snapshots", "--sigma-rel", "0.07").out
+    assert re.search(r"^expected error +2\.\d\d% +of .*; edm2's: 5\.\d\d%$", best, re.MULTILINE)
+    few = posthoc(
+        *("solve", "snapshots", "--sigma-rel", "0.07", "--method", "edm2"),
+        env={"PYTHONIOENCODING": "ascii"},
+    )
     assert "and 2 more below a millionth of the largest, -4" in few.out
     assert few.out.isascii()
     assert "##|" in few.out
@@ -109,7 +116,7 @@ def test_many_targets_and_snapshots(posthoc_here: Posthoc, tmp_path: Path) -> No
     lines = run.out.splitlines()
     assert lines[0].split()[:2] == ["sigma_rel", "gamma"]
     assert [line.split()[0] for line in lines[1:7]] == [f"0.{n:02d}00" for n in range(5, 11)]
-    assert "from 200 snapshots (edm2)" in run.out
+    assert "from 200 snapshots (blup)" in run.out
     table = posthoc_here("solve", "many", "--sigma-rel", "0.03").out
     assert "more below a thousandth of the largest" in table
     shown = table.count(".safetensors")
@@ -120,7 +127,7 @@ def test_many_targets_and_snapshots(posthoc_here: Posthoc, tmp_path: Path) -> No
 
 
 def test_on_a_terminal(snapshots: Path) -> None:
-    arguments = ["solve", "snapshots", "--sigma-rel", "0.07"]
+    arguments = ["solve", "snapshots", "--sigma-rel", "0.07", "--method", "edm2"]
     shown = on_terminal(arguments, snapshots.parent, NO_COLOR="1")
     assert max(map(len, visible(shown))) <= 80
     assert "█" in shown
@@ -138,7 +145,11 @@ def test_on_a_terminal(snapshots: Path) -> None:
         ([], 2, "--sigma-rel: no target is given; .*"),
         (["--sigma-rel", "0.3"], 2, "--sigma-rel: 0.3 is out of bounds; .*0.2887"),
         (["--gamma", "-1"], 2, "--gamma: -1 is out of bounds; .*"),
-        (["--gamma", "-0.5"], 2, "--method edm2: has no weights for gamma -0.5; use --method blup"),
+        (
+            ["--gamma", "-0.5", "--method", "edm2"],
+            2,
+            "--method edm2: has no weights for gamma -0.5; use --method blup",
+        ),
         (["--gamma", "3", "--diagnose", "--csv"], 2, "--csv: doesn't go with --diagnose; .*"),
         (["--gamma", "3", "--json", "--csv"], 2, "--csv: doesn't go with --json; .*"),
         (["--gamma", "3", "--method", "x"], 2, "--method: 'x' is not known; choose edm2.*"),

@@ -16,7 +16,14 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.solver.averages import Decay
 from posthoc_cli.solver.blup import expected_error
 from posthoc_cli.solver.estimates import estimate_methods
-from posthoc_cli.solver.methods import METHODS, check_method, default_method, methods_for, solve
+from posthoc_cli.solver.methods import (
+    METHODS,
+    check_method,
+    choose_method,
+    methods_for,
+    plain_method,
+    solve,
+)
 from posthoc_cli.solver.profiles import Profile, sigma_rel_to_gamma
 from posthoc_cli.solver.trajectory import Trajectory
 
@@ -201,8 +208,9 @@ def test_methods_and_their_defaults() -> None:
     assert list(METHODS) == ["edm2", "algorithm3", "blup", "share"]
     assert methods_for(raw=False) == ("edm2", "algorithm3", "blup")
     assert methods_for(raw=True) == ("share", "blup")
-    assert default_method(raw=False) == "edm2"
-    assert default_method(raw=True) == "share"
+    assert plain_method(raw=False) == "edm2"
+    assert plain_method(raw=True) == "share"
+    assert choose_method(None, [Profile(9, 3.0)]) == choose_method(None, [Decay(9, 0.0)]) == "blup"
 
 
 def test_the_registry_loads_nothing_that_only_some_methods_need() -> None:

@@ -131,7 +131,7 @@ def test_synthesis_agrees_with_an_ema_tracked_at_the_target(tmp_path: Path) -> N
     # And blup is off by as much as it expects to be.
     by_blup = ema.synthesize(sigma_rel=0.07, method="blup")["weight"]
     profiles = [each.profile for each in snapshots]
-    _, trajectory = fit_snapshots(snapshots)
+    trajectory = fit_snapshots(snapshots).trajectory
     weights = solve(profiles, [target], "blup", trajectory=trajectory).weights
     expected = expect(trajectory, profiles, [target], weights).total[0]
     off = (by_blup - walk.ema_model.weight).square().mean().sqrt()
