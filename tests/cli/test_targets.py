@@ -124,13 +124,13 @@ def test_solve_shows_targets_of_every_kind(
         *("lr-decay:1-sqrt:20%", "lr-decay:cosine:192", "decay:0.99", "half-life:5%"),
     ]
     lines = posthoc_here("solve", "walk", *ASKED, "-q").out.splitlines()
-    assert re.fullmatch("target +sum of weights +noise gain +profile error", lines[0])
+    assert re.fullmatch("target +sum of weights +noise gain +expected error", lines[0])
     assert lines[3].startswith("window 10%  ")
     one = posthoc_here("solve", "walk", "--decay", "0.99")
     assert one.out.startswith("decay 0.99 (half-life 68.97 steps) at step 960, from 48 snapshots")
     one = posthoc_here("solve", "walk", "--half-life", "5%")
     assert one.out.startswith("half-life 5% (decay 0.985663) at step 960")
-    one = posthoc_here("solve", "walk", "--window", "1%")
+    one = posthoc_here("solve", "walk", "--window", "1%", "--method", "edm2")
     assert "window 1%: a profile error of up to " in one.err
     rows = list(csv.DictReader(io.StringIO(posthoc_here("solve", "walk", *ASKED, "--csv").out)))
     assert (rows[-1]["target"], rows[-1]["target_sigma_rel"]) == ("half-life:5%", "")
