@@ -26,9 +26,10 @@ _NOBODYS = {".ds_store", "thumbs.db", "desktop.ini", "__pycache__"}
 """What systems and Python put into folders by themselves."""
 
 
-def own_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the folder at `path`; raises UsageError where posthoc didn't make it."""
-    manifest = None if os.path.islink(path) else read_manifest(path)
+def own_manifest(path: Path, *, linked: bool = False) -> dict[str, Any]:
+    """The manifest of the folder at `path`; raises UsageError where posthoc didn't make it, or
+    where it is a link, unless it may be `linked`."""
+    manifest = read_manifest(path) if linked or not os.path.islink(path) else None
     if manifest is not None and is_output(path):
         return manifest
     what, remedy = "a file", "choose another output"

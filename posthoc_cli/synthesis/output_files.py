@@ -193,7 +193,7 @@ def kept_output(path: Path) -> Output:
 
     Raises UsageError for a folder that posthoc didn't make.
     """
-    manifest = own_manifest(path) if os.path.isdir(path) else None
+    manifest = own_manifest(path, linked=True) if os.path.isdir(path) else None
     main = path / manifest["weights"] if manifest else existing_output(path)[0]
     shards = shards_of(main)
     size = sum(each.stat().st_size for each in (main, *shards))

@@ -71,6 +71,9 @@ def collects(output: str, targets: Sequence[Target], layout: str) -> bool:
 
 def _check_folders(output: str, paths: Sequence[Path]) -> None:
     for path in paths:
+        if path.name in ("", ".."):
+            problem = f"'{path}' is no name for a folder to be made"
+            raise UsageError("output=", problem, f"give one, such as '{path / 'ema'}'")
         if path.suffix.lower() == ENDING:
             raise UsageError(
                 "output=",

@@ -121,6 +121,16 @@ def test_what_is_there(posthoc_here: Posthoc, run: Path) -> None:
     posthoc_here(*SYNTHESIZE, "x.safetensors").failed(
         2, "-o: 'x.safetensors' ends as a file does, and --layout folder writes a folder; .*"
     )
+    for name in (".", "..", "", "/"):
+        posthoc_here(*SYNTHESIZE, name, "--force").failed(
+            2, "-o: '.*' is no name for a folder to be made; give one, such as '.*ema'"
+        )
+    run.with_name("link").symlink_to("out")
+    posthoc_here(*SYNTHESIZE, "link", "--force").failed(
+        2, "link: a link that posthoc didn't make .*"
+    )
+    assert posthoc_here(*SYNTHESIZE, "link", "--skip-existing").code == 0
+    run.with_name("link").unlink()
     posthoc_here(*SYNTHESIZE, "none/out").failed(
         2, "-o: there is no folder 'none'; create it first"
     )
