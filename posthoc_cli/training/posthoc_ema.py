@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import math
 import os
 import re
 import secrets
@@ -68,6 +69,7 @@ class PostHocEMA:
         gammas: their exponents.
         folder: where the snapshots go; made if need be.
         checkpoint_every: steps between snapshots; None leaves it to `checkpoint()`.
+        raw: save the network itself too, beside its averages.
         dtype: of the floating-point tensors in the snapshots; None keeps the network's own.
         keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all.
         update_every: steps between updates of the averages.
@@ -102,6 +104,7 @@ class PostHocEMA:
         gammas: Sequence[float] | None = None,
         folder: str | os.PathLike[str] = "ema-snapshots",
         checkpoint_every: int | None = 1000,
+        raw: bool = False,
         dtype: torch.dtype | None = torch.float16,
         keep: int | None = None,
         update_every: int = 1,
@@ -142,6 +145,7 @@ class PostHocEMA:
         self.model = model
         self.folder = Path(folder)
         self.checkpoint_every = checkpoint_every
+        self.raw = raw
         self.dtype = dtype
         self.keep = keep
         self.update_every = update_every
@@ -256,7 +260,8 @@ class PostHocEMA:
             self._average(self.step)
         self._bound_update()
         own = named_tensors(self.model)
-        snapshots = [self._snapshot(index, own) for index in range(len(self.gammas))]
+        averages = [*self._averages, *([{}] if self.raw else [])]
+        snapshots = [self._snapshot(index, each, own) for index, each in enumerate(averages)]
         paths = [snapshot.path for snapshot in snapshots]
         writes, sharded = is_first_process(), any(map(is_sharded, own.values()))
         if self.background or sharded:
@@ -279,15 +284,17 @@ class PostHocEMA:
         self._claim.release()
         self._warn_of_failures()
 
-    def _snapshot(self, index: int, own: Mapping[str, Tensor]) -> SnapshotToSave:
+    def _snapshot(
+        self, index: int, averages: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> SnapshotToSave:
         """The snapshot of an average as of now, with what else the network's state dict has."""
-        averages, tensors = self._averages[index], {}
+        tensors = {}
         for name, tensor in own.items():
             if self._included(name):
                 average = averages.get(self._live.alias.get(name, ""))
                 value = local(tensor) if average is None else average
                 tensors[name] = TensorToSave(value, saved_dtype(name, tensor, self.dtype), tensor)
-        profile = self.gammas[index], self.sigma_rels[index]
+        profile = (*self.gammas, math.inf)[index], (*self.sigma_rels, 0.0)[index]
         return SnapshotToSave(self.folder, self.prefix, self.run, self.step, *profile, tensors)
 
     def _check_can_save(self) -> None:

@@ -23,7 +23,16 @@ from posthoc_cli.storage import ENDING, make_header, read_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import remove_file
 from posthoc_cli.storage.dtypes import BY_NAME
-from posthoc_cli.storage.metadata import CONVERTED, FORMAT, GAMMA, RECIPE, RUN, SIGMA_REL, STEP
+from posthoc_cli.storage.metadata import (
+    CONVERTED,
+    DECAY,
+    FORMAT,
+    GAMMA,
+    RECIPE,
+    RUN,
+    SIGMA_REL,
+    STEP,
+)
 from posthoc_cli.training.averaging import gather, is_sharded
 
 SnapshotHeader = tuple[Path, Mapping[str, str]]
@@ -73,7 +82,7 @@ class TensorToSave:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotToSave:
-    """An average as of `step`, to be written to `folder`."""
+    """An average as of `step`, to be written to `folder`; of sigma_rel 0 the network itself."""
 
     folder: Path
     prefix: str
@@ -85,6 +94,8 @@ class SnapshotToSave:
 
     @property
     def path(self) -> Path:
+        if self.sigma_rel == 0:
+            return self.folder / f"{self.prefix}-step{self.step:08d}-raw{ENDING}"
         places = 3  # decimals, or as many more as tell two profiles apart
         while (
             abs(round(self.sigma_rel, places) - self.sigma_rel) > SAME_WIDTH / 10 * self.sigma_rel
@@ -96,11 +107,11 @@ class SnapshotToSave:
 
     @property
     def metadata(self) -> dict[str, str]:
+        profile = {GAMMA: repr(self.gamma), SIGMA_REL: repr(self.sigma_rel)}
         return {
             FORMAT: "pt",  # some libraries load nothing without it
             STEP: str(self.step),
-            GAMMA: repr(self.gamma),
-            SIGMA_REL: repr(self.sigma_rel),
+            **({DECAY: "0"} if self.sigma_rel == 0 else profile),
             RUN: self.run,
         }
 
@@ -240,7 +251,7 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
     if metadata.get(RUN) != run or RECIPE in metadata or CONVERTED in metadata:
         return None
     step = metadata.get(STEP, "")
-    written = re.search(r"-step(\d{8,})-[\d.]+$", path.name.removesuffix(ENDING))
+    written = re.search(r"-step(\d{8,})-(?:[\d.]+|raw)$", path.name.removesuffix(ENDING))
     return int(step) if written and step == str(int(written[1])) else None
 
 

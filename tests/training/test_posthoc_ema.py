@@ -400,3 +400,29 @@ def test_trackers_can_be_copied_and_pickled(tmp_path: Path) -> None:
         )
         assert one is not two
         assert one.item() == two.item() > 0
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_network_itself_beside_its_averages(tmp_path: Path, background: bool) -> None:
+    model = small()
+    ema = PostHocEMA(
+        *(model,),
+        folder=tmp_path,
+        checkpoint_every=2,
+        keep=2,
+        raw=True,
+        dtype=None,
+        background=background,
+    )
+    for _ in range(6):
+        with torch.no_grad():
+            for each in model.parameters():
+                each.add_(torch.randn_like(each))
+        ema.update()
+    ema.close()
+    found = read_folder(tmp_path).usable()
+    assert [(each.step, each.sigma_rel) for each in found] == [
+        (step, width) for step in (4, 6) for width in (0.0, 0.05, 0.10)
+    ]
+    saved = load_file(tmp_path / "ema-step00000006-raw.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
