@@ -55,7 +55,8 @@ def averaged(posthoc: Posthoc, tmp_path: Path, *arguments: str, at: str = "body.
     out = tmp_path / "out.safetensors"
     out.unlink(missing_ok=True)
     arguments = arguments or ("run",)
-    done = posthoc("synthesize", *arguments, "--raw", "--sigma-rel", "0.02", "-o", out, "--json")
+    how = ("--raw", "--sigma-rel", "0.02", "--method", "share")
+    done = posthoc("synthesize", *arguments, *how, "-o", out, "--json")
     assert done.code == 0, done
     (target,) = done.json["targets"]
     value = float(load_file(out)[at].flat[0])
