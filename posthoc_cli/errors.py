@@ -5,6 +5,7 @@ PosthocError
 ├── UsageError      2  the command line is wrong
 └── SnapshotError   3  the snapshots are wrong: corrupt, inconsistent, none found, no profile
     ├── IncompleteError    ... a part of one isn't there: it may still be being written
+    │   └── LinkError      ... a file that a delta builds on is missing, broken or another
     ├── NoNetworkError     ... a file holds something else: a log, an optimizer's state
     ├── UnknownError       ... nothing says the step and profile of one
     └── AmbiguousError     ... their names can be read in two ways
@@ -107,6 +108,15 @@ class SnapshotError(PosthocError):
 
 class IncompleteError(SnapshotError):
     """A part of a snapshot isn't there: it may still be being written."""
+
+
+class LinkError(IncompleteError):
+    """A file that a snapshot stored as a difference builds on is missing, broken or another."""
+
+    def __init__(
+        self, subject: str, problem: str, remedy: str = "copy it again, or leave out what needs it"
+    ) -> None:
+        super().__init__(subject, problem, remedy)
 
 
 class NoNetworkError(SnapshotError):

@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
-from posthoc_cli.storage import Reader, TensorInfo
+from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, FloatArray, bytes_of, decode, rounding_variances
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def sample_moments(
         if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
     }
     pieces = _choose(tensors, blocks, block)
-    most = max(_HELD_BYTES // (8 * len(snapshots)), block)
+    held = 8 if not any(each.index.links for each in snapshots) else 24
+    most = max(_HELD_BYTES // (held * len(snapshots)), block)
     sums = _Sums(len(snapshots))
     for group in _groups(pieces, most):
         _add(sums, snapshots, group)
@@ -195,7 +197,6 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     """Add the elements of `pieces` to the sums."""
     elements = sum(piece.count for piece in pieces)
     values = np.empty((len(snapshots), elements))
-    variances = np.empty(elements)
     # Each tensor's part is judged by itself: one that never changes carries no rounding noise, as
     # it comes out of every sum with weights that sum to one as it went in.
     places = np.cumsum([0, *(piece.count for piece in pieces)])
@@ -205,20 +206,9 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
         if at == 0 or piece.name != pieces[at - 1].name
     ]
     rounding = np.empty((len(snapshots), len(parts)))
-    layouts: dict[int, tuple[list[_Run], list[tuple[int, int]]]] = {}
+    reading = _Reading(pieces)
     for row, snapshot in enumerate(snapshots):
-        tensors = snapshot.index.tensors
-        if id(tensors) not in layouts:
-            stored = [piece.stored(tensors) for piece in pieces]
-            layouts[id(tensors)] = _runs(stored), _ranges(stored, tensors)
-        runs, ranges = layouts[id(tensors)]
-        raw = np.empty(runs[-1][-1], np.uint8)
-        _read(snapshot, ranges, raw)
-        for dtype, first, last, start, end in runs:
-            data = raw[start:end]
-            with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted below
-                values[row, first:last] = decode(dtype, data)
-            variances[first:last] = rounding_variances(dtype, data)
+        values[row], variances = reading.values(snapshot.index)
         rounding[row] = np.add.reduceat(variances, parts)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -241,7 +231,96 @@ def _add(sums: _Sums, snapshots: Sequence[Snapshot], pieces: Sequence[_Piece]) -
     sums.broken += broken
 
 
+class _Reading:
+    """The elements of `pieces` in one snapshot after the other.
+
+    Those stored as differences are added to what their base came to, so that each file is read
+    once.
+    """
+
+    def __init__(self, pieces: Sequence[_Piece]) -> None:
+        self._pieces = pieces
+        self._layouts: dict[tuple[int, int], _Layout] = {}
+        self._known: dict[Path, tuple[FloatArray, FloatArray]] = {}
+
+    def values(self, index: TensorIndex) -> tuple[FloatArray, FloatArray]:
+        """[elements]: the values in float64, and the variance of what rounded them last."""
+        if not index.links:
+            return self._own(index, index.tensors, index.tensors)[1:]
+        root = index.links[0].index.tensors
+        for link in index.links:
+            path = link.index.path
+            if path not in self._known:
+                layout, values, variances = self._own(link.index, index.tensors, root)
+                if link.scale is not None:
+                    exponents = [link.exponent(piece.name) for piece in layout.pieces]
+                    counts = [piece.count for piece in layout.pieces]
+                    whole = np.repeat([each is None for each in exponents], counts)
+                    scales = np.repeat([2.0 ** (each or 0) for each in exponents], counts)
+                    at, before = layout.elements, known[0][layout.elements]
+                    values = np.where(whole, values, before + values * scales)
+                    variances = variances * scales**2
+                    values, variances = (
+                        _replaced(old, at, new)
+                        for old, new in zip(known, (values, variances), strict=True)
+                    )
+                self._known[path] = values, variances
+            known = self._known[path]
+        return known
+
+    def _own(
+        self, index: TensorIndex, tensors: Mapping[str, TensorInfo], root: Mapping[str, TensorInfo]
+    ) -> tuple[_Layout, FloatArray, FloatArray]:
+        """What one file has of the pieces, whose names are those of `tensors`."""
+        key = id(index.tensors), id(tensors)
+        if key not in self._layouts:
+            own = dict(zip(tensors, root, strict=True)) if tensors is not root else {}
+            self._layouts[key] = _Layout.of(self._pieces, index.tensors, own)
+        layout = self._layouts[key]
+        values, variances = np.empty((2, len(layout.elements)))
+        raw = np.empty(layout.bytes, np.uint8)
+        _read(index, layout.ranges, raw)
+        for dtype, first, last, start, end in layout.runs:
+            data = raw[start:end]
+            with np.errstate(invalid="ignore"):  # a signalling NaN, which is counted later
+                values[first:last] = decode(dtype, data)
+            variances[first:last] = rounding_variances(dtype, data)
+        return layout, values, variances
+
+
+def _replaced(old: FloatArray, at: npt.NDArray[np.intp], new: FloatArray) -> FloatArray:
+    copy = old.copy()
+    copy[at] = new
+    return copy
+
+
 _Run = tuple[str, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the pieces lie that a file has: `elements` are their places among those of all."""
+
+    pieces: Sequence[_Piece]
+    elements: npt.NDArray[np.intp]
+    runs: Sequence[_Run]
+    ranges: Sequence[tuple[int, int]]
+
+    @property
+    def bytes(self) -> int:
+        return self.runs[-1][-1] if self.runs else 0
+
+    @classmethod
+    def of(
+        cls, pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo], own: Mapping[str, str]
+    ) -> _Layout:
+        """`own` are the names in the file of those tensors that are called otherwise."""
+        pieces = [replace(piece, name=own.get(piece.name, piece.name)) for piece in pieces]
+        there = np.repeat(
+            [piece.name in tensors for piece in pieces], [piece.count for piece in pieces]
+        )
+        stored = [piece.stored(tensors) for piece in pieces if piece.name in tensors]
+        return cls(stored, np.flatnonzero(there), _runs(stored), _ranges(stored, tensors))
 
 
 def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
@@ -269,10 +348,10 @@ def _ranges(pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo]) -> list
 
 
 def _read(
-    snapshot: Snapshot, ranges: Sequence[tuple[int, int]], raw: npt.NDArray[np.uint8]
+    index: TensorIndex, ranges: Sequence[tuple[int, int]], raw: npt.NDArray[np.uint8]
 ) -> None:
-    """Fill `raw` with `ranges` of the snapshot's data, one after the other."""
-    with Reader(snapshot.index) as reader:
+    """Fill `raw` with `ranges` of a snapshot's data, one after the other."""
+    with Reader(index) as reader:
         into = raw.data
         for start, end in ranges:
             reader.read(start, into[: end - start])

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
 from posthoc_cli.storage.disk import open_file
-from posthoc_cli.storage.dtypes import DTYPES, bytes_of
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, bytes_of
 from posthoc_cli.storage.layout import Malformed, parse_tensors, split_metadata
 from posthoc_cli.storage.layout import TensorInfo as TensorInfo
 from posthoc_cli.storage.sniffing import being_downloaded, read_start, sniff, unfilled
@@ -84,7 +84,8 @@ class TensorIndex:
     The tensors' offsets are within `parts`, laid end to end; between them may lie what is no
     tensor's. Networks whose tensors lie alike share one `tensors` mapping: 600 snapshots of a large
     network cost little more than one. `structure` is what a format other than safetensors has in
-    place of headers: what its fingerprint goes by.
+    place of headers: what its fingerprint goes by. A snapshot stored as a difference has the
+    `links` of its chain, from the keyframe to its own file (see `deltas`).
     """
 
     path: Path
@@ -93,11 +94,33 @@ class TensorIndex:
     files: tuple[File, ...]
     parts: tuple[Part, ...]
     structure: bytes | None = None
+    links: tuple[Link, ...] = ()
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
+        """Bytes of all its files; of a difference those of its own."""
+        if self.links:
+            return self.links[-1].index.size
         return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """A file of a chain of differences, as it is; the first is a plain one.
+
+    The scales of its tensors are powers of two with the exponent `scale`, but for those of `scales`
+    by name, where None says that it holds all of the tensor.
+    """
+
+    index: TensorIndex
+    scale: int | None
+    scales: Mapping[str, int | None]
+
+    def exponent(self, name: str) -> int | None:
+        """The exponent of a tensor's scale; None for one that is no difference."""
+        if self.scale is None or self.index.tensors[name].dtype not in FLOATS:
+            return None
+        return self.scales.get(name, self.scale)
 
 
 def spans(parts: Sequence[Part], start: int, length: int) -> Iterator[tuple[int, int, int]]:

@@ -45,6 +45,17 @@ MANIFEST = "posthoc.json"
 FORMAT = "format"
 """The framework the tensors are of, "pt": some libraries load nothing without it."""
 
+ENCODING, DELTA = "encoding", "delta-1"
+"""What a snapshot has that is stored as a difference; the digit is the version of the format."""
+
+BASE, BASE_FINGERPRINT = "base", "base_fingerprint"
+"""The name of the file, beside a delta, that it is a difference to; and its fingerprint."""
+
+SCALE, SCALES = "scale", "scales"
+"""The exponent of a delta's scale, and as JSON those of single tensors; null for what is whole."""
+
+OF_DELTAS = frozenset({ENCODING, BASE, BASE_FINGERPRINT, SCALE, SCALES})
+
 COUNTS = {STEP: "step", "ss_steps": "step", "ss_epoch": "epoch"}
 """The keys that count training, the most reliable first, each with its unit."""
 
@@ -64,6 +75,7 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
     gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL, COUNTED}
+    gone |= OF_DELTAS
     return {
         key: value
         for key, value in metadata.items()

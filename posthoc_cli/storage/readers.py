@@ -173,10 +173,12 @@ def fingerprint(index: TensorIndex) -> str:
 
     32 hex digits of the SHA-256 of its files' headers and of 16 blocks of 4 KiB of its data, spread
     evenly from the first byte to the last. Of a format other than safetensors it is that of its
-    structure and of such blocks of its files as they are. Raises what Reader does.
+    structure and of such blocks of its files as they are; of a difference that of its own file,
+    which has that of its base. Raises what Reader does.
     """
     import hashlib  # only here: it takes as long to load as all else in this module
 
+    index = index.links[-1].index if index.links else index
     digest = hashlib.sha256(index.structure or b"")
     parts: Sequence[Part] = index.parts
     if index.structure is not None:

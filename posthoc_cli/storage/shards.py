@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     UsageError,
     printable,
 )
+from posthoc_cli.storage.deltas import is_delta, open_chain
 from posthoc_cli.storage.disk import already_exists, list_folder, open_file
 from posthoc_cli.storage.header import (
     MAX_HEADER,
@@ -100,7 +101,8 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
                 "wait until it is written, copy it too, or leave the shards out",
             )
         return _read_index(path, cache)
-    return read_header(path, cache)
+    index = read_header(path, cache)
+    return open_chain(path, index, cache) if is_delta(index.metadata) else index
 
 
 def find_network(folder: Path) -> str | None:
@@ -223,6 +225,8 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
             )
         try:
             shards.append(read_header(path.with_name(name), cache))
+            if is_delta(shards[-1].metadata):
+                raise SnapshotError(name, "a difference to another file", "give the file itself")
         except SnapshotError as error:
             # The index is what a user has listed: it is named, and which of its shards is wrong.
             problem = f"its shard '{printable(name)}' is no shard: {error.problem}"

@@ -34,10 +34,11 @@ class Accumulator(Protocol):
     def staging(self) -> list[memoryview]:
         """Rows to read the next snapshots into, as bytes, each long enough for the chunk."""
 
-    def add(self, weights: Weights, *, last: bool) -> None:
+    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
         """Add the rows last staged; `weights` is [rows, targets], C-contiguous.
 
-        `last` tells that these are the last, after which `result` may be called.
+        `dtype` is theirs, if it isn't the one that `begin` was told, of which they have no more
+        bytes. `last` tells that these are the last, after which `result` may be called.
         """
 
     def result(self, target: int) -> memoryview:
@@ -61,25 +62,25 @@ class CpuAccumulator:
         self._sums = np.zeros((targets, capacity))
         self._out = np.zeros((targets, capacity * 8), np.uint8)
         self._wide = np.zeros((0, 0), np.float32)
-        self._dtype = self._out_dtype = ""
+        self._dtype = self._out_dtype = self._table_of = ""
         self._elements = 0
         self._begun = False
         self.maybe_nonfinite = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
-        if dtype != self._dtype and dtype in FLOAT8:
-            self._table = float8_values(dtype)
-            self._wide = np.zeros(self._rows.shape, np.float32)
-            self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
         self._begun = False
 
     def staging(self) -> list[memoryview]:
         return self._views
 
-    def add(self, weights: Weights, *, last: bool) -> None:
-        dtype, addresses = self._dtype, self._addresses
+    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
+        dtype, addresses = dtype or self._dtype, self._addresses
         if dtype in FLOAT8:
+            if dtype != self._table_of:
+                self._table_of, self._table = dtype, float8_values(dtype)
+                self._wide = np.zeros(self._rows.shape, np.float32)
+                self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
             for stored, wide in zip(self._rows[: len(weights)], self._wide, strict=False):
                 np.take(self._table, stored[: self._elements], out=wide[: self._elements])
             dtype, addresses = "F32", self._wide_addresses
@@ -130,12 +131,11 @@ class TorchAccumulator:
         self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
         self._out = torch.empty(capacity * 8, **on_host)
         self._dtype = self._out_dtype = ""
-        self._elements = self._bytes = 0
+        self._elements = 0
         self.maybe_nonfinite = False
 
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
-        self._bytes = bytes_of(dtype, elements)
         self.maybe_nonfinite = False
         with self._on_stream():
             self._sums[:, :elements] = 0.0
@@ -146,16 +146,17 @@ class TorchAccumulator:
             self._free[self._turn].synchronize()
         return [row.data for row in self._buffers[self._turn].numpy()]
 
-    def add(self, weights: Weights, *, last: bool) -> None:
-        rows = len(weights)
+    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
+        rows, dtype = len(weights), dtype or self._dtype
+        size = bytes_of(dtype, self._elements)
         with self._on_stream():
-            received = self._received[:rows, : self._bytes]
-            received.copy_(self._buffers[self._turn][:rows, : self._bytes], non_blocking=True)
+            received = self._received[:rows, :size]
+            received.copy_(self._buffers[self._turn][:rows, :size], non_blocking=True)
             if self._cuda:
                 self._free[self._turn] = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._free[self._turn].record(self._stream)
             for row, row_weights in zip(received, weights.tolist(), strict=True):
-                values = row.view(DTYPES[self._dtype].torch()).to(self._torch.float64)
+                values = row.view(DTYPES[dtype].torch()).to(self._torch.float64)
                 for sums, weight in zip(self._sums, row_weights, strict=True):
                     sums[: self._elements].add_(values, alpha=weight)
 

@@ -221,10 +221,10 @@ class ComparisonSink:
         sums, largest = np.zeros(elements.size), np.zeros(elements.size)
         row = np.empty(chunk.bytes_each, np.uint8)
         with np.errstate(all="ignore"):
-            weights = self._weights[segment.group, 0]
-            for source in segment.sources:
+            weights = self._plan.weights_of(segment, self._weights)[0]
+            for weight, source in zip(weights, segment.sources, strict=True):
                 self._engine.read(chunk, source, row.data)
-                terms = weights[source] * _values(segment.dtype, row, elements)
+                terms = weight * _values(segment.dtype, row, elements)
                 sums += terms
                 largest = np.maximum(largest, np.abs(terms))
             found = _values(segment.out_dtype, there, elements)

@@ -8,6 +8,7 @@ file, tensors in memory, or a comparison with what is there.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -90,7 +91,11 @@ class Engine:
         other_files: int = 0,
     ) -> None:
         self.plan = plan
-        self._weights = weights.transpose(0, 2, 1)  # [groups, snapshots, targets]
+        self._weights = {  # [sources, targets]
+            id(segment): np.ascontiguousarray(plan.weights_of(segment, weights).T)
+            for segment in plan.segments
+            if segment.averaged
+        }
         self._device = device
         self._workers = workers or default_workers()
         where = "cpu" if device == "cpu" else "device"
@@ -102,9 +107,10 @@ class Engine:
         self.progress = progress
         files = sum(len(source.files) for source in plan.sources)
         self._keep_open = can_open(files + other_files)
-        # For each tensor of each averaged segment, whether two snapshots were seen to differ in it.
+        # For each tensor of each averaged segment, whether two snapshots were seen to differ in it;
+        # of differences that is known.
         self._varies = {
-            id(segment): bytearray(len(segment.names))
+            id(segment): bytearray([bool(segment.exponents)]) * len(segment.names)
             for segment in plan.segments
             if segment.averaged
         }
@@ -162,11 +168,12 @@ class Engine:
         """Take a tensor that is averaged for one that varies, though no difference was seen."""
         self._varies[id(segment)][tensor] = True
 
-    def read(self, chunk: Chunk, source: int, into: memoryview) -> None:
-        """Fill `into` with a chunk's bytes in one of the snapshots, in the segment's dtype."""
+    def read(self, chunk: Chunk, source: int, into: memoryview, *, as_stored: bool = False) -> None:
+        """Fill `into` with a chunk's bytes in one of the sources, in the segment's dtype or, with
+        `as_stored`, its own."""
         start, stored = self.plan.start_of(chunk, source), self.plan.stored(chunk.segment, source)
-        if stored == chunk.segment.dtype:
-            self._readers[source].read(start, into)
+        if as_stored or stored == chunk.segment.dtype:
+            self._readers[source].read(start, into[: bytes_of(stored, chunk.elements)])
             return
         narrow = np.empty(bytes_of(stored, chunk.elements), np.uint8)
         self._readers[source].read(start, narrow.data)
@@ -179,7 +186,8 @@ class Engine:
         stored, result = (
             DTYPES[code].bits // 8 or 1 for code in (segment.dtype, segment.out_dtype)
         )
-        with_sums = self._batch < len(self.plan.sources) or self._device != "cpu"
+        several = self._batch < len(self.plan.sources) or bool(segment.exponents)
+        with_sums = several or self._device != "cpu"
         sums = 8 * self._targets if with_sums else 0
         most = self._worker_bytes // (self._batch * stored + sums + self._targets * result)
         return max(min(self._row_bytes // stored, most) // STRIDE, 1) * STRIDE
@@ -201,27 +209,42 @@ class Engine:
         if not segment.averaged:
             self._copy(sink, chunk, accumulator)
             return
-        size, varies = chunk.bytes_each, self._varies[id(segment)]
+        varies, weights = self._varies[id(segment)], self._weights[id(segment)]
         unsettled = [part for part in chunk.parts() if not varies[part[0]]]
         reference = b""
         accumulator.begin(segment.dtype, segment.out_dtype, chunk.elements)
-        weights, sources = self._weights[segment.group], segment.sources
-        for first in range(0, len(sources), BATCH):
-            batch = sources[first : first + BATCH]
+        for dtype, first, batch in self._batches(segment):
+            size = bytes_of(dtype, chunk.elements)
             rows = accumulator.staging()
             for row, source in zip(rows, batch, strict=False):
-                self.read(chunk, source, row[:size])
+                self.read(chunk, source, row[:size], as_stored=bool(segment.exponents))
             if unsettled:
                 reference = reference or bytes(rows[0][:size])
                 self._note_differences(chunk, unsettled, reference, rows[: len(batch)])
-            last = first + len(batch) == len(sources)
-            accumulator.add(np.ascontiguousarray(weights[list(batch)]), last=last)
+            end = first + len(batch)
+            last = end == len(segment.sources)
+            accumulator.add(weights[first:end], last=last, dtype=dtype)
             self._count(len(batch) * size)
         unsettled = [part for part in unsettled if not varies[part[0]]]
         sink.take_sums(chunk, accumulator.result, unsettled)
         if self._report is not None and accumulator.maybe_nonfinite:
             results = [np.array(accumulator.result(t), np.uint8) for t in range(self._targets)]
             self._report.look(chunk, results, self.read)
+
+    def _batches(self, segment: Segment) -> Iterator[tuple[str, int, Sequence[int]]]:
+        """What is read and summed together, of one dtype: that, the first's place, the sources.
+
+        Differences are summed as they are stored, which is in order of their dtypes.
+        """
+        sources, first = segment.sources, 0
+        while first < len(sources):
+            end, dtype = min(first + BATCH, len(sources)), segment.dtype
+            if segment.exponents:
+                dtype = self.plan.stored(segment, sources[first])
+                alike = (self.plan.stored(segment, each) == dtype for each in sources[first:end])
+                end = first + sum(itertools.takewhile(bool, alike))
+            yield dtype, first, sources[first:end]
+            first = end
 
     def _copy(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Hand a chunk of the newest snapshot to the sink, in the dtype of the output."""

@@ -66,7 +66,7 @@ def report_products(
         if not some:
             return None
         chosen = spread(len(some))
-        each = [scales(source, [some[at] for at in chosen]) for source in plan.sources]
+        each = [scales(source, [some[at] for at in chosen]) for source in plan.snapshots]
         looked_at = tuple(some[at] for at in chosen)
         own = tuple(group[pair.up] for pair in looked_at)
         each_scale = tuple(zip(*each, strict=True))

@@ -96,12 +96,13 @@ class NonfiniteReport:
     def _look_closer(self, chunk: Chunk, odd: Sequence[BoolArray], read: Read) -> None:
         """Find which snapshots make the results of a chunk non-finite where `odd` says so."""
         segment = chunk.segment
-        weights = self._weights[segment.group]
-        weights = weights if segment.averaged else np.ones_like(weights)
+        weights = np.ones((len(odd), 1))
+        if segment.averaged:
+            weights = self._plan.weights_of(segment, self._weights)
         sums = np.zeros((len(odd), chunk.elements))
         finite = np.ones(chunk.elements, bool)
         raw = np.empty(chunk.bytes_each, np.uint8)
-        for source in segment.sources:
+        for weight, source in zip(weights.T, segment.sources, strict=True):
             read(chunk, source, raw.data)
             with np.errstate(invalid="ignore"):  # of a signalling NaN
                 values = decode(segment.dtype, raw).astype(np.float64)
@@ -112,7 +113,7 @@ class NonfiniteReport:
             finite &= ~(nan | infinite)
             values[nan | infinite] = 0.0
             with np.errstate(over="ignore", invalid="ignore"):
-                sums += weights[:, source, None] * values
+                sums += weight[:, None] * values
         for target, mask in enumerate(odd):
             with self._lock:
                 for noted, inside in self._note(chunk, mask & finite, "overflowed"):

@@ -24,9 +24,11 @@ from posthoc_cli.storage.dtypes import (
     FLOATS,
     OUTPUT_DTYPES,
     UNAVERAGEABLE,
+    FloatArray,
     bytes_of,
     widest,
 )
+from posthoc_cli.synthesis.expansion import Terms, expand
 
 Groups = Sequence[Sequence[str]]
 """Globs of the tensors of each group; of several that fit a tensor the last has it. Tensors that
@@ -43,7 +45,9 @@ class Segment:
     copied from the newest source, and its other `starts` say nothing. Complex elements count as two
     floats. `stored` has the dtype of each layout, where they differ; `dtype` is the widest.
     `sources` are the places in the plan's of those that it is made of; `group` says which weights
-    are theirs, as all its tensors are of one group.
+    are theirs, as all its tensors are of one group. Of snapshots that are sums of files (see
+    `expansion`), `members` says for each of `sources` in which snapshots it is a term, and
+    `exponents` has those of its scales where it is a sum of differences.
     """
 
     names: tuple[str, ...]
@@ -56,6 +60,8 @@ class Segment:
     sources: Sequence[int]
     stored: tuple[str, ...] = ()
     group: int = 0
+    members: tuple[tuple[int, ...], ...] = ()
+    exponents: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -118,6 +124,7 @@ class TensorPlan:
     `sources` are the snapshots' tensors, in the order in which they are summed; `layouts[i]` says
     which of a segment's `starts` are source i's. `tensors` maps each name of the output to its
     dtype and shape. `newest` is the index of the source that copied tensors and metadata come from.
+    Where snapshots are stored as differences, `sources` are the files, and `snapshots` are them.
     """
 
     sources: tuple[TensorIndex, ...]
@@ -125,6 +132,7 @@ class TensorPlan:
     newest: int
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     segments: tuple[Segment, ...]
+    snapshots: tuple[TensorIndex, ...] = ()
 
     @property
     def bytes_to_read(self) -> int:
@@ -137,8 +145,13 @@ class TensorPlan:
         return sum(segment.out_size_of(segment.elements) for segment in self.segments)
 
     def bytes_of(self, chunk: Chunk) -> int:
-        """Bytes that a chunk has in all the sources that it is made of, all in the same dtype."""
-        return chunk.bytes_each * len(chunk.segment.sources)
+        """Bytes that a chunk has in all the sources that it is made of: in one dtype, unless they
+        are differences."""
+        segment = chunk.segment
+        if not segment.exponents:
+            return chunk.bytes_each * len(segment.sources)
+        codes = Counter(self.stored(segment, source) for source in segment.sources)
+        return sum(count * bytes_of(code, chunk.elements) for code, count in codes.items())
 
     def whole(self) -> list[Chunk]:
         """All the work, a chunk a segment, in the outputs' order."""
@@ -148,6 +161,16 @@ class TensorPlan:
         """The byte in a source's data section at which a chunk begins."""
         before = bytes_of(self.stored(chunk.segment, source), chunk.first)
         return chunk.segment.starts[self.layouts[source]] + before
+
+    def weights_of(self, segment: Segment, weights: FloatArray) -> FloatArray:
+        """[targets, sources]: those of a segment's `sources` by the snapshots' `weights` [groups,
+        targets, snapshots]."""
+        own = weights[segment.group]
+        if not segment.members:
+            found: FloatArray = own[:, list(segment.sources)]
+            return found
+        found = np.stack([own[:, list(each)].sum(axis=1) for each in segment.members], axis=1)
+        return found * np.ldexp(1.0, segment.exponents) if segment.exponents else found
 
     def stored(self, segment: Segment, source: int) -> str:
         return segment.stored[self.layouts[source]] if segment.stored else segment.dtype
@@ -207,22 +230,28 @@ def plan_tensors(
     """The plan of an output with the tensors `names`, of which `copied` are not averaged."""
     source = sources[newest].tensors
     tensors = {name: (output_dtype(source[name], dtype), source[name].shape) for name in names}
-    distinct = _distinct(sources)
-    place = {id(tensors): at for at, tensors in enumerate(distinct)}
     averaged = {
         name: group_of(name, groups)
         for name in tensors
         if source[name].dtype in AVERAGED and name not in copied
     }
-    parts = _segments(
-        make_header(tensors, {})[1], source, distinct, averaged, range(len(sources)), newest
-    )
+    snapshots = tuple(sources)
+    if any(each.links for each in sources):
+        sources, newest, terms = expand(sources, newest, averaged)
+    else:
+        every = range(len(sources))
+        terms = {name: Terms(group, every) for name, group in averaged.items()}
+    distinct = _distinct(sources)
+    place = {id(tensors): at for at, tensors in enumerate(distinct)}
+    layouts = tuple(place[id(each.tensors)] for each in sources)
+    parts = _segments(make_header(tensors, {})[1], source, distinct, layouts, terms, newest)
     return TensorPlan(
         sources=tuple(sources),
-        layouts=tuple(place[id(each.tensors)] for each in sources),
+        layouts=layouts,
         newest=newest,
         tensors=tensors,
         segments=tuple(parts),
+        snapshots=snapshots,
     )
 
 
@@ -331,26 +360,34 @@ def output_dtype(info: TensorInfo, wanted: str) -> str:
 def _segments(
     output: Mapping[str, TensorInfo],
     source: Mapping[str, TensorInfo],
-    layouts: Sequence[Mapping[str, TensorInfo]],
-    averaged: Mapping[str, int],
-    summed: Sequence[int],
+    distinct: Sequence[Mapping[str, TensorInfo]],
+    layouts: Sequence[int],
+    terms: Mapping[str, Terms],
     newest: int,
 ) -> Iterator[Segment]:
     """Join the output's tensors, in their order, into the longest possible segments.
 
-    `averaged` has the group of each tensor that is a sum of the sources `summed`.
+    Those of `terms` are sums; the others are copied from the `newest` source, which has `source`.
     """
     names: list[str] = []
-    kind: tuple[tuple[str, ...], str, int | None] | None = None
+    kind: tuple[tuple[str, ...], str, Terms | None] | None = None
+    begin: list[int] = []
     ends: list[int] = []
+    used: dict[Sequence[int], set[int]] = {}
 
-    def places(name: str) -> list[TensorInfo]:
-        return [(layout if name in averaged else source)[name] for layout in layouts]
+    def places(name: str, own: Terms | None) -> list[TensorInfo]:
+        """Where the tensor is in each layout; what is nowhere is at 0, without a dtype."""
+        if own is None:
+            return [source[name]] * len(distinct)
+        if own.sources not in used:
+            used[own.sources] = {layouts[at] for at in (*own.sources, newest)}
+        here = used[own.sources]
+        return [each[name] if at in here else _NOWHERE for at, each in enumerate(distinct)]
 
     def segment() -> Segment:
         assert kind is not None
-        stored, out_dtype, group = kind
-        dtype = widest(stored)
+        stored, out_dtype, own = kind
+        dtype = widest(filter(None, stored))
         bounds = itertools.accumulate((_elements(output[name]) for name in names), initial=0)
         if dtype == "C64":
             dtype = out_dtype = "F32"
@@ -359,27 +396,34 @@ def _segments(
             bounds=tuple(bounds),
             dtype=dtype,
             out_dtype=out_dtype,
-            averaged=group is not None,
-            starts=tuple(info.start for info in places(names[0])),
+            averaged=own is not None,
+            starts=tuple(begin),
             out_start=output[names[0]].start,
-            sources=(newest,) if group is None else summed,
+            sources=own.sources if own else (newest,),
             stored=stored if len(set(stored)) > 1 else (),
-            group=group or 0,
+            group=own.group if own else 0,
+            members=own.members if own else (),
+            exponents=own.exponents if own else (),
         )
 
     for name, info in output.items():
         if info.start == info.end:
             continue  # no elements, nothing to do
-        there = places(name)
-        own = tuple(each.dtype for each in there), info.dtype, averaged.get(name)
-        if kind != own or ends != [each.start for each in there]:
+        own = terms.get(name)
+        there = places(name, own)
+        same = tuple(each.dtype for each in there), info.dtype, own
+        starts = [each.start for each in there]
+        if kind != same or ends != starts:
             if names:
                 yield segment()
-            names, kind = [], own
+            names, kind, begin = [], same, starts
         names.append(name)
         ends = [each.end for each in there]
     if names:
         yield segment()
+
+
+_NOWHERE = TensorInfo("", (), 0, 0)
 
 
 def _elements(info: TensorInfo) -> int:

@@ -78,7 +78,7 @@ class Products:
 
     def bytes_of(self, pair: Pair) -> int:
         """Bytes that the factors of a module have in all sources."""
-        infos = (each.tensors[name] for each in self.plan.sources for name in pair.names)
+        infos = (each.tensors[name] for each in self.plan.snapshots for name in pair.names)
         return sum(info.end - info.start for info in infos)
 
     @property
@@ -248,7 +248,7 @@ class Factors:
     @classmethod
     @contextmanager
     def open(cls, products: Products) -> Iterator[Factors]:
-        sources = products.plan.sources
+        sources = products.plan.snapshots
         # The engine, and the outputs, have as many files open again.
         keep_open = can_open(3 * sum(len(source.files) for source in sources))
         with ExitStack() as stack:
@@ -265,7 +265,7 @@ class Factors:
         pair, scale = self.products.pairs[at], self.products.scales[at]
         ups, downs, biases = [], [], []
         for source, reader in enumerate(self._readers):
-            index = self.products.plan.sources[source]
+            index = self.products.plan.snapshots[source]
             up, down, *bias = (read_matrix(reader, index, name) for name in pair.names)
             ups.append(_thinned(up, side))
             downs.append(_thinned(down.T, side))
