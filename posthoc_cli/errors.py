@@ -111,12 +111,16 @@ class IncompleteError(SnapshotError):
 
 
 class LinkError(IncompleteError):
-    """A file that a snapshot stored as a difference builds on is missing, broken or another."""
+    """A file that a snapshot stored as a difference builds on is missing, broken or another.
 
-    def __init__(
-        self, subject: str, problem: str, remedy: str = "copy it again, or leave out what needs it"
-    ) -> None:
-        super().__init__(subject, problem, remedy)
+    `link` is its name, `state` what is wrong with it.
+    """
+
+    def __init__(self, subject: str, link: str, state: str) -> None:
+        problem = f"'{printable(link)}', which it builds on, {state}"
+        super().__init__(subject, problem, "copy that again, or use skip_incomplete=True")
+        self.link = link
+        self.state = state
 
 
 class NoNetworkError(SnapshotError):

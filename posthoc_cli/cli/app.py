@@ -12,6 +12,7 @@ from posthoc_cli.cli.convert import convert
 from posthoc_cli.cli.demo import demo
 from posthoc_cli.cli.helptext import Command, Group
 from posthoc_cli.cli.inspect import inspect
+from posthoc_cli.cli.pack import pack
 from posthoc_cli.cli.plan import plan
 from posthoc_cli.cli.plot import plot
 from posthoc_cli.cli.solve import solve
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command(cls=Command, short_help="Show which snapshots a folder holds.")(inspect)
 app.command(cls=Command, short_help="Make snapshots of other tools' checkpoints.")(convert)
+app.command(cls=Command, short_help="Store snapshots as differences: fewer bytes.")(pack)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
 app.command(cls=Command, short_help="Check an output against its snapshots.")(verify)

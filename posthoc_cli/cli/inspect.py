@@ -123,6 +123,8 @@ def describe(run: Run) -> dict[str, Any]:
                 "parameters": snapshot.parameters,
                 "bytes": snapshot.bytes,
                 "source": snapshot.source,
+                "encoding": "delta" if snapshot.chain else None,
+                "chain": list(snapshot.chain),
             }
             for snapshot in run.snapshots
         ],
@@ -159,11 +161,14 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
         Column("step", [str(snapshot.step) for snapshot in snapshots]),
         *(Column(heading, texts) for heading, texts in kind_columns(kinds, kinds).items()),
         Column("dtype", ["+".join(snapshot.dtypes) for snapshot in snapshots], right=False),
+        Column("stored as", [_stored(snapshot) for snapshot in snapshots], right=False),
         Column("tensors", [f"{snapshot.tensors:,}" for snapshot in snapshots]),
         Column("parameters", [in_short(snapshot.parameters) for snapshot in snapshots]),
         Column("size", [in_bytes(snapshot.bytes) for snapshot in snapshots]),
         Column("source", [snapshot.source for snapshot in snapshots], right=False),
     ]
+    if not any(snapshot.chain for snapshot in snapshots):
+        columns = [each for each in columns if each.heading != "stored as"]
     table = Columns(columns, console.width)
     common = table.leave_out_common(
         {
@@ -177,7 +182,7 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
         }
     )
     # Then names lose their common beginning, and then the least important columns go.
-    droppable = ("source", "tensors", "dtype", "parameters", "size", "gamma")
+    droppable = ("source", "tensors", "dtype", "parameters", "size", "stored as", "gamma")
     for heading in droppable[:-1]:
         if table.too_wide and columns[0].width > 40:
             table.leave_out(heading)
@@ -189,6 +194,17 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
     order = ("tensors", "parameters", "dtype", "size", "source")
     table.draw(console, [common[heading] for heading in order if heading in common])
     console.print(_totals(snapshots), style="bold", soft_wrap=True)
+
+
+def _stored(snapshot: Snapshot) -> str:
+    """What a snapshot is the difference to: `F16 to ema-1000.safetensors`."""
+    if not snapshot.chain:
+        return "whole"
+    link = snapshot.index.links[-1]
+    dtypes = {
+        info.dtype for name, info in link.index.tensors.items() if link.exponent(name) is not None
+    }
+    return f"{'+'.join(sorted(dtypes)) or 'nothing more'} to {printable(snapshot.chain[-2])}"
 
 
 def _abbreviated(names: list[str], room: int) -> list[str]:

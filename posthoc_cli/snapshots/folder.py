@@ -15,6 +15,7 @@ from pathlib import Path
 from posthoc_cli.errors import (
     AmbiguousError,
     IncompleteError,
+    LinkError,
     MachineError,
     NoNetworkError,
     SnapshotError,
@@ -31,6 +32,7 @@ from posthoc_cli.formats import (
     open_network,
     without_ending,
 )
+from posthoc_cli.snapshots.chains import broken_links
 from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
@@ -154,6 +156,7 @@ def read_folder(
     trained: list[Trained] = []
     failed: dict[str, SnapshotError] = {}
     beside = beside_emas(map(as_snapshot, names))
+    broken: list[tuple[str, LinkError]] = []
     for name in names:
         if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
             reason = "of step 0, where training has not begun and nothing is averaged"
@@ -187,7 +190,11 @@ def read_folder(
                 failed[name] = error
             if isinstance(error, UnknownError) and compiled is None:
                 unsaid[name] = opened[name]
-            _leave_out(contents, name, error, skip_incomplete)
+            if isinstance(error, LinkError) and not skip_incomplete:
+                broken.append((name, error))
+            else:
+                _leave_out(contents, name, error, skip_incomplete)
+    broken_links(contents.problems, broken)
     _say_once(contents, failed)
     if others := dict(other_runs(opened, run)):
         contents.skipped += others.items()

@@ -248,6 +248,7 @@ class _Reading:
         if not index.links:
             return self._own(index, index.tensors, index.tensors)[1:]
         root = index.links[0].index.tensors
+        known: tuple[FloatArray, FloatArray] = np.empty(0), np.empty(0)
         for link in index.links:
             path = link.index.path
             if path not in self._known:
@@ -289,9 +290,9 @@ class _Reading:
 
 
 def _replaced(old: FloatArray, at: npt.NDArray[np.intp], new: FloatArray) -> FloatArray:
-    copy = old.copy()
-    copy[at] = new
-    return copy
+    copied: FloatArray = old.copy()
+    copied[at] = new
+    return copied
 
 
 _Run = tuple[str, int, int, int, int]
@@ -308,7 +309,7 @@ class _Layout:
 
     @property
     def bytes(self) -> int:
-        return self.runs[-1][-1] if self.runs else 0
+        return int(self.runs[-1][-1]) if self.runs else 0
 
     @classmethod
     def of(

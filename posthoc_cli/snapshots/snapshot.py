@@ -84,6 +84,12 @@ class Snapshot:
         """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
         return sigma_rel_of(self.profile)
 
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Of one stored as a difference the names of the files that it is a sum of; its own is the
+        last."""
+        return tuple(link.index.files[0].path.name for link in self.index.links)
+
 
 def check_norms(snapshots: Sequence[Snapshot], method: str) -> None:
     """Raise SnapshotError for a snapshot whose profile has no norm, which `method` goes by."""

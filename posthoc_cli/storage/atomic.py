@@ -110,6 +110,12 @@ class AtomicFile:
                     raise
                 return 0
 
+    def shrink(self, size: int) -> None:
+        """Give the file its true length, where less was written than was reserved."""
+        with write_errors(self.path):
+            os.ftruncate(self._fd, size)
+            self.size = size
+
     def flush(self) -> None:
         """Wait until what was written so far is on the disk."""
         with write_errors(self.path), unsupported_is_fine():

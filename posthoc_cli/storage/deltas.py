@@ -16,13 +16,15 @@ from __future__ import annotations
 import bisect
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import LinkError, SnapshotError, printable
+from posthoc_cli.errors import LinkError, MachineError, SnapshotError, printable
 from posthoc_cli.storage.dtypes import (
     DTYPES,
     FLOATS,
@@ -30,7 +32,16 @@ from posthoc_cli.storage.dtypes import (
     bytes_of,
     decode,
 )
-from posthoc_cli.storage.header import Cache, Link, Part, ReadAt, TensorIndex, read_header
+from posthoc_cli.storage.header import (
+    Cache,
+    Link,
+    Part,
+    ReadAt,
+    TensorIndex,
+    as_entry,
+    encode_header,
+    read_header,
+)
 from posthoc_cli.storage.layout import TensorInfo
 from posthoc_cli.storage.metadata import BASE, BASE_FINGERPRINT, DELTA, ENCODING, SCALE, SCALES
 from posthoc_cli.storage.readers import fingerprint
@@ -67,9 +78,12 @@ def open_chain(path: Path, own: TensorIndex, cache: Cache | None = None) -> Tens
             raise _senseless(own.path, f"its chain comes back to '{printable(name)}'")
         if len(links) == MOST_LINKS:
             raise _senseless(own.path, f"its chain has more than {MOST_LINKS} links")
-        links.append(_open_base(own.path.with_name(name), cache))
-        if _fingerprint(links[-1].index, cache) != known:
-            raise LinkError(name, "is not the file that it was, which other snapshots build on")
+        base = _open_base(own.path.with_name(name), cache)
+        if isinstance(base, str):
+            raise LinkError(str(own.path), name, base)
+        if _fingerprint(base.index, cache) != known:
+            raise LinkError(str(own.path), name, "is not the file that it was")
+        links.append(base)
     links.reverse()
     root = links[0].index
     for link in links[1:]:
@@ -83,21 +97,19 @@ def open_chain(path: Path, own: TensorIndex, cache: Cache | None = None) -> Tens
     return TensorIndex(path, root.tensors, own.metadata, files, (part,), links=tuple(links))
 
 
-def _open_base(path: Path, cache: Cache) -> Link:
+def _open_base(path: Path, cache: Cache) -> Link | str:
+    """The link at `path`, or what is wrong with it."""
     key = "link", path
     if key not in cache:
         try:
-            if not os.path.lexists(path):
-                raise LinkError(path.name, "is missing, and other snapshots build on it")
             cache[key] = _link(read_header(path, cache))
-        except LinkError as error:
-            cache[key] = error
         except SnapshotError as error:
-            cache[key] = LinkError(path.name, f"{error.problem}, and other snapshots build on it")
-    found = cache[key]
-    if isinstance(found, LinkError):
-        raise found
-    assert isinstance(found, Link)
+            cache[key] = f"is {error.problem}".replace("is is ", "is ")
+        except MachineError:
+            if os.path.lexists(path):
+                raise
+            cache[key] = "is missing"
+    found: Link | str = cache[key]
     return found
 
 
@@ -151,11 +163,7 @@ def _check_tensors(link: Link, root: Mapping[str, TensorInfo]) -> None:
             raise _senseless(
                 link.index.path, f"tensor '{printable(name)}' is none of its chain's keyframe"
             )
-        if link.exponent(name) is None:
-            fits = info.dtype == there.dtype
-        else:
-            fits = {info.dtype, there.dtype} <= FLOATS
-        if not fits:
+        if info.dtype != there.dtype and not {info.dtype, there.dtype} <= FLOATS:
             raise _senseless(
                 link.index.path,
                 f"tensor '{printable(name)}' is {info.dtype}, and {there.dtype} in the keyframe",
@@ -166,7 +174,44 @@ def _senseless(path: Path, why: str) -> SnapshotError:
     return SnapshotError(str(path), f"a delta that makes no sense ({why})", _REMEDY)
 
 
+# Writing
+
+
+def header_of(
+    tensors: Mapping[str, TensorInfo],
+    scales: Mapping[str, int | None],
+    base: tuple[str, str],
+    metadata: Mapping[str, str],
+    length: int = 0,
+) -> bytes:
+    """The header of a delta to the file `base`, a name and fingerprint; of `length` bytes or more.
+
+    `scales` are the exponents of the tensors that are differences, and None of those whose dtype
+    has differences but which are whole.
+    """
+    known = Counter(each for each in scales.values() if each is not None)
+    scale = min(known, key=lambda each: (-known[each], each), default=0)
+    others = {name: each for name, each in scales.items() if each != scale}
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            **metadata,
+            ENCODING: DELTA,
+            BASE: base[0],
+            BASE_FINGERPRINT: base[1],
+            SCALE: str(scale),
+            **({SCALES: json.dumps(others, separators=(",", ":"))} if others else {}),
+        }
+    }
+    entries |= {name: as_entry(info) for name, info in tensors.items()}
+    return encode_header(entries, length)
+
+
 # Reading
+
+
+def links_of(index: TensorIndex) -> tuple[Link, ...]:
+    """The links of a chain; a plain snapshot is its own."""
+    return index.links or (Link(index, None, {}),)
 
 
 def terms(links: Sequence[Link], name: str) -> list[tuple[int, int]]:

@@ -258,12 +258,22 @@ def make_header(
         infos[name] = TensorInfo(dtype, tuple(shape), position, end)
         position = end
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, info in infos.items():
-        entries[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [info.start, info.end],
-        }
+    entries |= {name: as_entry(info) for name, info in infos.items()}
+    return encode_header(entries), infos
+
+
+def as_entry(info: TensorInfo) -> dict[str, Any]:
+    """What a header says of a tensor."""
+    return {
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "data_offsets": [info.start, info.end],
+    }
+
+
+def encode_header(entries: Mapping[str, Any], length: int = 0) -> bytes:
+    """The bytes of a header, its length included; filled with spaces where it needs fewer than
+    `length`."""
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNMENT)
-    return _LENGTH.pack(len(text)) + text, infos
+    text += b" " * max(-(_LENGTH.size + len(text)) % _ALIGNMENT, length - _LENGTH.size - len(text))
+    return _LENGTH.pack(len(text)) + text

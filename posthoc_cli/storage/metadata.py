@@ -54,7 +54,10 @@ BASE, BASE_FINGERPRINT = "base", "base_fingerprint"
 SCALE, SCALES = "scale", "scales"
 """The exponent of a delta's scale, and as JSON those of single tensors; null for what is whole."""
 
-OF_DELTAS = frozenset({ENCODING, BASE, BASE_FINGERPRINT, SCALE, SCALES})
+PACKED = "packed"
+"""What `pack` made a snapshot of, as JSON."""
+
+OF_DELTAS = frozenset({ENCODING, BASE, BASE_FINGERPRINT, SCALE, SCALES, PACKED})
 
 COUNTS = {STEP: "step", "ss_steps": "step", "ss_epoch": "epoch"}
 """The keys that count training, the most reliable first, each with its unit."""

@@ -15,10 +15,10 @@ from posthoc_cli.errors import NoNetworkError, UnknownError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, How, open_network
 from posthoc_cli.snapshots import Contents, Identity, read_name
 from posthoc_cli.snapshots.trained import Trained, explanations, identify_trained, unused
-from posthoc_cli.solver import Decay, sigma_rel_to_gamma
+from posthoc_cli.solver import Average, Decay, Profile, Scheduled, sigma_rel_to_gamma
 from posthoc_cli.storage import TensorIndex
 from posthoc_cli.storage.disk import make_folder
-from posthoc_cli.storage.metadata import CONVERTED, DECAY, GAMMA, SIGMA_REL, STEP, TOOL
+from posthoc_cli.storage.metadata import CONVERTED, DECAY, GAMMA, SCHEDULE, SIGMA_REL, STEP, TOOL
 from posthoc_cli.synthesis.conversion_jobs import (
     Converted,
     Job,
@@ -145,15 +145,8 @@ def _metadata(
     options: Options,
 ) -> dict[str, str]:
     metadata = {} if step is None else {STEP: str(step)}
-    if identity is not None and isinstance(identity.profile, Decay):
-        metadata[DECAY] = repr(identity.profile.beta)
-    elif identity is not None:
-        # As whichever of the two is shorter, which is the one that was given; below gamma 0 there
-        # are two exponents of each width.
-        texts = {SIGMA_REL: repr(identity.sigma_rel), GAMMA: repr(identity.gamma)}
-        exact = identity.gamma > 0 and sigma_rel_to_gamma(identity.sigma_rel) == identity.gamma
-        key = min(texts, key=lambda key: len(texts[key])) if exact else GAMMA
-        metadata[key] = texts[key]
+    if identity is not None:
+        metadata |= stated(identity.profile)
     entry = {
         "from": kind,
         "file": job.name,
@@ -162,6 +155,23 @@ def _metadata(
         "options": {"from": options.kind, **options_used(kind, job.found, options)},
     }
     return metadata | {CONVERTED: json.dumps(entry)}
+
+
+def stated(profile: Average) -> dict[str, str]:
+    """What kind of average it is, as metadata have it.
+
+    A power function is by its exponent or width, whichever is shorter, which is the one that was
+    given; below gamma 0 there are two exponents of each width.
+    """
+    if isinstance(profile, Scheduled):
+        return {key: str(getattr(profile.schedule, key)) for key in (DECAY, *SCHEDULE)}
+    if isinstance(profile, Decay):
+        return {DECAY: repr(profile.beta)}
+    assert isinstance(profile, Profile)
+    texts = {SIGMA_REL: repr(float(profile.sigma_rel)), GAMMA: repr(float(profile.gamma))}
+    exact = profile.gamma > 0 and sigma_rel_to_gamma(profile.sigma_rel) == profile.gamma
+    key = min(texts, key=lambda key: len(texts[key])) if exact else GAMMA
+    return {key: texts[key]}
 
 
 def explain(converted: Sequence[Converted], options: Options) -> list[str]:

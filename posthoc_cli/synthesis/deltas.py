@@ -1,0 +1,268 @@
+"""Writing a snapshot as a difference to another, in one pass and flat memory.
+
+What was rounded away of one snapshot is in the difference to the next, so that of a chain only the
+last rounding remains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import SnapshotError, printable
+from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fingerprint
+from posthoc_cli.storage.atomic import AtomicFile
+from posthoc_cli.storage.deltas import header_of, links_of, terms
+from posthoc_cli.storage.dtypes import (
+    DTYPES,
+    FLOAT8,
+    FLOATS,
+    FloatArray,
+    bytes_of,
+    decode,
+)
+from posthoc_cli.synthesis.accumulators import CpuAccumulator
+from posthoc_cli.synthesis.engine import BATCH
+from posthoc_cli.synthesis.rounding import round_to
+
+DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+"""What differences can be stored as."""
+
+_AT_ONCE = 1 << 16
+"""Elements taken at a time."""
+
+_HELD = 1 << 22
+"""Differences of a tensor that are held until its scale is known; those of a larger one are made
+twice."""
+
+_ROOM = 6
+"""Powers of two above the first tensor's largest difference that one scale of float16 is good for;
+and 11 below it lose nothing either."""
+
+Bytes = npt.NDArray[np.uint8]
+
+ReadElements = Callable[[str, int, Bytes], None]
+"""Fills an array with the bytes of a tensor's elements, by name, from the element on."""
+
+
+class Differences:
+    """What snapshots are more than `base`, in float64; a context manager that has its files open.
+
+    The sum of the base's chain is that of storage.deltas, in the same order.
+    """
+
+    def __init__(self, base: TensorIndex) -> None:
+        self.base = base
+        self._links = links_of(base)
+        self._sums = CpuAccumulator(8 * _AT_ONCE, _AT_ONCE, 1, BATCH)
+
+    def __enter__(self) -> Differences:
+        with ExitStack() as stack:
+            self._readers = [stack.enter_context(Reader(link.index)) for link in self._links]
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def check_unchanged(self) -> None:
+        for reader in self._readers:
+            reader.check_unchanged()
+
+    def terms(self, name: str) -> list[tuple[int, int]]:
+        return terms(self._links, name)
+
+    def stored(self, at: int, name: str, first: int, count: int) -> tuple[str, Bytes]:
+        """The dtype and bytes of elements of a tensor in link `at`."""
+        info = self._links[at].index.tensors[name]
+        data = np.empty(bytes_of(info.dtype, count), np.uint8)
+        self._readers[at].read(info.start + bytes_of(info.dtype, first), data.data)
+        return info.dtype, data
+
+    def of(self, name: str, first: int, count: int, dtype: str, data: Bytes) -> FloatArray:
+        """Elements `data` of a tensor minus those of the base; good until the next call."""
+        sums = self._sums
+        sums.begin(dtype, "F64", count)
+        every = [(self._links[at].index.tensors[name], at, e) for at, e in self.terms(name)]
+        for code, alike in groupby(every, key=lambda term: term[0].dtype):
+            several = list(alike)
+            for begin in range(0, len(several), BATCH):
+                batch = several[begin : begin + BATCH]
+                for row, (info, at, _) in zip(sums.staging(), batch, strict=False):
+                    start = info.start + bytes_of(code, first)
+                    self._readers[at].read(start, row[: bytes_of(code, count)])
+                weights = np.array([[-(2.0**exponent)] for _, _, exponent in batch])
+                sums.add(weights, last=False, dtype=code)
+        sums.staging()[0][: data.size] = data.data
+        sums.add(np.ones((1, 1)), last=True, dtype=dtype)
+        return np.frombuffer(sums.result(0), np.float64)
+
+
+def write_delta(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: ReadElements,
+    base: TensorIndex,
+    dtype: str,
+    metadata: Mapping[str, str],
+    *,
+    overwrite: bool = False,
+) -> int:
+    """Write the snapshot that `read` gives as a difference to `base`; returns the file's bytes.
+
+    `tensors` are its tensors, those of the base; `base` lies in the same folder, as one file.
+    `dtype` is one of DELTA_DTYPES. A tensor with NaN or infinity, of another kind than real
+    floating point, or of no more bits than `dtype` has, is written as it is; one that is what it
+    is in the base not at all. The file appears whole or not at all.
+
+    Raises SnapshotError when a file changes meanwhile, UsageError when the file exists and
+    `overwrite` is false, MachineError when the disk fails.
+    """
+    code = DELTA_DTYPES[dtype]
+    order = {each: place for place, each in enumerate(DTYPES)}
+
+    def wanted(info: TensorInfo) -> str:
+        smaller = info.dtype in FLOATS and DTYPES[info.dtype].bits > DTYPES[code].bits
+        return code if smaller else info.dtype
+
+    names = sorted(tensors, key=lambda name: (order[wanted(tensors[name])], name))
+    own = links_of(base)[-1].index
+    where = own.files[0].path.name, fingerprint(base)
+    most = sum(info.end - info.start for info in tensors.values())
+    # Room for a header that names a scale for each tensor: only the data tell which there are.
+    room = len(
+        header_of(
+            {name: TensorInfo("F8_E4M3FNUZ", tensors[name].shape, most, most) for name in names},
+            {name: -300 - at for at, name in enumerate(names)},
+            where,
+            metadata,
+        )
+    )
+    file = AtomicFile(path, room + most, overwrite=overwrite)
+    places: dict[str, TensorInfo] = {}
+    scales: dict[str, int | None] = {}
+    position = 0
+    usual: int | None = 0 if code == "BF16" else None
+    with file, Differences(base) as differences:
+        for name in names:
+            info = tensors[name]
+            parts: _Pieces = _parts(differences, name, info, read, whole=wanted(info) != code)
+            peak, held = _largest(parts, info.elements)
+            if peak == 0.0:
+                continue
+            stored, exponent = info.dtype, None
+            if wanted(info) == code and math.isfinite(peak):
+                exponent = _exponent(code, peak, usual)
+                if usual is None and code == "F16":
+                    usual = exponent = exponent + _ROOM
+                stored = code
+            if info.dtype in FLOATS:
+                scales[name] = exponent
+            end = position + bytes_of(stored, info.elements)
+            places[name] = TensorInfo(stored, info.shape, position, end)
+            if held is None:
+                held = _parts(differences, name, info, read, whole=exponent is None)
+            elif exponent is None:
+                held = _parts(differences, name, info, read, whole=True)
+            for data, values in held:
+                out = data if exponent is None else _rounded(values, code, exponent)
+                file.write_at(room + position, out.data)
+                position += out.size
+        differences.check_unchanged()
+        file.write_at(0, header_of(places, scales, where, metadata, room))
+        file.shrink(room + position)
+    return file.size
+
+
+_Pieces = Iterable[tuple[Bytes, FloatArray]]
+"""The bytes of a tensor, piece by piece, and what they are more than the base's."""
+
+
+def _parts(
+    differences: Differences, name: str, info: TensorInfo, read: ReadElements, *, whole: bool
+) -> _Pieces:
+    """With `whole`, the differences are 0 where the bytes are the same, else 1."""
+    found = differences.terms(name)
+    single = len(found) == 1 and info.dtype == _dtype_of(differences, name, found[0][0])
+    for first in range(0, info.elements, _AT_ONCE):
+        count = min(_AT_ONCE, info.elements - first)
+        data = np.empty(bytes_of(info.dtype, count), np.uint8)
+        read(name, first, data)
+        if single and np.array_equal(differences.stored(found[0][0], name, first, count)[1], data):
+            yield data, np.zeros(count)
+        elif whole:
+            yield data, np.ones(count)
+        else:
+            yield data, differences.of(name, first, count, info.dtype, data)
+
+
+def _dtype_of(differences: Differences, name: str, at: int) -> str:
+    return links_of(differences.base)[at].index.tensors[name].dtype
+
+
+def _largest(parts: _Pieces, elements: int) -> tuple[float, _Pieces | None]:
+    """The largest difference, infinite or NaN if one is; and the pieces, of no large tensor."""
+    held: list[tuple[Bytes, FloatArray]] = []
+    peak = 0.0
+    for data, values in parts:
+        here = float(np.abs(values).max())
+        peak = here if not here <= peak else peak
+        if math.isnan(peak):
+            return peak, None
+        if elements <= _HELD:
+            held.append((data, values.copy()))
+    return peak, held if elements <= _HELD else None
+
+
+def _exponent(code: str, peak: float, usual: int | None) -> int:
+    """That of the scale by which the largest difference fits `code`; the usual one if it is good
+    enough."""
+    largest = DTYPES[code].largest
+    least = max(math.frexp(peak / largest)[1], -300)
+    if code == "BF16":
+        return max(least, 0)
+    if usual is not None and usual - 11 <= least + _ROOM <= usual + _ROOM:
+        return usual
+    return least
+
+
+def _rounded(values: FloatArray, code: str, exponent: int) -> Bytes:
+    scaled = values * 2.0**-exponent
+    if code in FLOAT8:
+        found: Bytes = scaled.astype(DTYPES[code].numpy()).view(np.uint8)
+        return found
+    out = np.empty(bytes_of(code, values.size), np.uint8)
+    round_to(out, code, scaled.view("<u8"), "F64")
+    return out
+
+
+def check_delta(made: TensorIndex, tensors: Mapping[str, TensorInfo], read: ReadElements) -> None:
+    """Read a delta back: raise SnapshotError unless each value is, up to the rounding of its own
+    file, that of the snapshot which `read` gives."""
+    own = made.links[-1]
+    with Differences(made) as differences:
+        for name, info in tensors.items():
+            found = differences.terms(name)
+            for first in range(0, info.elements, _AT_ONCE):
+                count = min(_AT_ONCE, info.elements - first)
+                data = np.empty(bytes_of(info.dtype, count), np.uint8)
+                read(name, first, data)
+                dtype, stored = differences.stored(found[-1][0], name, first, count)
+                if len(found) == 1:
+                    right = dtype == info.dtype and np.array_equal(stored, data)
+                elif name not in own.index.tensors:
+                    right = not differences.of(name, first, count, info.dtype, data).any()
+                else:
+                    values = decode(dtype, stored).astype(np.float64)
+                    bound = DTYPES[dtype].spacing(values) * 2.0 ** found[-1][1] / 2
+                    off = np.abs(differences.of(name, first, count, info.dtype, data))
+                    right = bool((off <= bound * (1 + 1e-6)).all())
+                if not right:
+                    problem = f"tensor '{printable(name)}' is not what it was made of"
+                    raise SnapshotError(str(made.path), problem, "check the disk, and pack it anew")
