@@ -126,12 +126,13 @@ def write_delta(
     """
     code = DELTA_DTYPES[dtype]
     order = {each: place for place, each in enumerate(DTYPES)}
-
-    def wanted(info: TensorInfo) -> str:
-        smaller = info.dtype in FLOATS and DTYPES[info.dtype].bits > DTYPES[code].bits
-        return code if smaller else info.dtype
-
-    names = sorted(tensors, key=lambda name: (order[wanted(tensors[name])], name))
+    differ = {
+        name
+        for name, info in tensors.items()
+        if info.dtype in FLOATS and DTYPES[info.dtype].bits > DTYPES[code].bits
+    }
+    kinds = {name: code if name in differ else info.dtype for name, info in tensors.items()}
+    names = sorted(tensors, key=lambda name: (order[kinds[name]], name))
     own = links_of(base)[-1].index
     where = own.files[0].path.name, fingerprint(base)
     most = sum(info.end - info.start for info in tensors.values())
@@ -152,12 +153,12 @@ def write_delta(
     with file, Differences(base) as differences:
         for name in names:
             info = tensors[name]
-            parts: _Pieces = _parts(differences, name, info, read, whole=wanted(info) != code)
+            parts: _Pieces = _parts(differences, name, info, read, whole=name not in differ)
             peak, held = _largest(parts, info.elements)
             if peak == 0.0:
                 continue
             stored, exponent = info.dtype, None
-            if wanted(info) == code and math.isfinite(peak):
+            if name in differ and math.isfinite(peak):
                 exponent = _exponent(code, peak, usual)
                 if usual is None and code == "F16":
                     usual = exponent = exponent + _ROOM
