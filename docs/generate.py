@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COLUMNS = 80
-COMMANDS = ("inspect", "convert", "solve", "synthesize", "verify", "plot", "plan", "demo")
+COMMANDS = ("inspect", "convert", "pack", "solve", "synthesize", "verify", "plot", "plan", "demo")
 
 
 def posthoc(*arguments: str, cwd: Path = HERE, colour: bool = False) -> str:

@@ -52,7 +52,7 @@ def write(folder: Path, made: dict[tuple[int, str], Tensors]) -> Path:
 
 
 def stored(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, np.ndarray[Any, Any]]]]:
-    """The metadata of a file, and its tensors with their dtypes, as float64 where they are floats."""
+    """The metadata of a file, and its tensors with their dtypes."""
     with safe_open(path, "np") as file:
         metadata = file.metadata() or {}
     data = path.read_bytes()

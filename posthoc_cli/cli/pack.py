@@ -72,12 +72,12 @@ def pack(
 
     Each is read once and written to OUT, where all commands read it like any other. What is there
     already is kept, so that a run can be interrupted. The expected errors, before and after, are
-    those of the method blup. `posthoc convert` writes plain files again.
+    those of the method blup.
 
     \b
     Examples:
       posthoc pack snapshots packed
-      posthoc pack snapshots packed --dtype float8_e4m3fn --verify
+      posthoc pack snapshots packed-in-8-bits --dtype float8_e4m3fn --verify
     """
     options.check_choice("--dtype", dtype, _dtypes())
 
@@ -105,7 +105,7 @@ _Errors = list[tuple[float, float]] | None
 
 def _errors(run: Run) -> _Errors:
     """What is to be expected for a few targets: below, between and above the snapshots' widths."""
-    widths = [snapshot.sigma_rel for snapshot in run.snapshots if 0 < snapshot.sigma_rel]
+    widths = [snapshot.sigma_rel for snapshot in run.snapshots if snapshot.sigma_rel > 0]
     low, high = (min(widths), max(widths)) if widths else (0.05, 0.1)
     targets = sorted({0.6 * low, (low * high) ** 0.5, min(1.5 * high, 0.25)})
     try:

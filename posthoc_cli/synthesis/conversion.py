@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from posthoc_cli.errors import NoNetworkError, UnknownError
 from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, How, open_network
@@ -18,7 +19,16 @@ from posthoc_cli.snapshots.trained import Trained, explanations, identify_traine
 from posthoc_cli.solver import Average, Decay, Profile, Scheduled, sigma_rel_to_gamma
 from posthoc_cli.storage import TensorIndex
 from posthoc_cli.storage.disk import make_folder
-from posthoc_cli.storage.metadata import CONVERTED, DECAY, GAMMA, SCHEDULE, SIGMA_REL, STEP, TOOL
+from posthoc_cli.storage.metadata import (
+    CONVERTED,
+    DECAY,
+    GAMMA,
+    SCHEDULE,
+    SIGMA_REL,
+    STEP,
+    TOOL,
+    carried_over,
+)
 from posthoc_cli.synthesis.conversion_jobs import (
     Converted,
     Job,
@@ -53,6 +63,9 @@ def convert(
     """
     begin = time.perf_counter()
     index = _open(job, options)
+    kept = {} if TOOL in index.metadata else carried_over(index.metadata)
+    if kept:  # a snapshot of ours that was packed
+        index = replace(index, metadata={**index.metadata, TOOL: "torch"})
     tool = index.metadata[TOOL]
     trained, warnings = _identify(job, index, options)
     identity = trained.identity
@@ -61,7 +74,7 @@ def convert(
         _check_last(step, earlier)
     plan = plan_tensors([index], 0, index.tensors, set(index.tensors), options.dtype)
     make_folder(job.output.parent)
-    metadata = _metadata(job, tool, step, identity, options)
+    metadata = kept | _metadata(job, tool, step, identity, options)
     size, overflowed = write_copy(
         plan, job.output, metadata, overwrite=overwrite, progress=progress
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError, either
+from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, either
 from posthoc_cli.formats.files import (
     ENDINGS,
     INDEX,
@@ -25,8 +25,10 @@ from posthoc_cli.formats.files import (
     without_ending,
 )
 from posthoc_cli.snapshots import Pattern, choose_by_globs, read_name
-from posthoc_cli.storage import ENDING
+from posthoc_cli.storage import ENDING, read_header
+from posthoc_cli.storage.deltas import is_delta
 from posthoc_cli.storage.disk import list_folder
+from posthoc_cli.storage.metadata import PACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +189,27 @@ def _grouped(source: Path, below: str, names: Iterable[str]) -> list[Found]:
     """
     folder = source / below if below else source
     found = []
+    names = list(names)
     for name in list_checkpoints(names):
         path = folder / name
         paths = shards_of(path) if name.endswith(INDEX) else [path]
         stem = below.removesuffix("/") or without_ending(name) or ""
         found.append(Found(below + name.removesuffix(INDEX), stem, tuple(paths), path))
-    return found
+    packed = [name for name in names if not below and _is_packed(folder / name)]
+    return found + [
+        Found(name, name[: -len(ENDING)], (folder / name,), folder / name) for name in packed
+    ]
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a safetensors file is of a folder that was packed, a difference or not."""
+    if not path.name.lower().endswith(ENDING):
+        return False
+    try:
+        metadata = read_header(path).metadata
+    except PosthocError:
+        return False
+    return PACKED in metadata or is_delta(metadata)
 
 
 def _reason(one: Found, pattern: Pattern | None) -> str | None:

@@ -263,3 +263,19 @@ def test_raw_checkpoints(tmp_path: Path, posthoc_here: Posthoc) -> None:
     assert run.code == 0, run
     path = tmp_path / "out" / "net-step00100.safetensors"
     assert np.allclose(rebuilt(path)["a.weight"], made[100]["a.weight"], rtol=0, atol=3e-4)
+
+
+def test_convert_unpacks(tmp_path: Path, posthoc_here: Posthoc, packed_once: Path) -> None:
+    """Into plain files with the same metadata, which are as near as can be."""
+    shutil.copytree(packed_once, tmp_path / "packed")
+    run = posthoc_here("convert", "packed", "whole", "--json")
+    assert run.code == 0, run
+    assert len(run.json["converted"]) == 12
+    for path in sorted((tmp_path / "packed").iterdir()):
+        wanted, found = rebuilt(path), load_file(tmp_path / "whole" / path.name)
+        assert found.keys() == wanted.keys()
+        for name, each in found.items():
+            assert np.array_equal(each, wanted[name].astype(each.dtype))
+    run = posthoc_here("inspect", "whole", "--json")
+    assert [each["chain"] for each in run.json["snapshots"]] == 12 * [[]]
+    assert {each["sigma_rel"] for each in run.json["snapshots"]} == {0.05, 0.1}

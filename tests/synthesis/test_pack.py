@@ -18,7 +18,6 @@ from posthoc_cli.storage.dtypes import DTYPES as FORMATS
 from posthoc_cli.synthesis.pack import Packed, pack, plan_pack
 from tests.packing import Tensors, averages, rebuilt, stored, write
 
-
 CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
 

@@ -1,0 +1,141 @@
+"""How near EMAs come to tracked ones by how snapshots are stored: whole, or as differences.
+
+    python tests/benchmarks/storage.py [--json FILE]
+
+On the networks of accuracy.py: averages of sigma_rel 0.05 and 0.10 are saved 24 or 96 times as
+float32, and in each other dtype whole (as a trainer saves it) and packed. Errors are root mean
+square distances to the tracked EMA, relative to how far that is from the network at the end;
+weights are blup's. Exits with 1 when differences fall short of what is promised of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import accuracy
+import numpy as np
+import torch
+from accuracy import NETWORKS, TARGETS, WIDTHS, Run
+from safetensors.torch import load_file, save_file
+
+from posthoc_cli.api import open_snapshots
+from posthoc_cli.synthesis.pack import pack, plan_pack
+
+COUNTS = (24, 96)
+WHOLE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PACKED = ("float16", "bfloat16", "float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One target from snapshots stored in one way, of `bytes` bytes; errors are relative."""
+
+    network: str
+    pairs: int
+    stored: str
+    bytes: int
+    target: float
+    error: float
+    expected: float
+
+
+def cases(network: str, run: Run, pairs: int, root: Path) -> Iterator[Case]:
+    every = len(run.saved) // pairs
+    folders = {}
+    for name, dtype in WHOLE.items():
+        folders[name] = folder = root / name
+        folder.mkdir()
+        for step in list(run.saved)[every - 1 :: every]:
+            for width, average in zip(WIDTHS, run.saved[step], strict=True):
+                save_file(
+                    {"weights": average.float().to(dtype)},
+                    folder / f"{step}-{width}.safetensors",
+                    {"step": str(step), "sigma_rel": str(width)},
+                )
+    snapshots = open_snapshots(folders["float32"]).contents.usable()
+    for dtype in PACKED:
+        folders[f"{dtype} differences"] = folder = root / f"{dtype}-differences"
+        pack(plan_pack(snapshots, folder), dtype)
+    distance = (run.truth - run.end).square().mean(1).sqrt().numpy()
+    for name, folder in folders.items():
+        solution = open_snapshots(folder).solve(sigma_rel=list(TARGETS), method="blup")
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        assert solution.expected_error is not None
+        (root / "out").mkdir(exist_ok=True)
+        paths = solution.save(root / "out" / "{sigma_rel}.safetensors", dtype="float64", force=True)
+        for at, path in enumerate(paths):
+            made = load_file(path)["weights"]
+            error = (made - run.truth[at]).square().mean().sqrt().item() / distance[at]
+            told = float(solution.expected_error[at])
+            yield Case(network, pairs, name, size, TARGETS[at], float(error), told)
+
+
+def print_table(found: list[Case]) -> None:
+    print("error, in % of the distance between EMA and network (in brackets: expected)\n")
+    print(f"{'network':<12}{'pairs':>6} {'stored as':<27}{'bytes':>7}", end="")
+    print("".join(f"{target:>18.2f}" for target in TARGETS))
+    whole = {(c.network, c.pairs): c.bytes for c in found if c.stored == "float32"}
+    for case in found:
+        if case.target == TARGETS[0]:
+            part = case.bytes / whole[case.network, case.pairs]
+            print(f"\n{case.network:<12}{case.pairs:>6} {case.stored:<27}{part:>7.1%}", end="")
+        print(f"{100 * case.error:>10.3g} ({100 * case.expected:.2g})".rjust(18), end="")
+    print()
+
+
+def summary(found: list[Case]) -> dict[str, float]:
+    def errors(
+        stored: str, pairs: int | None = None
+    ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        return np.array([c.error for c in found if c.stored == stored and pairs in (None, c.pairs)])
+
+    def mean(ratios: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+        return float(np.exp(np.log(ratios).mean()))
+
+    near = errors("float16 differences", 24) / errors("float32", 24)
+    told = np.array([c.expected / c.error for c in found if "differences" in c.stored])
+    return {
+        "worst_float16_differences_over_float32_24": float(near.max()),
+        "float16_over_float16_differences": mean(errors("float16") / errors("float16 differences")),
+        "bfloat16_over_bfloat16_differences": mean(
+            errors("bfloat16") / errors("bfloat16 differences")
+        ),
+        "float8_differences_over_float16": mean(
+            errors("float8_e4m3fn differences") / errors("float16")
+        ),
+        "expected_within_two": float(((told >= 0.5) & (told <= 2)).mean()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases there too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    accuracy.COUNTS = (max(COUNTS),)  # how often it saves
+    found: list[Case] = []
+    for network, (make, steps) in NETWORKS.items():
+        run = accuracy.train(make, steps // 96 * 96)
+        for pairs in COUNTS:
+            with tempfile.TemporaryDirectory() as folder:
+                found += cases(network, run, pairs, Path(folder))
+    print_table(found)
+    told = summary(found)
+    print()
+    for name, value in told.items():
+        print(f"{name:<45}{value:.3g}")
+    if options.json:
+        document = {"summary": told, "cases": [asdict(case) for case in found]}
+        options.json.write_text(json.dumps(document, indent=1))
+    met = told["worst_float16_differences_over_float32_24"] <= 1.5
+    return 0 if met and told["float8_differences_over_float16"] <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
