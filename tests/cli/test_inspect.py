@@ -34,6 +34,8 @@ def test_a_folder(posthoc: Posthoc, posthoc_here: Posthoc, snapshots: Path, chec
         "parameters": 17,
         "bytes": path.stat().st_size,
         "source": "metadata",
+        "encoding": None,
+        "chain": [],
     }
 
     plain = posthoc("inspect", "snapshots")
