@@ -72,6 +72,7 @@ def inspect(
       posthoc inspect checkpoints --raw
       posthoc inspect ema-0.07.safetensors
     """
+    from posthoc_cli.formats import without_ending
     from posthoc_cli.storage import index_of_shard, is_output
 
     if len(folder) == 1 and is_output(Path(folder[0])):
@@ -83,7 +84,8 @@ def inspect(
         path = Path(folder[0])
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
-        layout, recipe = (None, None) if opened.snapshots else _read_recipe(path)
+        other = opened.snapshots or without_ending(path.name) is not None
+        layout, recipe = (None, None) if other else _read_recipe(path)
         if layout is not None and recipe is not None:
             _show_output(path, layout, recipe, everything, as_json)
             return

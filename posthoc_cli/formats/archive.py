@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO
 
-from posthoc_cli.formats.pickles import corrupt, shown
+from posthoc_cli.formats.pickles import corrupt, cut_short, shown
 from posthoc_cli.formats.tensors import unsupported
 
 STORED, DEFLATED = 0, 8
@@ -43,20 +43,25 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Entry]:
             if name in entries:
                 raise corrupt(f"two entries are named {shown(name)}")
             entries[name] = header, packed, length, method, flags & 1
+    except EOFError:
+        raise cut_short("its end is missing") from None
     except (struct.error, ValueError):
-        raise corrupt("its directory is missing or broken") from None
+        raise corrupt("its directory is broken") from None
     return entries
 
 
 def _directory(file: BinaryIO, size: int) -> bytes:
-    """The bytes of the central directory; raises ValueError or struct.error where there is none."""
+    """The bytes of the central directory.
+
+    Raises EOFError where there is none, and ValueError or struct.error where it is broken.
+    """
     first = max(size - (1 << 16) - 22, 0)
     file.seek(first)
     tail = file.read(size - first)
     at = tail.rfind(_END)
+    if at < 0 or at + 22 > len(tail):
+        raise EOFError
     length, start = struct.unpack_from("<2L", tail, at + 12)
-    if at < 0:
-        raise ValueError
     end = first + at
     if at >= 20 and tail[at - 20 : at - 16] == _LOCATOR:
         (place,) = struct.unpack_from("<Q", tail, at - 12)

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import IncompleteError, SnapshotError
 
 if TYPE_CHECKING:
     from posthoc_cli.formats.quick import Quick
@@ -152,6 +152,12 @@ def corrupt(detail: str) -> SnapshotError:
     return refused(f"not a whole checkpoint ({detail})", "copy it again or leave it out")
 
 
+def cut_short(detail: str = "it ends too early") -> IncompleteError:
+    """The same for one whose end is missing, as that of one that is being written."""
+    remedy = "wait until it is written, copy it again, or leave it out"
+    return IncompleteError("", f"not a whole checkpoint ({detail})", remedy)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give the errors of `refused` and `corrupt` the file's name; others have one."""
@@ -160,7 +166,7 @@ def naming(path: Path) -> Iterator[None]:
     except SnapshotError as error:
         if error.subject:
             raise
-        raise SnapshotError(str(path), error.problem, error.remedy) from None
+        raise type(error)(str(path), error.problem, error.remedy) from None
 
 
 def shown(text: str, most: int = _SHOWN) -> str:
@@ -227,7 +233,7 @@ class Unpickler(pickle._Unpickler):
         """The position. Raises SnapshotError unless there are `length` more bytes."""
         position = self.file.tell()
         if position + length > self.end:
-            raise corrupt("it ends too early")
+            raise cut_short()
         return position
 
     def number(self, length: int) -> int:
@@ -236,7 +242,7 @@ class Unpickler(pickle._Unpickler):
     def line(self) -> bytes:
         line = self.file.readline(_MAX_NAME)
         if not line.endswith(b"\n"):
-            raise corrupt("it ends too early" if len(line) < _MAX_NAME else "a name without an end")
+            raise corrupt("a name without an end") if len(line) >= _MAX_NAME else cut_short()
         return line
 
     def find_class(self, module: str, name: str) -> Global:
@@ -282,7 +288,7 @@ class Unpickler(pickle._Unpickler):
             return
         data = self.read(length)
         if len(data) != length:
-            raise corrupt("it ends too early")
+            raise cut_short()
         text = data.decode("utf-8", "surrogatepass")
         self.allowance.take(sys.getsizeof(text) >> 6)
         self.append(text)

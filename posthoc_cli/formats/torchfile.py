@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import IncompleteError, SnapshotError
 from posthoc_cli.formats.archive import DEFLATED, Entry, entry_start, read_directory
 from posthoc_cli.formats.checkpoint import Checkpoint
 from posthoc_cli.formats.inert import inert
@@ -23,6 +23,7 @@ from posthoc_cli.formats.pickles import (
     Persistent,
     Span,
     corrupt,
+    cut_short,
     naming,
     refused,
     shown,
@@ -62,12 +63,14 @@ def read_stream(file: BinaryIO, size: int) -> Any:
     return _read(file, size, {})[0]
 
 
-def _other(start: bytes, size: int) -> tuple[str, str]:
-    """What a file of no known format is, for a message, and what to do."""
+def _other(start: bytes, size: int) -> SnapshotError:
+    """The error for a file of no known format: what it is, and what to do."""
+    problem = "neither a checkpoint of torch nor a pickle"
     if not size or unfilled(start, size, None):
-        return f": it is {'all zeros' if size else 'empty'}", "copy it again or leave it out"
+        what = "all zeros" if size else "empty"
+        return IncompleteError("", f"{problem}: it is {what}", "copy it again or leave it out")
     what, remedy = sniff(start, size) or ("", "leave it out")
-    return f", but {what}" if what else "", remedy
+    return refused(problem + (f", but {what}" if what else ""), remedy)
 
 
 def _read(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
@@ -80,8 +83,7 @@ def _read(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         raise refused("is a safetensors file already", "use it as it is, or rename it")
     if not start.startswith(_PICKLE):
-        what, remedy = _other(read_start(file), size)
-        raise refused(f"neither a checkpoint of torch nor a pickle{what}", remedy)
+        raise _other(read_start(file), size)
     return _read_pickle(file, size)
 
 
@@ -153,12 +155,15 @@ def _read_legacy(file: BinaryIO, end: int, allowance: Allowance) -> tuple[Any, l
         storage = missing.pop(key, None)
         if storage is None:
             raise corrupt(f"storage {shown(key)} is not what its pickle says")
-        elements = int.from_bytes(file.read(8), "little", signed=True)
+        length = file.read(8)
+        if len(length) < 8:
+            raise cut_short()
+        elements = int.from_bytes(length, "little", signed=True)
         if elements * itemsize(storage.dtype) != storage.size:
             raise corrupt(f"storage {shown(key)} has not the length its pickle says")
         storage.offset = file.tell()
         if storage.offset + storage.size > end:
-            raise corrupt("it ends too early")
+            raise cut_short()
         file.seek(storage.offset + storage.size)
     if missing:
         raise corrupt("a storage is missing")

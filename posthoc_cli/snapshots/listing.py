@@ -44,6 +44,9 @@ _COMPONENT = re.compile(
 """Parts of a network, as diffusers and accelerate name their folders: text_encoder_2 is of no step
 2."""
 
+_TAG = re.compile(r"global_step[0-9]+")
+"""What DeepSpeed calls its folder in a trainer's step folder, beside the network itself."""
+
 _CHECKPOINT = re.compile(r"(?i).*(?:step|iter|epoch|ckpt|checkpoint)[a-z]*[-_= ]?[0-9]+")
 
 
@@ -63,15 +66,16 @@ class Network:
         *folders, _ = self.path.split("/")
         # The last: in run1/step_100/unet, the first numbers a run.
         for at in reversed(range(len(folders))):
-            if counts(folders[at]):
+            tagged = at and _TAG.fullmatch(folders[at]) and counts(folders[at - 1])
+            if counts(folders[at]) and not tagged:
                 return "/".join(folders[: at + 1])
         return folders[0] if folders else ""
 
     @property
     def inside(self) -> str:
-        """Where in the step folder it lies: `unet_ema`, or a file's name."""
+        """Where in the step folder it lies: `unet_ema`, or a file's name; DeepSpeed's as a glob."""
         below = self.path[len(self.home) + 1 :] if self.home else self.path
-        return os.path.dirname(below) or below
+        return _TAG.sub("global_step*", os.path.dirname(below) or below)
 
 
 @dataclass(slots=True)
@@ -303,6 +307,9 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
             continue
         if is_output(folder / place / name):
             listing.left_out.append((f"{place}/{name}", MADE_BY_POSTHOC))
+        elif _TAG.fullmatch(name) and (safetensors or one) and counts(place.rpartition("/")[2]):
+            text = "DeepSpeed's state, with a copy of the network beside it"
+            listing.left_out.append((f"{place}/{name}", text))
         elif levels:
             _walk(folder, f"{place}/{name}", levels - 1, listing)
 

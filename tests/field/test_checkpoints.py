@@ -1,0 +1,69 @@
+"""Checkpoints as trainers leave them: beside DeepSpeed's state, cut short, read by themselves."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import posthoc_cli
+from tests.command import Posthoc, write_snapshot
+
+STEPS = (10, 20, 30)
+
+
+def save_deepspeed(folder: Path, step: int) -> None:
+    folder.mkdir(parents=True)
+    state = {"module": {"w": torch.full((4,), step / 10).bfloat16()}, "ds_version": "0.14"}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    ranks = {"optimizer_state_dict": {"w": torch.zeros(3)}}
+    torch.save(ranks, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_state_of_deepspeed_in_a_step_folder(beside: bool, tmp_path: Path) -> None:
+    """As Trainer saves it: a copy of the network, of another dtype perhaps."""
+    for step in STEPS:
+        folder = tmp_path / f"checkpoint-{step}"
+        save_deepspeed(folder / f"global_step{step}", step)
+        if beside:
+            write_snapshot(folder / "model.safetensors", step / 10)
+    run = posthoc_cli.open_snapshots(tmp_path, raw=True)
+    assert run.problems == []
+    assert [each.step for each in run.snapshots] == list(STEPS)
+    where = "checkpoint-10" if beside else "checkpoint-10/global_step10"
+    assert run.snapshots[0].file == where
+    assert len(run.skipped) == (3 if beside else 0)
+
+
+SAVERS: dict[str, Callable[[Any, Path], None]] = {
+    "zip": torch.save,
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "pickle": lambda state, path: path.write_bytes(pickle.dumps(state)),
+}
+
+
+@pytest.mark.parametrize("form", SAVERS)
+def test_what_is_still_being_written_is_incomplete(form: str, tmp_path: Path) -> None:
+    state = {"w": torch.ones(40), "b": torch.ones(3)}
+    for step in (10, 20):
+        SAVERS[form](state, tmp_path / f"model_{step}.pt")
+    whole = (tmp_path / "model_20.pt").read_bytes()
+    for part in (b"", *(whole[:end] for end in range(20, len(whole), 41)), bytes(len(whole))):
+        (tmp_path / "model_30.pt").write_bytes(part)
+        run = posthoc_cli.open_snapshots(tmp_path, raw=True, skip_incomplete=True)
+        assert run.problems == []
+        ((name, reason),) = run.skipped
+        assert name == "model_30.pt"
+        assert reason.startswith("incomplete: ")
+
+
+def test_inspect_of_one_checkpoint(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "model_10.pt")
+    done = posthoc_here("inspect", "model_10.pt")
+    assert done.code == 3
+    assert "nothing says its profile; add --raw if it is a plain checkpoint" in done.out
