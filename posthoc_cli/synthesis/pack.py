@@ -2,8 +2,8 @@
 
 The snapshots of one profile are a chain: the first, and each N-th after it, is a plain file, the
 keyframe; every other one is the difference to the one before it, as that can be rebuilt. Those of
-the other profiles are differences to the link of their step. What is there already is kept, so that
-a run can be interrupted.
+the other profiles are so too, but their first after a keyframe is a difference to that: it is no
+keyframe of their own. What is there already is kept, so that a run can be interrupted.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def plan_pack(
     taken: dict[str, Snapshot] = {}
     base: Path | None = None
     links = 0
+    last: dict[int, Path] = {}
     for snapshot in sorted(snapshots, key=lambda each: (each.step, kind[each.file] != main)):
         name = _name(snapshot)
         place = os.path.normcase(name)
@@ -95,8 +96,10 @@ def plan_pack(
             keyframe = links % keyframe_every == 0
             jobs.append(Job(snapshot, output, None if keyframe else base))
             base, links = output, links + 1
+            last = {} if keyframe else last
         else:
-            jobs.append(Job(snapshot, output, base))
+            jobs.append(Job(snapshot, output, last.get(kind[snapshot.file], base)))
+            last[kind[snapshot.file]] = output
     return jobs
 
 
