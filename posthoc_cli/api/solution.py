@@ -196,7 +196,7 @@ class Solution:
         meanwhile, MachineError when the disk or the device fails.
         """
         from posthoc_cli.storage import fingerprint
-        from posthoc_cli.synthesis.beside import own_shard_size, what_lies_beside
+        from posthoc_cli.synthesis.beside import shard_size, what_lies_beside
         from posthoc_cli.synthesis.outputs import save_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
         from posthoc_cli.synthesis.recipe import make_recipe
@@ -210,8 +210,8 @@ class Solution:
         name = self.run.folder.resolve().name
         paths = output_paths(os.fspath(output), name, self.targets, self.step, layout=layout)
         beside = what_lies_beside(plan, self.run.folder) if layout == "folder" else None
-        if beside and max_shard_size is None:
-            max_shard_size = own_shard_size(plan)
+        if beside:
+            max_shard_size = shard_size(plan, beside, max_shard_size)
 
         def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
             make_folder(os.fspath(output), self.targets, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli.console import counted
@@ -28,6 +28,21 @@ def missing(outputs: Sequence[Output]) -> Iterator[str]:
         yield (
             f"{printable(str(one.path))}{more}: no {either(names) if names[1:] else names[0]} lay "
             "beside the snapshots; add it, or load the weights alone"
+        )
+
+
+def wrapped(outputs: Sequence[Output], names: Collection[str]) -> Iterator[str]:
+    """That loaders will find none of these tensors in folders: their names are of what wrapped the
+    network in training, and `from_pretrained` would make a new one."""
+    from posthoc_cli.snapshots import describe_wrappers
+
+    folders = [one for one in outputs if one.manifest]
+    around = [name for name in names if describe_wrappers([name])]
+    if folders and 2 * len(around) > len(names):
+        yield (
+            f"{printable(str(folders[0].path))}: its tensors are named as they were wrapped in "
+            f"training ({describe_wrappers(around)}), and from_pretrained knows them without that; "
+            "rename them before it loads the folder"
         )
 
 

@@ -18,7 +18,7 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
-from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing
+from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing, wrapped
 from posthoc_cli.cli.lists import read_target_for
 from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
 from posthoc_cli.cli.solutions import (
@@ -208,7 +208,10 @@ def synthesize(
     for one in saved.outputs:
         if one.seconds is None:
             note(f"{one.path}: exists already; skipped", quiet)
-    for text in missing(saved.outputs):
+    for text in (
+        *missing(saved.outputs),
+        *wrapped(saved.outputs, solution.snapshots[-1].index.tensors),
+    ):
         note(f"warning: {text}", quiet)
     if saved.nonfinite:
         note(f"warning: {saved.summary} (--strict makes this an error)", quiet)

@@ -275,7 +275,7 @@ def _each(found: dict[str, dict[str, StoredTensor]], root: Any = None, most: int
         size = in_bytes(sum(tensor.bytes for tensor in tensors.values()))
         count = f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}"
         what = "the average: " if lightning and key == "state_dict" else ""
-        parts.append(f"key='{shown(key, 40)}' ({what}{count}, {size})")
+        parts.append(f"key='{shown(key)}' ({what}{count}, {size})")
     more = [f"{len(found) - most} more"] if len(found) > most else []
     return " or ".join(parts + more)
 

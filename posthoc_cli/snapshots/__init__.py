@@ -19,3 +19,4 @@ from posthoc_cli.snapshots.names import compile_pattern as compile_pattern
 from posthoc_cli.snapshots.names import read_name as read_name
 from posthoc_cli.snapshots.snapshot import Contents as Contents
 from posthoc_cli.snapshots.snapshot import Snapshot as Snapshot
+from posthoc_cli.snapshots.wrappers import describe_wrappers as describe_wrappers

@@ -54,6 +54,9 @@ _OF_TENSOR = re.compile(rf"[._:]{_SCALE}|[.:]quant_state[.:].*")
 
 _STATISTICS = {"running_mean", "running_var"}
 
+_AVERAGE = re.compile(r"(?:.*_)?ema(?:_.*)?")
+"""What a network's own average is called, by the first part of its tensors' names."""
+
 _LONGEST = 1000
 """Characters of a name beyond which it is none that a tool gives, and would be slow to search."""
 
@@ -110,6 +113,15 @@ def misfitting(snapshots: Sequence[Snapshot], settled: Sequence[str]) -> Iterato
             f"'{found[0]}'{more}: running statistics of batch normalization, which fit no network "
             "exactly when they are averaged; recompute them on data with the network that comes "
             "out (torch.optim.swa_utils.update_bn)",
+        )
+    first = {name: name.partition(".")[0] for name in tensors if "." in name}
+    kept = [name for name, part in first.items() if _AVERAGE.fullmatch(part.lower())]
+    if 4 * len(kept) > len(tensors) and len(kept) < len(first):
+        yield (
+            "",
+            f"'{kept[0]}' and {len(kept) - 1} more: an EMA that training kept, beside the network "
+            "itself, and both are taken for the same here; leave one of them out with "
+            f"drop='{first[kept[0]]}.*'",
         )
 
 

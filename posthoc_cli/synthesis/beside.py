@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from posthoc_cli.errors import UsageError
 from posthoc_cli.formats.companions import Companions, companions, in_shards
 from posthoc_cli.synthesis.plan import TensorPlan
 from posthoc_cli.synthesis.products import Products
+
+_LORA = ("adapter_model", "pytorch_lora_weights")
 
 
 def what_lies_beside(plan: TensorPlan | Products, top: Path) -> Companions:
@@ -20,11 +23,18 @@ def what_lies_beside(plan: TensorPlan | Products, top: Path) -> Companions:
     return companions(networks.pop(plan.newest), top, networks)
 
 
-def own_shard_size(plan: TensorPlan | Products) -> int | None:
-    """Bytes of an output's shards, to be like those of the newest source; None if it has none."""
+def shard_size(plan: TensorPlan | Products, beside: Companions, asked: int | None) -> int | None:
+    """Bytes of a folder's shards: as `asked`, else to be like those of the newest source, if any.
+
+    Raises UsageError where a LoRA would be in shards: no library loads those.
+    """
     plan = plan.plan if isinstance(plan, Products) else plan
+    name = Path(beside.weights).name
+    if asked is not None and name.startswith(_LORA) and plan.bytes_to_write > asked:
+        problem = f"'{name}' would be in shards, and libraries load a LoRA from one file"
+        raise UsageError("max_shard_size=", problem, "leave it out")
     files = plan.sources[plan.newest].files
-    if not in_shards([file.path for file in files]):
-        return None
+    if asked is not None or not in_shards([file.path for file in files]):
+        return asked
     sizes = [file.size for file in files]
     return math.ceil(max(sizes) * plan.bytes_to_write / sum(sizes))

@@ -67,3 +67,37 @@ def test_inspect_of_one_checkpoint(posthoc_here: Posthoc, tmp_path: Path) -> Non
     done = posthoc_here("inspect", "model_10.pt")
     assert done.code == 3
     assert "nothing says its profile; add --raw if it is a plain checkpoint" in done.out
+
+
+def test_an_average_in_the_networks_own_dict_is_told(tmp_path: Path) -> None:
+    """As latent-diffusion keeps it: one of the two isn't of the profile that is asked for."""
+    for step in STEPS:
+        network = {f"model.diffusion_model.{at}": torch.rand(3) for at in "ab"}
+        ema = {f"model_ema.diffusion_model{at}": torch.rand(3) for at in "ab"}
+        state = {"state_dict": network | ema, "global_step": step}
+        torch.save(state, tmp_path / f"epoch={step // 10:06}.ckpt")
+    ((_, text),) = posthoc_cli.open_snapshots(tmp_path, raw=True).warnings
+    assert text.startswith("'model_ema.diffusion_modela' and 1 more: an EMA that training kept")
+    assert "drop='model_ema.*'" in text
+    assert not posthoc_cli.open_snapshots(tmp_path, raw=True, drop=["model_ema.*"]).warnings
+
+
+def test_folders_that_libraries_would_not_load_right(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    """Names of a wrapped network, of which from_pretrained makes a new one; a LoRA in shards."""
+    for step in STEPS:
+        for run, file, name in (
+            ("ddp", "pytorch_model.bin", "module.w"),
+            ("lora", "adapter_model.bin", "base_model.model.q.lora_A.weight"),
+        ):
+            folder = tmp_path / run / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            torch.save({name: torch.rand(4, 9), f"{name}2": torch.rand(4, 9)}, folder / file)
+    how = ("--raw", "--sigma-rel", "0.2", "--layout", "folder", "-o")
+    done = posthoc_here("synthesize", "ddp", *how, "out")
+    assert done.code == 0
+    assert "named as they were wrapped in training ('module.')" in done.err
+    done = posthoc_here("synthesize", "lora", *how, "lora-out", "--max-shard-size", "200B")
+    assert done.code == 2
+    assert "--max-shard-size: 'adapter_model.safetensors' would be in shards" in done.err
+    assert not (tmp_path / "lora-out").exists()
