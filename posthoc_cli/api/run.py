@@ -15,7 +15,14 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
-from posthoc_cli.solver import METHODS, SolvedWeights, choose_method, plain_method, solve_apart
+from posthoc_cli.solver import (
+    METHODS,
+    Average,
+    SolvedWeights,
+    choose_method,
+    plain_method,
+    solve_apart,
+)
 from posthoc_cli.solver.arrays import resolve_device
 from posthoc_cli.solver.groups import TargetFor, TensorGroup, globs_of, make_groups
 from posthoc_cli.solver.targets import Values, make_targets
@@ -239,7 +246,8 @@ class Run:
         groups = make_groups(target_for)
         if groups:
             groups = _counted(groups, snapshots, leave_out)
-        wanted = [target.profile(step) for target in (*targets, *(g.target for g in groups))]
+        wanted: list[Average] = [target.profile(step) for target in targets]
+        wanted += [group.profile(step) for group in groups]
         plain = plain_method(all(profile.raw for profile in profiles))
         if not METHODS[chosen].needs_values:
             check_norms(snapshots, chosen)

@@ -164,5 +164,5 @@ def read_target_for(texts: Sequence[str] | None) -> list[tuple[str, str]]:
             raise UsageError(
                 "--target-for", f"'{text}' has no {missing}", "write it as in '*.attn.*=0.15'"
             )
-        rules.append((glob, target.strip()))
+        rules.append((glob.strip(), target.strip()))
     return rules

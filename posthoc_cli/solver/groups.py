@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from posthoc_cli.errors import UsageError
+from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.targets import Target, read_target
 
 TargetFor = Mapping[str, str | float | Target] | Iterable[tuple[str, str | float | Target]]
@@ -24,6 +25,13 @@ class TensorGroup:
     globs: tuple[str, ...]
     target: Target
     tensors: int = 0
+
+    def profile(self, step: int) -> Average:
+        """The average at the target step; raises UsageError where its length doesn't fit there."""
+        try:
+            return self.target.profile(step)
+        except UsageError as error:
+            raise _about(self.globs[0], error) from None
 
 
 def make_groups(target_for: TargetFor) -> list[TensorGroup]:
@@ -48,7 +56,11 @@ def _read_target(glob: str, wanted: str | float) -> Target:
     try:
         return read_target(text if ":" in text else f"sigma-rel:{text}")
     except UsageError as error:
-        raise UsageError(f"target_for='{glob}'", error.problem, error.remedy) from None
+        raise _about(glob, error) from None
+
+
+def _about(glob: str, error: UsageError) -> UsageError:
+    return UsageError(f"target_for='{glob}'", error.problem, error.remedy)
 
 
 def globs_of(groups: Sequence[TensorGroup]) -> tuple[tuple[str, ...], ...]:

@@ -344,10 +344,16 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
         found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
         if not found:
             subject = f"{argument}='{glob}'"
-            such = f"'{printable(next(iter(tensors), ''))}'"
-            raise UsageError(subject, "matches no tensor", f"give one that does; a name is {such}")
+            raise UsageError(subject, "matches no tensor", _such(tensors, glob))
         matching |= found
     return matching
+
+
+def _such(tensors: Iterable[str], glob: str) -> str:
+    """What to write in place of a glob that fits no name."""
+    if any(fnmatch.fnmatchcase(name, f"*{glob}*") for name in tensors):
+        return f"write '*{glob}*': a glob fits whole names"
+    return f"give one that does; a name is '{printable(next(iter(tensors), ''))}'"
 
 
 def output_dtype(info: TensorInfo, wanted: str) -> str:

@@ -296,6 +296,29 @@ class Bench:
         self.work("LoRA, one target", folder, paths, "0.07", 2)
         shutil.rmtree(folder)
 
+    def groups(self) -> None:
+        """Every other tensor of another EMA length, beside one length for all."""
+        self.head("Lengths per tensor")
+        print("| inputs | tensors | targets | one length | every other another | ratio | peak |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for parameters, tensors in ((self.parameters, 64), (self.parameters // 8, 2000)):
+            folder = self.folder / f"groups{tensors}"
+            paths = make_snapshots(folder, 16, parameters, tensors=tensors)
+            for targets in ("0.07", EIGHT):
+                runs = [
+                    synthesize(folder, targets, self.folder / f"out{at}", *rule)
+                    for at, rule in enumerate(([], ["--target-for", "*[02468].weight=0.1"]))
+                ]
+                alternate(runs, self.rounds)
+                one, two = (run.median for run in runs)
+                print(
+                    f"| 16 x {paths[0].stat().st_size / 1e6:.0f} MB | {tensors} |"
+                    f" {targets.count(',') + 1} | {one:.2f} s | {two:.2f} s |"
+                    f" **{two / one:.2f}** | {runs[1].peak:.0f} MB |",
+                    flush=True,
+                )
+            shutil.rmtree(folder)
+
     def memory(self) -> None:
         """Peak memory as snapshots get larger and more."""
         self.head("Peak memory")
@@ -435,7 +458,7 @@ def _drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-SECTIONS = ("half", "dtypes", "lora", "memory", "scaling", "start", "cold")
+SECTIONS = ("half", "dtypes", "lora", "groups", "memory", "scaling", "start", "cold")
 
 
 def main() -> None:

@@ -75,6 +75,8 @@ def test_tables_and_csv(posthoc_here: Posthoc, snapshots: Path) -> None:
     ("rule", "more", "line"),
     [
         ("nope*=0.1", (), r"--target-for 'nope\*': matches no tensor; .*'head.count'"),
+        ("bias=0.1", (), r"--target-for bias: matches no tensor; write '\*bias\*': .*"),
+        ("*.bias=window:9999", (), r"--target-for '\*.bias': 9999 is longer than the 4000 .*"),
         ("head.*=0.1", (), r"--target-for 'head.\*': fits only .* such as 'head.count', I64; .*"),
         ("body.*=0.5", (), r"--target-for 'body.\*': 0.5 is out of bounds; .*"),
         ("body.*=wide", (), r"--target-for 'body.\*': 'wide' is no number; .*"),
