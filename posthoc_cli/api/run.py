@@ -322,10 +322,11 @@ def _counted(
 
     Raises UsageError for a glob that fits no tensor that is averaged.
     """
-    from posthoc_cli.synthesis.plan import count_groups, newest_of
+    from posthoc_cli.synthesis.plan import averaged_in_groups, check_groups, fits_any, newest_of
 
-    newest = snapshots[newest_of([each.step for each in snapshots])]
-    counts = count_groups(newest.index.tensors, globs_of(groups), leave_out)
+    tensors = snapshots[newest_of([each.step for each in snapshots])].index.tensors
+    check_groups(tensors, globs_of(groups), [each for each in tensors if fits_any(each, leave_out)])
+    counts = averaged_in_groups(tensors, globs_of(groups), leave_out)
     return [replace(group, tensors=n) for group, n in zip(groups, counts, strict=True) if n]
 
 

@@ -213,6 +213,11 @@ class Solution:
         if beside:
             max_shard_size = shard_size(plan, beside, max_shard_size)
 
+        groups = [
+            (group, self.solved.weights[at].tolist(), self.errors_of(at))
+            for at, group in enumerate(self.groups, len(self.targets))
+        ]
+
         def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
             make_folder(os.fspath(output), self.targets, layout)
             fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
@@ -226,7 +231,7 @@ class Solution:
                     fingerprints,
                     copied=copy,
                     dropped=drop,
-                    groups=list(zip(self.groups, self.group_weights.tolist(), strict=True)),
+                    groups=groups,
                     lora=plan,
                     how=self.run.contents.how,
                     errors=self.errors_of(at),

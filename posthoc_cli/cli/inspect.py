@@ -243,11 +243,12 @@ def _totals(snapshots: Sequence[Snapshot]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The tensors that have a target and weights of their own."""
+    """Tensors that have a target and weights of their own: their globs and number, and these."""
 
-    globs: tuple[str, ...]
+    tensors: str
     target: str
     rows: list[Row]
+    document: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +267,8 @@ def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
     """Raises SnapshotError for a recipe that posthoc can't have written."""
     from posthoc_cli.storage import open_tensors
     from posthoc_cli.storage.metadata import read_recipe
+    from posthoc_cli.synthesis.plan import averaged_in_groups
+    from posthoc_cli.synthesis.recipe import MAX_GLOBS
 
     layout = open_tensors(path)
     document = read_recipe(layout.metadata)
@@ -277,16 +280,22 @@ def _read_recipe(path: Path) -> tuple[TensorIndex, Recipe | None]:
             Row(str(source["file"]), _profile_of(source), float(source["weight"]))
             for source in document["sources"]
         ]
+        globs = [tuple(map(str, group["tensors"])) for group in document.get("groups", ())]
+        copied = list(document.get("copied", ()))
+        if len(copied) + sum(map(len, globs)) > MAX_GLOBS:
+            raise ValueError
+        counts = averaged_in_groups(layout.tensors, globs, copied)
         groups = [
             Group(
-                tuple(map(str, group["tensors"])),
+                f"{' '.join(own)} ({counted(count, 'tensor')})",
                 _target_of(group["target"]),
                 [
                     dataclasses.replace(row, weight=float(weight))
                     for row, weight in zip(rows, group["weights"], strict=True)
                 ],
+                group,
             )
-            for group in document.get("groups", ())
+            for own, count, group in zip(globs, counts, document.get("groups", ()), strict=True)
         ]
         version, method = str(document["version"]), str(document["method"])
         recipe = Recipe(version, method, target, rows, groups, document)
@@ -387,22 +396,15 @@ def _draw_recipe(console: Console, layout: TensorIndex, recipe: Recipe, everythi
     table.columns[0].style = "bold"
     print_table(console, table)
     _draw_rows(console, recipe.rows, everything)
-    for at, group in enumerate(recipe.groups, 1):
-        heading = f"{_tensors(layout, recipe, at)}: {group.target}"
-        console.print(f"\n{printable(heading)}", style="bold", soft_wrap=True)
+    for group in recipe.groups:
+        heading = printable(f"{group.tensors}: {group.target}")
+        console.print(f"\n{heading}", style="bold", soft_wrap=True)
         _draw_rows(console, group.rows, everything)
+        for label, text in _errors_row(group.document):
+            console.print(f"{label}  {text}")
 
 
 def _draw_rows(console: Console, rows: Sequence[Row], everything: bool) -> None:
     console.print()
     draw_weights(console, rows, everything=everything)
     console.print(f"\nsum of weights  {sum(row.weight for row in rows):.6f}")
-
-
-def _tensors(layout: TensorIndex, recipe: Recipe, at: int) -> str:
-    """The globs of group `at`, from 1 on, and how many tensors are of it."""
-    from posthoc_cli.synthesis.plan import group_of
-
-    globs = [group.globs for group in recipe.groups]
-    count = sum(group_of(name, globs) == at for name in layout.tensors)
-    return f"{' '.join(globs[at - 1])} ({counted(count, 'tensor')})"

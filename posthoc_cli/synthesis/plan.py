@@ -266,19 +266,14 @@ def common_group(names: Iterable[str], groups: Groups) -> int | None:
     return own.pop() if len(own) == 1 else None
 
 
-def count_groups(
-    tensors: Mapping[str, TensorInfo], groups: Groups, left_out: Sequence[str] = ()
+def averaged_in_groups(
+    tensors: Mapping[str, TensorInfo], groups: Groups, left_out: Sequence[str]
 ) -> list[int]:
-    """How many tensors are of each of `groups`, without those that globs `left_out` fit.
-
-    Raises UsageError for a glob of `groups` that fits no tensor that is averaged.
-    """
-    settled = {name for name in tensors if fits_any(name, left_out)}
-    check_groups(tensors, groups, settled)
+    """How many tensors of each of `groups` are averaged, without those that `left_out` fit."""
     counts = Counter(
         group_of(name, groups)
         for name, info in tensors.items()
-        if info.dtype in AVERAGED and name not in settled
+        if info.dtype in AVERAGED and not fits_any(name, left_out)
     )
     return [counts[at] for at, _ in enumerate(groups, 1)]
 

@@ -29,7 +29,7 @@ def make_recipe(
     *,
     copied: Sequence[str] = (),
     dropped: Sequence[str] = (),
-    groups: Sequence[tuple[TensorGroup, Sequence[float]]] = (),
+    groups: Sequence[tuple[TensorGroup, Sequence[float], Mapping[str, Any]]] = (),
     lora: object = None,
     how: How | None = None,
     errors: Mapping[str, Any] | None = None,
@@ -38,9 +38,9 @@ def make_recipe(
 
     `snapshots`, `weights` and `fingerprints` (see storage.readers.fingerprint) go together;
     `copied` and `dropped` are the globs of tensors that are not averaged, and left out; `groups`
-    those whose tensors have weights of their own, one a source, and these; `lora` is the plan,
-    which may be one of a LoRA's products; `how` is how checkpoints of other tools are read, where
-    it isn't as usual; `errors` what errors are to be expected.
+    those whose tensors have weights of their own, one a source, with these and their `errors`;
+    `lora` is the plan, which may be one of a LoRA's products; `how` is how checkpoints of other
+    tools are read, where it isn't as usual; `errors` what errors are to be expected.
     """
     globs = {"copied": list(copied), "dropped": list(dropped)}
     return {
@@ -69,10 +69,13 @@ def make_recipe(
     }
 
 
-def _describe_group(step: int, group: TensorGroup, weights: Sequence[float]) -> dict[str, Any]:
+def _describe_group(
+    step: int, group: TensorGroup, weights: Sequence[float], errors: Mapping[str, Any]
+) -> dict[str, Any]:
     return {
         "tensors": list(group.globs),
         "target": group.target.as_dict(step),
+        **_rounded(errors),
         "weights": list(weights),
     }
 
@@ -109,7 +112,7 @@ def _lora(entry: Any) -> tuple[float, int | None] | None:
     raise ValueError("'lora' is not known")
 
 
-_MAX_GLOBS = 1_000
+MAX_GLOBS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,8 @@ def ingredients(recipe: Mapping[str, Any]) -> RecipeSources:
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise ValueError("'groups' is no list of objects")
     globs = tuple(_globs(group, "tensors") for group in groups)
-    if sum(map(len, globs)) > _MAX_GLOBS:
-        raise ValueError(f"'groups' has more than {_MAX_GLOBS:,} names")
+    if sum(map(len, globs)) > MAX_GLOBS:
+        raise ValueError(f"'groups' has more than {MAX_GLOBS:,} names")
     own = (_weights(group, len(read)) for group in groups)
     return RecipeSources(
         read,
@@ -214,6 +217,6 @@ def _globs(recipe: Mapping[str, Any], key: str) -> tuple[str, ...]:
     globs = recipe.get(key, [])
     if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
         raise ValueError(f"'{key}' is no list of names")
-    if len(globs) > _MAX_GLOBS:  # each is held against the name of each tensor
-        raise ValueError(f"'{key}' has more than {_MAX_GLOBS:,} names")
+    if len(globs) > MAX_GLOBS:  # each is held against the name of each tensor
+        raise ValueError(f"'{key}' has more than {MAX_GLOBS:,} names")
     return tuple(globs)
