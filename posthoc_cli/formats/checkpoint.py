@@ -57,7 +57,13 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
                 f"holds several dicts of tensors ({_listed(list(found))})",
                 f"choose one with {_each(found, checkpoint.root)}",
             )
-        (tensors,) = found.values()
+        ((place, tensors),) = found.items()
+        if place != "." and (parts := _nested(_entries(checkpoint.root)[place])):
+            raise refused(
+                f"has tensors at '{shown(place)}', and more below it ('{shown(min(parts))}'), as "
+                "no state dict has",
+                f"say key='{place}' if those are none of the network's; else save it as one dict",
+            )
         return tensors
 
 

@@ -101,3 +101,14 @@ def test_folders_that_libraries_would_not_load_right(posthoc_here: Posthoc, tmp_
     assert done.code == 2
     assert "--max-shard-size: 'adapter_model.safetensors' would be in shards" in done.err
     assert not (tmp_path / "lora-out").exists()
+
+
+def test_a_part_of_a_network_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
+    for step in (10, 20):
+        network = {"w": torch.rand(3), "sub": {"b": torch.rand(5)}, "optimizer": {}}
+        torch.save({"model": network, "step": step}, tmp_path / f"model_{step}.pt")
+    run = posthoc_cli.open_snapshots(tmp_path, raw=True)
+    assert "has tensors at 'model', and more below it ('sub'), as no" in run.problems[0][1]
+    run = posthoc_cli.open_snapshots(tmp_path, raw=True, key="model")
+    assert not run.problems
+    assert [list(each.index.tensors) for each in run.snapshots] == [["w"], ["w"]]
