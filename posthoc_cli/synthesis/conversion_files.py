@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError, either
+from posthoc_cli.formats.distributed import is_distributed
 from posthoc_cli.formats.files import (
     ENDINGS,
     INDEX,
@@ -257,11 +258,13 @@ def _one_a_folder(found: list[Found], chosen: bool, left_out: list[tuple[str, st
 
 def _none_found(folder: Path, names: Sequence[str]) -> SnapshotError:
     snapshots = sum(name.lower().endswith(ENDING) for name in names)
-    return SnapshotError(
-        str(folder),
-        f"holds no {either(ENDINGS)} files",
-        f"its {snapshots} {ENDING} files can be used as they are"
-        if snapshots
-        else "give the folder that they lie in: of those below it, only those named after a step "
-        "are looked into",
+    distributed = any(is_distributed(folder / name) for name in ("", *list_folder(folder)))
+    remedy = (
+        "give the folder that they lie in: of those below it, only those named after a step are "
+        "looked into"
     )
+    if distributed:
+        remedy = "checkpoints of torch.distributed need no copy: synthesize reads them as they are"
+    if snapshots:
+        remedy = f"its {snapshots} {ENDING} files can be used as they are"
+    return SnapshotError(str(folder), f"holds no {either(ENDINGS)} files", remedy)

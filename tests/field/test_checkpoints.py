@@ -112,3 +112,11 @@ def test_a_part_of_a_network_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
     run = posthoc_cli.open_snapshots(tmp_path, raw=True, key="model")
     assert not run.problems
     assert [list(each.index.tensors) for each in run.snapshots] == [["w"], ["w"]]
+
+
+def test_convert_of_what_needs_none(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    (tmp_path / "run" / "step-10").mkdir(parents=True)
+    (tmp_path / "run" / "step-10" / ".metadata").write_bytes(b"")
+    done = posthoc_here("convert", "run", "out")
+    assert done.code == 3
+    assert "torch.distributed need no copy: synthesize reads them as they are" in done.err
