@@ -14,7 +14,7 @@ from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import IntArray, quadrature
-from posthoc_cli.solver.trajectory import Trajectory, held_before, jitter_cells
+from posthoc_cli.solver.trajectory import Trajectory, ends_of, held_before, jitter_cells
 
 INTERVALS = 16
 """Looked at together: those whose pieces are at work."""
@@ -36,7 +36,7 @@ def _stretches(
     [n], the factors of the pieces from that place on that are not all after it [pieces, n], and
     those of the `others` [others, n].
     """
-    steps = np.unique([0.0, *chains.step, *(float(each.step) for each in others), end])
+    steps = ends_of(others, [0.0, *chains.step, end])
     edges = np.unique([*trajectory.edges, *steps])
     edges = edges[edges <= end]
     for start in range(0, len(edges) - 1, INTERVALS):

@@ -104,7 +104,7 @@ def fit_trajectory(
             0.0,
             tuple(Jitter(lag, each[part]) for lag, each in zip(lags, found, strict=True)),
             misfit,
-            white=float((found[0] @ own[0]).max()),
+            white=float(found[0][-1] * own[0].sum(axis=0).max()),
         )
         trajectory = replace(trajectory, left_out=leave_out(trajectory, snapshots, differences))
         moved = after @ trajectory.rates + np.einsum("lps,lp->s", own, found)

@@ -15,7 +15,7 @@ products of two averages' factors are their moments; docs/blup.md derives all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,8 @@ class Trajectory:
     the variance of each snapshot's rounding, `start` the mean square of the first weights.
     `misfit` is the root mean square logarithm of modelled over measured squared differences,
     `left_out` how much larger errors were than expected when each snapshot was rebuilt from the
-    others (NaN when that can't be told), and `white` the variance of the jitter of single steps
-    that the least averaged snapshot shows.
+    others (NaN when that can't be told), and `white` what the least averaged snapshot would show,
+    in variance, of the last steps' jitter of single steps.
     """
 
     edges: FloatArray
@@ -102,7 +102,7 @@ def seen(
     jitter's), whether the network's own is known (0 for white jitter, else 1), the variance of each
     piece [n], and its factors [averages, n].
     """
-    steps = np.unique([0.0, *(float(each.step) for each in averages), end])
+    steps = ends_of(averages, [0.0, end])
     edges = np.unique([*trajectory.edges, *steps])
     edges = edges[edges <= end]
     rates = trajectory.rates[trajectory.at(edges[:-1])]
@@ -112,6 +112,12 @@ def seen(
         middles, weights, factors = jitter_seen(averages, steps, trajectory.cell, jitter.lag)
         amounts = weights * jitter.rates[trajectory.at(middles)]
         yield 0.0, float(jitter.lag > trajectory.cell), amounts, factors
+
+
+def ends_of(averages: Sequence[Average], more: Iterable[float]) -> FloatArray:
+    """Where averages begin or end, and `more`, in order: beside these jitter needs a close look."""
+    breaks = [at for each in averages for at in getattr(each, "breaks", ()) if at > 0]
+    return np.unique([*(float(each.step) for each in averages), *breaks, *more])
 
 
 def jitter_seen(

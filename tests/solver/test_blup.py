@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.solver.averages import Decay
+from posthoc_cli.solver import averages
+from posthoc_cli.solver.averages import Decay, LrDecay
 from posthoc_cli.solver.blup import blup_weights, expected_error
 from posthoc_cli.solver.fitting import fit_trajectory
 from posthoc_cli.solver.profiles import Average, Profile, decay, sigma_rel_to_gamma
 from posthoc_cli.solver.quadrature import BLOCK, quadrature
-from posthoc_cli.solver.trajectory import Trajectory, moments
+from posthoc_cli.solver.trajectory import Jitter, Trajectory, moments
 
 WIDTHS = (0.05, 0.10)
 
@@ -416,6 +417,45 @@ def test_raw_checkpoints_that_never_moved_or_are_one() -> None:
         weights, _ = blup_weights(none, snapshots, [Profile(100 * count, 6.94)])
         assert weights.sum() == pytest.approx(1)
         assert np.isfinite(weights).all()
+
+
+# Jitter
+
+
+@pytest.mark.parametrize("target", ["window", "1-sqrt"])
+def test_jitter_is_looked_at_where_a_target_begins(target: str) -> None:
+    snapshots: list[Average] = [Decay(step, 0.99) for step in range(300, 2401, 300)]
+    wanted = averages.Window(2400, 480) if target == "window" else LrDecay(2400, target, 480)
+    still = np.full(8, 1e-30)
+    white = Jitter(1.0, np.ones(8))
+    trajectory = Trajectory(np.arange(9) * 300.0, still, np.zeros(8), 0.0, (white,))
+    weights, _ = blup_weights(trajectory, snapshots, [wanted])
+    steps = np.arange(1, 2401.0)
+    densities = [each.share(steps) - each.share(steps - 1) * (steps > 1) for each in snapshots]
+    off = weights[0] @ np.array(densities) - (wanted.share(steps) - wanted.share(steps - 1))
+    expected = expected_error(trajectory, snapshots, [wanted], weights)
+    assert expected.total[0] == pytest.approx(np.sqrt(off @ off), rel=0.1)
+
+
+def test_jitter_of_the_first_steps_is_none_of_the_last() -> None:
+    """A network that comes to rest: its beginning may be taken for jitter, its end may not."""
+    steps = np.arange(0, 2401.0)
+    way = -np.expm1(-steps / 300)
+
+    def of(average: Average) -> float:
+        share = average.share(steps)
+        return float(way[1:] @ np.diff(share) + share[0] * way[0])
+
+    snapshots: list[Average] = [Decay(step, 0.99) for step in range(300, 2401, 300)]
+    values = np.array([of(each) for each in snapshots])
+    differences = (values[:, None] - values) ** 2
+    trajectory = fit_trajectory(snapshots, differences, np.full(8, 1e-15), values**2)
+    targets: list[Average] = [averages.Window(2400, 120), Profile(2400, 20.0)]
+    weights, _ = blup_weights(trajectory, snapshots, targets)
+    true = np.array([of(each) for each in targets])
+    off = np.abs(weights @ values - true) / np.abs(true - way[-1])
+    expected = expected_error(trajectory, snapshots, targets, weights).relative
+    assert np.all(expected > 0.4 * off), expected / off
 
 
 # Other kinds of averages
