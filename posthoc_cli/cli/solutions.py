@@ -87,6 +87,14 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
                 "distance between EMA and network is to be expected (see --diagnose)",
                 quiet,
             )
+        errors = solution.solved.profile_error
+        unknown = [at for at in targets if off[at] != off[at] and not errors[at] <= FAR_OFF]
+        if unknown:
+            note(
+                f"{_listed(solution, unknown)}: how far off is unknown, as a single snapshot "
+                "doesn't tell how the network moved; what comes out is that snapshot",
+                quiet,
+            )
     if solution.expected is not None or solution.run.raw:
         return
     errors, gains = solution.solved.profile_error, solution.solved.noise_gain

@@ -111,7 +111,7 @@ def expected_error(
         count, end = len(snapshots), max(float(each.step) for each in targets)
         approximation, distance = np.zeros((2, len(targets)))
         known = np.zeros((count, count))
-        for past, own, amounts, factors in seen(trajectory, every, end):
+        for past, own, amounts, factors in seen(trajectory, every, end, targets):
             told = factors[:count]
             wanted, network = np.split(factors[count:], 2)
             known += (told * amounts) @ told.T

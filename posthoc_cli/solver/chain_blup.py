@@ -14,7 +14,7 @@ from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import IntArray, quadrature
-from posthoc_cli.solver.trajectory import Trajectory, ends_of, held_before, jitter_cells
+from posthoc_cli.solver.trajectory import Trajectory, close_steps, held_before, jitter_cells
 
 INTERVALS = 16
 """Looked at together: those whose pieces are at work."""
@@ -29,6 +29,7 @@ def _stretches(
     others: Sequence[Average],
     trajectory: Trajectory,
     end: float,
+    closely: Sequence[Average] = (),
 ) -> Iterator[tuple[int, float, float, FloatArray, FloatArray, FloatArray]]:
     """What trajectory.seen yields, with the pieces for the snapshots, a stretch at a time.
 
@@ -36,9 +37,10 @@ def _stretches(
     [n], the factors of the pieces from that place on that are not all after it [pieces, n], and
     those of the `others` [others, n].
     """
-    steps = ends_of(others, [0.0, *chains.step, end])
+    steps = np.unique([0.0, *chains.step, *(float(each.step) for each in others), end])
     edges = np.unique([*trajectory.edges, *steps])
     edges = edges[edges <= end]
+    steps = close_steps(steps, closely)
     for start in range(0, len(edges) - 1, INTERVALS):
         stretch = edges[start : start + INTERVALS + 1]
         first, places, needed = _at_work(chains, stretch[0], stretch[-1])
@@ -207,7 +209,7 @@ def chain_errors(
     end = max(float(each.step) for each in targets)
     approximation, distance = np.zeros((2, len(targets)))
     for first, past, own, factors, pieces, others in _stretches(
-        chains, snapshots, [*targets, *networks], trajectory, end
+        chains, snapshots, [*targets, *networks], trajectory, end, targets
     ):
         wanted, network = np.split(others, 2)
         made = amounts[:, first : first + len(pieces)] @ pieces

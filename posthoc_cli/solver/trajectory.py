@@ -15,7 +15,7 @@ products of two averages' factors are their moments; docs/blup.md derives all of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,17 +94,22 @@ def one_cell(last: float) -> float:
 
 
 def seen(
-    trajectory: Trajectory, averages: Sequence[Average], end: float
+    trajectory: Trajectory,
+    averages: Sequence[Average],
+    end: float,
+    closely: Sequence[Average] = (),
 ) -> Iterator[tuple[float, float, FloatArray, FloatArray]]:
     """What `averages` see of the network's movement up to step `end`, some pieces at a time.
 
+    Jitter is looked at step by step where an average ends, and where one of `closely` begins.
     Yields the factor of an average that was taken after all of a piece (1 for the walk's, 0 for
     jitter's), whether the network's own is known (0 for white jitter, else 1), the variance of each
     piece [n], and its factors [averages, n].
     """
-    steps = ends_of(averages, [0.0, end])
+    steps = np.unique([0.0, *(float(each.step) for each in averages), end])
     edges = np.unique([*trajectory.edges, *steps])
     edges = edges[edges <= end]
+    steps = close_steps(steps, closely)
     rates = trajectory.rates[trajectory.at(edges[:-1])]
     for interval, weights, shares in quadrature(averages, edges):
         yield 1.0, 1.0, (weights * rates[interval, None]).ravel(), shares.reshape(len(averages), -1)
@@ -114,10 +119,10 @@ def seen(
         yield 0.0, float(jitter.lag > trajectory.cell), amounts, factors
 
 
-def ends_of(averages: Sequence[Average], more: Iterable[float]) -> FloatArray:
-    """Where averages begin or end, and `more`, in order: beside these jitter needs a close look."""
-    breaks = [at for each in averages for at in getattr(each, "breaks", ()) if at > 0]
-    return np.unique([*(float(each.step) for each in averages), *breaks, *more])
+def close_steps(steps: FloatArray, closely: Sequence[Average]) -> FloatArray:
+    """`steps`, and where averages of `closely` have a kink, as a window where it begins."""
+    begun = [at for each in closely for at in getattr(each, "breaks", ()) if at > 0]
+    return np.unique([*steps, *begun])
 
 
 def jitter_seen(

@@ -212,3 +212,16 @@ def test_plot_draws_them(posthoc_here: Posthoc, walked: Path) -> None:
     text = (walked.parent / "x.svg").read_text()
     for title in ("window 20%", "lr-decay 1-sqrt:20%", "half-life 48"):
         assert title in text
+
+
+def test_a_single_snapshot_says_that_nothing_tells_how_far_off_it_is(
+    snapshots: Path, posthoc_here: Posthoc
+) -> None:
+    only = ("solve", "snapshots", "--only", "ema-4000-0.05*")
+    done = posthoc_here(*only, "--sigma-rel", "0.05,0.2", "--window", "5%")
+    assert done.code == 0
+    assert done.err == (
+        "posthoc: sigma_rel 0.2 and 1 more: how far off is unknown, as a single snapshot doesn't "
+        "tell how the network moved; what comes out is that snapshot\n"
+    )
+    assert posthoc_here(*only, "--sigma-rel", "0.05").err == ""
