@@ -192,6 +192,8 @@ def synthesize(
         **wanted,
     )
     warn_of_sample(solution, quiet)
+    if max_error is not None:  # first, so that a refusal is one line
+        solution.check_error(max_error)
     note_large_errors(solution, quiet)
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
         saved = solution.save(

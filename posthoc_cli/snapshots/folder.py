@@ -208,6 +208,10 @@ def read_folder(
             _leave_out(contents, name, outcome, skip_incomplete)
         else:
             found[name] = outcome, counts[name].warnings
+    decays = {getattr(each.profile, "beta", None) for each, _ in found.values()}
+    if ema_decay is not None and found and ema_decay not in decays:
+        reason = "names, metadata or a config.json say the profile of each file, and count"
+        contents.warnings.append(("", f"ema_decay= isn't used: {reason}"))
     contents.warnings += _unwrap(opened, list(found))
     shared: dict[int, Contents] = {}
     for name, (identity, warnings) in found.items():

@@ -277,3 +277,13 @@ def test_an_average_that_began_late(posthoc_here: Posthoc, tmp_path: Path) -> No
     assert found == [(1000, 700), (2000, 700)]
     (problem,) = run.json["problems"]
     assert problem["message"].startswith("its EMA was updated 1500 times up to step 3000; ")
+
+
+def test_an_ema_decay_that_no_file_takes_is_said(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for step in (100, 200):
+        write_snapshot(tmp_path / "run" / f"ema_0.99_{step:06}{END}", step / 100)
+    run = posthoc_here("inspect", "run", "--ema-decay", "0.999")
+    assert (run.code, "decay 0.99" in run.out) == (0, True)
+    assert "warning: --ema-decay isn't used: names, metadata or a config.json say the" in run.err
+    assert posthoc_here("inspect", "run", "--ema-decay", "0.99").err == ""
