@@ -40,15 +40,25 @@ def make_groups(target_for: TargetFor) -> list[TensorGroup]:
     A glob that is given again counts where it was given last. Raises UsageError for what is no
     target.
     """
-    pairs = target_for.items() if isinstance(target_for, Mapping) else target_for
     rules: dict[str, Target] = {}
-    for glob, wanted in pairs:
+    for glob, wanted in _pairs(target_for):
         rules.pop(glob, None)
         rules[glob] = wanted if isinstance(wanted, Target) else _read_target(glob, wanted)
     return [
         TensorGroup(tuple(glob for glob, _ in same), target)
         for target, same in groupby(rules.items(), lambda rule: rule[1])
     ]
+
+
+def _pairs(target_for: TargetFor) -> list[tuple[str, str | float | Target]]:
+    pairs = target_for.items() if isinstance(target_for, Mapping) else target_for
+    try:
+        found = [(glob, wanted) for glob, wanted in pairs]
+        if all(isinstance(glob, str) for glob, _ in found):
+            return found
+    except (TypeError, ValueError):
+        pass
+    raise UsageError("target_for=", "has no globs with targets", "write {'*.attn.*': 0.15}")
 
 
 def _read_target(glob: str, wanted: str | float) -> Target:

@@ -230,6 +230,9 @@ def test_rules_in_their_order() -> None:
     for wanted in ("0.5", "half", "windo:3", "sigma-rel:", 0.3):
         with pytest.raises(UsageError, match=r"target_for='a\*': .*; "):
             make_groups({"a*": wanted})
+    for odd in ("a=0.1", [("a",)], {3: 0.1}, 0.1):
+        with pytest.raises(UsageError, match=r"target_for=: has no globs with targets; "):
+            make_groups(odd)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
