@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError, printable
-from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fingerprint
+from posthoc_cli.storage import File, Reader, TensorIndex, TensorInfo, fingerprint
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.deltas import header_of, links_of, terms
 from posthoc_cli.storage.dtypes import (
@@ -27,6 +27,7 @@ from posthoc_cli.storage.dtypes import (
     bytes_of,
     decode,
 )
+from posthoc_cli.storage.header import Link
 from posthoc_cli.synthesis.accumulators import CpuAccumulator
 from posthoc_cli.synthesis.engine import BATCH
 from posthoc_cli.synthesis.rounding import round_to
@@ -78,6 +79,13 @@ class Differences:
     def terms(self, name: str) -> list[tuple[int, int]]:
         return terms(self._links, name)
 
+    def same(self, name: str, first: int, dtype: str, data: Bytes) -> bool:
+        """Whether elements `data` are to the bit what the base holds, not as a sum."""
+        at, *more = (at for at, _ in self.terms(name))
+        if more or self._links[at].index.tensors[name].dtype != dtype:
+            return False
+        return np.array_equal(self.stored(at, name, first, _count(dtype, data))[1], data)
+
     def stored(self, at: int, name: str, first: int, count: int) -> tuple[str, Bytes]:
         """The dtype and bytes of elements of a tensor in link `at`."""
         info = self._links[at].index.tensors[name]
@@ -104,6 +112,78 @@ class Differences:
         return np.frombuffer(sums.result(0), np.float64)
 
 
+class Held:
+    """What a chain comes to, held in memory: of tensors that are sums in 8 bytes an element.
+
+    It does what Differences does, to the bit, and of a chain that has grown reads only what is new.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[File] = []
+        self._values: dict[str, tuple[str | None, Bytes]] = {}
+
+    def at(self, base: TensorIndex) -> AbstractContextManager[Held]:
+        """Itself, brought to the value of `base`."""
+        links = links_of(base)
+        files = [link.index.files[0] for link in links]
+        known, self._files = self._files, []  # not of what is half read
+        if not known or files[: len(known)] != known:
+            known, self._values = [], {}
+        for link in links[len(known) :]:
+            self._add(link)
+        self._files = files
+        return nullcontext(self)
+
+    def _add(self, link: Link) -> None:
+        with Reader(link.index) as reader:
+            for name, info in link.index.tensors.items():
+                data = np.empty(info.end - info.start, np.uint8)
+                reader.read(info.start, data.data)
+                if (exponent := link.exponent(name)) is None:
+                    self._values[name] = info.dtype, data
+                    continue
+                dtype, before = self._values[name]
+                total = _decoded(dtype or "F64", before)
+                for first in range(0, info.elements, _AT_ONCE):
+                    part = slice(first, min(first + _AT_ONCE, info.elements))
+                    stored = _decoded(info.dtype, _elements(info.dtype, data, part))
+                    total[part] += stored * 2.0**exponent
+                self._values[name] = None, total.view(np.uint8)
+            reader.check_unchanged()
+
+    def same(self, name: str, first: int, dtype: str, data: Bytes) -> bool:
+        known, values = self._values[name]
+        if known != dtype:
+            return False
+        part = slice(first, first + _count(dtype, data))
+        return np.array_equal(_elements(dtype, values, part), data)
+
+    def of(self, name: str, first: int, count: int, dtype: str, data: Bytes) -> FloatArray:
+        known, values = self._values[name]
+        part = slice(first, first + count)
+        base = _decoded(known or "F64", _elements(known or "F64", values, part))
+        with np.errstate(all="ignore"):
+            # As Differences adds it up: the sign of a zero goes by that.
+            difference: FloatArray = (0.0 - base) + _decoded(dtype, data)
+        return difference
+
+    def check_unchanged(self) -> None:
+        """What it was read from was checked then."""
+
+
+def _elements(dtype: str, data: Bytes, part: slice) -> Bytes:
+    return data[bytes_of(dtype, part.start) : bytes_of(dtype, part.stop)]
+
+
+def _decoded(dtype: str, data: Bytes) -> FloatArray:
+    with np.errstate(invalid="ignore"):  # of a signalling NaN
+        return decode(dtype, data).astype(np.float64)
+
+
+def _count(dtype: str, data: Bytes) -> int:
+    return data.size * 8 // DTYPES[dtype].bits
+
+
 def write_delta(
     path: Path,
     tensors: Mapping[str, TensorInfo],
@@ -113,11 +193,13 @@ def write_delta(
     metadata: Mapping[str, str],
     *,
     overwrite: bool = False,
+    held: Held | None = None,
 ) -> int:
     """Write the snapshot that `read` gives as a difference to `base`; returns the file's bytes.
 
     `tensors` are its tensors, those of the base; `base` lies in the same folder, as one file.
-    `dtype` is one of DELTA_DTYPES. A tensor with NaN or infinity, of another kind than real
+    `dtype` is one of DELTA_DTYPES. The base is read from its files, or from what is `held` of them,
+    which is brought up to it. A tensor with NaN or infinity, of another kind than real
     floating point, or of no more bits than `dtype` has, is written as it is; one that is what it
     is in the base not at all. The file appears whole or not at all.
 
@@ -150,11 +232,11 @@ def write_delta(
     scales: dict[str, int | None] = {}
     position = 0
     usual: int | None = 0 if code == "BF16" else None
-    with file, Differences(base) as differences:
+    with file, Differences(base) if held is None else held.at(base) as differences:
         for name in names:
             info = tensors[name]
             parts: _Pieces = _parts(differences, name, info, read, whole=name not in differ)
-            peak, held = _largest(parts, info.elements)
+            peak, pieces = _largest(parts, info.elements)
             if peak == 0.0:
                 continue
             stored, exponent = info.dtype, None
@@ -167,11 +249,11 @@ def write_delta(
                 scales[name] = exponent
             end = position + bytes_of(stored, info.elements)
             places[name] = TensorInfo(stored, info.shape, position, end)
-            if held is None:
-                held = _parts(differences, name, info, read, whole=exponent is None)
+            if pieces is None:
+                pieces = _parts(differences, name, info, read, whole=exponent is None)
             elif exponent is None:
-                held = _parts(differences, name, info, read, whole=True)
-            for data, values in held:
+                pieces = _parts(differences, name, info, read, whole=True)
+            for data, values in pieces:
                 out = data if exponent is None else _rounded(values, code, exponent)
                 file.write_at(room + position, out.data)
                 position += out.size
@@ -186,25 +268,19 @@ _Pieces = Iterable[tuple[Bytes, FloatArray]]
 
 
 def _parts(
-    differences: Differences, name: str, info: TensorInfo, read: ReadElements, *, whole: bool
+    differences: Differences | Held, name: str, info: TensorInfo, read: ReadElements, *, whole: bool
 ) -> _Pieces:
     """With `whole`, the differences are 0 where the bytes are the same, else 1."""
-    found = differences.terms(name)
-    single = len(found) == 1 and info.dtype == _dtype_of(differences, name, found[0][0])
     for first in range(0, info.elements, _AT_ONCE):
         count = min(_AT_ONCE, info.elements - first)
         data = np.empty(bytes_of(info.dtype, count), np.uint8)
         read(name, first, data)
-        if single and np.array_equal(differences.stored(found[0][0], name, first, count)[1], data):
+        if differences.same(name, first, info.dtype, data):
             yield data, np.zeros(count)
         elif whole:
             yield data, np.ones(count)
         else:
             yield data, differences.of(name, first, count, info.dtype, data)
-
-
-def _dtype_of(differences: Differences, name: str, at: int) -> str:
-    return links_of(differences.base)[at].index.tensors[name].dtype
 
 
 def _largest(parts: _Pieces, elements: int) -> tuple[float, _Pieces | None]:

@@ -75,7 +75,8 @@ def plan_pack(
         if kind[each.file] == len(kinds):
             kinds.append(each.profile)
     counts = Counter(kind.values())
-    main = max(counts, key=lambda each: counts[each])  # of several, the first
+    # Of several the first, but sooner an average than the network itself, which changes more.
+    main = max(counts, key=lambda each: (counts[each], not kinds[each].raw))
     jobs: list[Job] = []
     taken: dict[str, Snapshot] = {}
     base: Path | None = None

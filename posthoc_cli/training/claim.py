@@ -15,6 +15,7 @@ from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.disk import set_aside
 from posthoc_cli.storage.locks import FileLock, own_lock, read_note, take_lock
 from posthoc_cli.storage.metadata import RECIPE, RUN
+from posthoc_cli.training.chains import chains
 from posthoc_cli.training.snapshot_files import SnapshotHeader, headers, own_step
 
 LOCK = ".posthoc-tracker.lock"
@@ -184,7 +185,8 @@ def _check_later(
             "load_state_dict() a state of that step, or give later='set aside'",
         )
     place = place_for(folder, run)
-    set_aside(paths, place, replace=True)
+    last_first = [path for chain in chains(found) for path in chain if path in paths]
+    set_aside(last_first, place, replace=True)  # killed meanwhile, it leaves none without its base
     return [
         f"{folder}: {problem}, and it resumes at step {step}; the {len(paths)} after that are now "
         f"in {place}"

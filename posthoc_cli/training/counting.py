@@ -27,6 +27,25 @@ def resolve_gamma(sigma_rel: float | None, gamma: float | None) -> float:
     return float(sigma_rel_to_gamma(sigma_rel))
 
 
+def resolve_profiles(
+    sigma_rels: Sequence[float] | None, gammas: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The exponents and widths of profiles given either way, 0.05 and 0.10 where neither is.
+
+    Raises ValueError for both, or for what `check_profiles` refuses.
+    """
+    if sigma_rels is not None and gammas is not None:
+        raise ValueError("give sigma_rels or gammas, not both")
+    if gammas is None:
+        widths = tuple(map(float, (0.05, 0.10) if sigma_rels is None else sigma_rels))
+        exponents = tuple(float(sigma_rel_to_gamma(each)) for each in widths)
+    else:
+        exponents = tuple(map(float, gammas))
+        widths = tuple(float(gamma_to_sigma_rel(each)) for each in exponents)
+    check_profiles(exponents, widths)
+    return exponents, widths
+
+
 def check_profiles(gammas: Sequence[float], sigma_rels: Sequence[float]) -> None:
     """Raises ValueError unless these are two or more different profiles, given both ways."""
     if len(gammas) < 2:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from posthoc_cli.errors import SnapshotError, printable
-from posthoc_cli.solver import decay, gamma_to_sigma_rel, sigma_rel_to_gamma
+from posthoc_cli.solver import decay
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
     EmaUpdate,
@@ -40,21 +40,22 @@ from posthoc_cli.training.averaging import (
     swapped,
     unwrap,
 )
+from posthoc_cli.training.chains import Chain, check_store
 from posthoc_cli.training.claim import LATER, FolderClaim
 from posthoc_cli.training.counting import (
     check_counts,
-    check_profiles,
     crosses_multiple,
     next_step,
     resolve_gamma,
+    resolve_profiles,
 )
 from posthoc_cli.training.ranks import agree, heard_by_all
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
     SnapshotWriter,
     TensorToSave,
+    check_dtypes,
     own_snapshots,
-    safetensors_name,
     saved_dtype,
 )
 
@@ -70,11 +71,18 @@ class PostHocEMA:
         folder: where the snapshots go; made if need be.
         checkpoint_every: steps between snapshots; None leaves it to `checkpoint()`.
         raw: save the network itself too, beside its averages.
-        dtype: of the floating-point tensors in the snapshots; None keeps the network's own.
-        keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all.
+        store: "whole", each snapshot by itself; or "delta", as the difference to another: nearer
+            at the same bytes.
+        dtype: of the floating-point tensors in the snapshots; None keeps the network's own. Of
+            differences torch.float16, bfloat16 or float8_e4m3fn.
+        keyframe_every: how many steps a chain of differences has; its first is float32.
+        delta_memory: hold what was last written in host memory, 8 bytes a parameter. Otherwise each
+            file of a step reads its chain so far, in little memory: `keyframe_every` files at most.
+        keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all. Chains
+            go as a whole.
         update_every: steps between updates of the averages.
-        background: write in a thread. The averages are copied to host memory first, in `dtype`;
-            a checkpoint waits for the one before it.
+        background: write in a thread. The averages are copied to host memory first, in `dtype` (for
+            differences in float32); a checkpoint waits for the one before it.
         overwrite: where the folder holds another run's snapshots, set them aside and go on.
         later: what to do, on resuming, with this run's snapshots after the state's step: "refuse",
             or "set aside".
@@ -105,7 +113,10 @@ class PostHocEMA:
         folder: str | os.PathLike[str] = "ema-snapshots",
         checkpoint_every: int | None = 1000,
         raw: bool = False,
+        store: str = "whole",
         dtype: torch.dtype | None = torch.float16,
+        keyframe_every: int = 16,
+        delta_memory: bool = False,
         keep: int | None = None,
         update_every: int = 1,
         background: bool = False,
@@ -119,24 +130,10 @@ class PostHocEMA:
         ignore_names: Collection[str] = (),
         ignore_startswith_names: Collection[str] = (),
     ) -> None:
-        if sigma_rels is not None and gammas is not None:
-            raise ValueError("give sigma_rels or gammas, not both")
-        if gammas is None:
-            sigma_rels = (0.05, 0.10) if sigma_rels is None else sigma_rels
-            self.sigma_rels = tuple(float(each) for each in sigma_rels)
-            self.gammas = tuple(float(sigma_rel_to_gamma(each)) for each in self.sigma_rels)
-        else:
-            self.gammas = tuple(float(each) for each in gammas)
-            self.sigma_rels = tuple(float(gamma_to_sigma_rel(each)) for each in self.gammas)
-        check_profiles(self.gammas, self.sigma_rels)
+        self.gammas, self.sigma_rels = resolve_profiles(sigma_rels, gammas)
         check_counts(update_every=update_every, checkpoint_every=checkpoint_every, keep=keep)
-        if dtype is not None and (not (safetensors_name(dtype) and dtype.is_floating_point)):
-            raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
-        if average_dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"average_dtype {average_dtype}: a decay near one is lost in fewer bits than "
-                "float32 has; give torch.float32 or torch.float64"
-            )
+        check_store(store, dtype, keyframe_every, delta_memory)
+        check_dtypes(dtype, average_dtype)
         if later not in LATER:
             raise ValueError(f"later {later!r}: give 'refuse' or 'set aside'")
         if not re.fullmatch(r"[^./\\\0][^/\\\0]*", prefix):
@@ -169,7 +166,8 @@ class PostHocEMA:
         self._update: EmaUpdate | None = None
         self._lent = False
         self._claim = FolderClaim()
-        self._writer = SnapshotWriter(self._claim)
+        chain = Chain(dtype, keyframe_every, memory=delta_memory) if store == "delta" else None
+        self._writer = SnapshotWriter(self._claim, chain)
         if is_first_process():
             with heard_by_all(str(self.folder)):
                 make_folder(self.folder, parents=True)
@@ -293,9 +291,12 @@ class PostHocEMA:
             if self._included(name):
                 average = averages.get(self._live.alias.get(name, ""))
                 value = local(tensor) if average is None else average
-                tensors[name] = TensorToSave(value, saved_dtype(name, tensor, self.dtype), tensor)
+                tensors[name] = TensorToSave(value, self._saved_dtype(name, tensor), tensor)
         profile = (*self.gammas, math.inf)[index], (*self.sigma_rels, 0.0)[index]
         return SnapshotToSave(self.folder, self.prefix, self.run, self.step, *profile, tensors)
+
+    def _saved_dtype(self, name: str, tensor: Tensor) -> torch.dtype:
+        return saved_dtype(name, tensor, self.dtype, self._writer.chain)
 
     def _check_can_save(self) -> None:
         """Refuse, before training begins, what would fail or do harm at a checkpoint hours later.
@@ -307,7 +308,7 @@ class PostHocEMA:
             return
         for name, tensor in named_tensors(self.model).items():
             if self._included(name):
-                saved_dtype(name, tensor, self.dtype)
+                self._saved_dtype(name, tensor)
 
         def claim() -> bool:
             self._writer.failures += self._claim.take(

@@ -14,26 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from posthoc_cli.errors import MachineError, PosthocError, UsageError
+from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.snapshots import SAME_WIDTH
-from posthoc_cli.storage import ENDING, make_header, read_header
+from posthoc_cli.storage import ENDING, TensorIndex, make_header, open_tensors, read_header
 from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import remove_file
-from posthoc_cli.storage.dtypes import BY_NAME
+from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
 from posthoc_cli.storage.metadata import (
     CONVERTED,
     DECAY,
     FORMAT,
     GAMMA,
+    PACKED,
     RECIPE,
     RUN,
     SIGMA_REL,
     STEP,
 )
-from posthoc_cli.training.averaging import gather, is_sharded
+from posthoc_cli.synthesis.deltas import write_delta
+from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
+from posthoc_cli.training.chains import Chain, Kinds, chains
+
+_MADE = {RECIPE, CONVERTED, PACKED}
+"""What only files have that were made of snapshots."""
 
 SnapshotHeader = tuple[Path, Mapping[str, str]]
 """A file that may be a snapshot, with the metadata in its header."""
@@ -44,12 +51,28 @@ def safetensors_name(dtype: torch.dtype) -> str | None:
     return BY_NAME.get(str(dtype).removeprefix("torch."))
 
 
-def saved_dtype(name: str, tensor: Tensor, floating: torch.dtype | None) -> torch.dtype:
+def check_dtypes(dtype: torch.dtype | None, average_dtype: torch.dtype) -> None:
+    """Raise ValueError for a dtype that snapshots, or averages, are not of."""
+    if dtype is not None and (not (safetensors_name(dtype) and dtype.is_floating_point)):
+        raise ValueError(f"dtype {dtype}: snapshots are of a floating-point dtype, or None")
+    if average_dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"average_dtype {average_dtype}: a decay near one is lost in fewer bits than "
+            "float32 has; give torch.float32 or torch.float64"
+        )
+
+
+def saved_dtype(
+    name: str, tensor: Tensor, floating: torch.dtype | None, chain: Chain | None = None
+) -> torch.dtype:
     """The dtype to save a tensor in: `floating`, if given, for those of a floating-point dtype.
 
-    Raises ValueError when safetensors has none for it.
+    What differences are taken of, in a `chain`, is at least float32. Raises ValueError when
+    safetensors has no such dtype.
     """
     dtype = floating if floating and tensor.is_floating_point() else tensor.dtype
+    if chain is not None and tensor.is_floating_point():
+        dtype = accumulation_dtype(tensor.dtype, torch.float32)
     if dtype is torch.complex128:
         dtype = torch.complex64  # the one complex dtype that the format has
     if safetensors_name(dtype) is None:
@@ -115,6 +138,13 @@ class SnapshotToSave:
             RUN: self.run,
         }
 
+    @property
+    def kinds(self) -> Kinds:
+        return {
+            name: (safetensors_name(tensor.dtype) or "", tuple(tensor.like.shape))
+            for name, tensor in self.tensors.items()
+        }
+
     def on_host(self, *, hold: bool) -> SnapshotToSave:
         """The same with its tensors copied to host memory, each once however many names it has.
 
@@ -143,8 +173,9 @@ class SnapshotWriter:
     the folder is held for as long as something is being written.
     """
 
-    def __init__(self, claim: object) -> None:
+    def __init__(self, claim: object, chain: Chain | None = None) -> None:
         self.claim = claim
+        self.chain = chain
         self.failures: list[str] = []
         self._overflowed: set[str] = set()
         self._thread: threading.Thread | None = None
@@ -174,20 +205,33 @@ class SnapshotWriter:
     def write(self, snapshots: Sequence[SnapshotToSave], keep: int | None) -> list[Path]:
         """Write the snapshots of one step; returns the paths of those that could be written.
 
-        Unless `keep` is None, snapshots of this run older than its newest `keep` steps are removed.
+        Unless `keep` is None, snapshots of this run older than its newest `keep` steps are removed;
+        of chains, those that are older as a whole.
         """
-        written = []
+        written: list[Path] = []
+        base = self._base(snapshots[0])
         for snapshot in snapshots:
+            # Of a chain the others are differences to the first, and nothing without it.
+            leading = self.chain is not None and snapshot is snapshots[0]
+            missing = f"no snapshot{'s' if leading else ''} of step {snapshot.step}"
             try:
-                overflowing = write_snapshot(snapshot)
-            except MachineError as error:
-                self.failures.append(f"no snapshot of step {snapshot.step}: {error}")
-                continue
-            except UsageError:
-                self.failures.append(
-                    f"no snapshot of step {snapshot.step}: {snapshot.path}: a file that isn't "
-                    "this run's has its place; move it away or choose another folder"
-                )
+                if self.chain is not None and not leading:
+                    base = open_tensors(snapshots[0].path)
+                if self.chain is None or base is None:
+                    overflowing = write_snapshot(snapshot)
+                else:
+                    overflowing = []
+                    write_difference(snapshot, base, self.chain)
+            except (MachineError, SnapshotError, UsageError) as error:
+                problem = str(error)
+                if isinstance(error, UsageError):
+                    problem = (
+                        f"{snapshot.path}: a file that isn't this run's has its place; move it "
+                        "away or choose another folder"
+                    )
+                self.failures.append(f"{missing}: {problem}")
+                if leading:
+                    break
                 continue
             written.append(snapshot.path)
             self.failures += [
@@ -202,6 +246,25 @@ class SnapshotWriter:
             self.failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
         return written
 
+    def _base(self, main: SnapshotToSave) -> TensorIndex | None:
+        """What the first snapshot of a step is a difference to; None for one that is whole."""
+        if self.chain is None:
+            return None
+        own = own_snapshots(main.folder, main.run)
+        try:
+            if any(path == main.path for path, _ in own):  # it is about to be replaced
+                for path, step in own:
+                    if step == main.step and path != main.path:
+                        remove_file(path)
+            return self.chain.base(
+                {path: step for path, step in own if step < main.step},
+                lambda path: _metadata(path).get(GAMMA) == repr(main.gamma),
+                main.kinds,
+            )
+        except PosthocError as error:
+            self.failures.append(f"step {main.step} begins a new chain: {error}")
+            return None
+
 
 def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
     """Write a snapshot, whole or not at all, replacing only what the same run has written.
@@ -211,21 +274,15 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
     Raises MachineError when the disk is full or the folder can't be written, UsageError when there
     is a file that isn't the run's.
     """
-    kinds = {
-        name: (safetensors_name(tensor.dtype) or "", tuple(tensor.like.shape))
-        for name, tensor in snapshot.tensors.items()
-    }
-    header, places = make_header(kinds, snapshot.metadata)
+    header, places = make_header(snapshot.kinds, snapshot.metadata)
     size = len(header) + max((info.end for info in places.values()), default=0)
     overflowing = []
-    path = snapshot.path
-    own = os.path.lexists(path) and own_step(path, _metadata(path), snapshot.run) is not None
-    with AtomicFile(path, size, overwrite=own) as file:
+    with AtomicFile(snapshot.path, size, overwrite=_is_own(snapshot)) as file:
         file.write_at(0, header)
         for name, info in places.items():
             if not info.elements:
                 continue
-            value = snapshot.tensors[name].on_host().contiguous().view(-1)
+            value = _flat(snapshot.tensors[name])
             # All exponent bits set: infinite or not a number. Torch's isfinite takes ten times
             # as long as the write.
             if value.dtype == torch.float16 and np.any(
@@ -234,6 +291,42 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
                 overflowing.append(name)
             file.write_at(len(header) + info.start, value.view(torch.uint8).numpy().data)
     return overflowing
+
+
+def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) -> None:
+    """Write a snapshot as the difference to `base`, whole or not at all, as write_snapshot does.
+
+    Raises SnapshotError too, when a file of the base's changes meanwhile.
+    """
+    places = make_header(snapshot.kinds, {})[1]
+    last: list[tuple[str, npt.NDArray[np.uint8]]] = []
+
+    def read(name: str, first: int, into: npt.NDArray[np.uint8]) -> None:
+        if not last or last[0][0] != name:
+            last[:] = [(name, _flat(snapshot.tensors[name]).view(torch.uint8).numpy())]
+        start = bytes_of(places[name].dtype, first)
+        into[:] = last[0][1][start : start + into.size]
+
+    write_delta(
+        snapshot.path,
+        places,
+        read,
+        base,
+        chain.dtype,
+        snapshot.metadata,
+        overwrite=_is_own(snapshot),
+        held=chain.held,
+    )
+
+
+def _flat(tensor: TensorToSave) -> Tensor:
+    return tensor.on_host().contiguous().view(-1)
+
+
+def _is_own(snapshot: SnapshotToSave) -> bool:
+    """Whether the run has written what lies in a snapshot's place."""
+    path = snapshot.path
+    return os.path.lexists(path) and own_step(path, _metadata(path), snapshot.run) is not None
 
 
 def own_snapshots(folder: Path, run: str) -> list[tuple[Path, int]]:
@@ -248,7 +341,7 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
     What was made of snapshots has their run too, and so has a copy under another name: that is
     the user's.
     """
-    if metadata.get(RUN) != run or RECIPE in metadata or CONVERTED in metadata:
+    if metadata.get(RUN) != run or not metadata.keys().isdisjoint(_MADE):
         return None
     step = metadata.get(STEP, "")
     written = re.search(r"-step(\d{8,})-(?:[\d.]+|raw)$", path.name.removesuffix(ENDING))
@@ -262,19 +355,23 @@ def headers(folder: Path) -> list[SnapshotHeader]:
 
 
 def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list[str]:
-    """Remove a run's oldest snapshots, so that those of `keep` steps up to `newest` are left.
+    """Remove a run's oldest snapshots, so that those of `keep` steps up to `newest` are left, and
+    what shares a chain with them.
 
     Returns a message for each that can't be removed.
     """
-    own = [(path, step) for path, step in own_snapshots(folder, run) if step <= newest]
-    old = sorted({step for _, step in own})[:-keep]
+    steps = {path: step for path, step in own_snapshots(folder, run) if step <= newest}
+    kept = sorted(set(steps.values()))[-keep:]
     failures = []
-    for path, step in own:
-        if step in old:
+    for chain in chains([(path, _metadata(path)) for path in steps]):
+        if max(steps[path] for path in chain) >= kept[0]:
+            continue
+        for path in chain:
             try:
                 remove_file(path)
             except MachineError as error:
                 failures.append(f"{path}: an old snapshot that can't be removed: {error}")
+                break  # it needs the others
     return failures
 
 
