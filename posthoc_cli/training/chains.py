@@ -3,15 +3,16 @@ are nothing without which."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import either
+from posthoc_cli.errors import SnapshotError, either
 from posthoc_cli.storage import TensorIndex, open_tensors
 from posthoc_cli.storage.deltas import MOST_LINKS, links_of
-from posthoc_cli.storage.metadata import BASE
+from posthoc_cli.storage.metadata import BASE, DECAY, GAMMA
 from posthoc_cli.synthesis.deltas import DELTA_DTYPES, Held
 
 STORES = ("whole", "delta")
@@ -40,9 +41,18 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+Profile = tuple[str | None, str | None]
+
+
+def profile_of(metadata: Mapping[str, str]) -> Profile:
+    """What a run's snapshots of one profile have in common."""
+    return metadata.get(GAMMA), metadata.get(DECAY)
+
+
 class Chain:
-    """How a run's snapshots are chained: of each step the first is the difference to that of the
-    step before, or a keyframe, and the others are differences to the first.
+    """How a run's snapshots are chained: those of the first profile to the step before, or one is a
+    keyframe; those of another to that profile's before, since the keyframe, or else to the first
+    profile's of their step.
 
     What there is, the files say: so a run that resumes goes on with them.
     """
@@ -50,28 +60,41 @@ class Chain:
     def __init__(self, dtype: torch.dtype | None, keyframe_every: int, *, memory: bool) -> None:
         self.dtype = _name(dtype)
         self.keyframe_every = keyframe_every
-        self.held = Held() if memory else None
+        self.held: defaultdict[Profile, Held] | None = defaultdict(Held) if memory else None
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"held": None if self.held is None else Held()}
+        return self.__dict__ | {"held": None if self.held is None else defaultdict(Held)}
 
-    def base(
-        self, before: Mapping[Path, int], main: Callable[[Path], bool], kinds: Kinds
-    ) -> TensorIndex | None:
-        """What the first snapshot of a step is a difference to; None for a keyframe.
+    def bases(
+        self, before: Sequence[tuple[int, Profile, Path]], main: Profile, kinds: Kinds
+    ) -> dict[Profile, TensorIndex]:
+        """What the next snapshots are differences to; of none of the `main` profile, a keyframe is
+        due.
 
-        `before` are the run's earlier snapshots with their steps, of which `main` tells those that
-        are the first of theirs; `kinds` are the tensors. Raises SnapshotError or MachineError when
-        a link of the chain is missing, broken or replaced.
+        `before` are the run's earlier snapshots with their steps, `kinds` the tensors. Raises
+        SnapshotError or MachineError when a link is missing, broken or replaced.
         """
-        step = max(before.values(), default=0)
-        # Those that build on it know what it was.
-        last = {path: open_tensors(path) for path, its in before.items() if its == step}
-        base = next((index for path, index in last.items() if main(path)), None)
-        if base is None or len(links_of(base)) >= self.keyframe_every:
-            return None
+        newest = {profile: (step, path) for step, profile, path in sorted(before, key=_step)}
+        if main not in newest:
+            return {}
+        first, path = newest[main]
+        step, _, last = max(before, key=_step)
+        if step > first:
+            name = f"{last.name.rpartition('-')[0]}-{path.name.rpartition('-')[2]}"
+            raise SnapshotError(str(last.with_name(name)), "is missing", "copy it again")
+        base = open_tensors(path)
+        links = links_of(base)
         there = {name: (info.dtype, info.shape) for name, info in base.tensors.items()}
-        return base if there == dict(kinds) else None
+        if len(links) >= self.keyframe_every or there != dict(kinds):
+            return {}
+        began = next(step for step, _, path in before if path == links[0].index.path)
+        return {
+            profile: open_tensors(path) for profile, (step, path) in newest.items() if step >= began
+        }
+
+
+def _step(each: tuple[int, Profile, Path]) -> int:
+    return each[0]
 
 
 def chains(found: Iterable[tuple[Path, Mapping[str, str]]]) -> list[list[Path]]:

@@ -78,8 +78,7 @@ class PostHocEMA:
         keyframe_every: how many steps a chain of differences has; its first is float32.
         delta_memory: hold what was last written in host memory, 8 bytes a parameter. Otherwise each
             file of a step reads its chain so far, in little memory: `keyframe_every` files at most.
-        keep: of this run's snapshots, keep those of the newest `keep` steps; None keeps all. Chains
-            go as a whole.
+        keep: keep this run's newest `keep` steps, and the rest of their chains; None keeps all.
         update_every: steps between updates of the averages.
         background: write in a thread. The averages are copied to host memory first, in `dtype` (for
             differences in float32); a checkpoint waits for the one before it.

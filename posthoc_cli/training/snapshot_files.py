@@ -37,7 +37,7 @@ from posthoc_cli.storage.metadata import (
 )
 from posthoc_cli.synthesis.deltas import write_delta
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
-from posthoc_cli.training.chains import Chain, Kinds, chains
+from posthoc_cli.training.chains import Chain, Kinds, Profile, chains, profile_of
 
 _MADE = {RECIPE, CONVERTED, PACKED}
 """What only files have that were made of snapshots."""
@@ -209,13 +209,14 @@ class SnapshotWriter:
         of chains, those that are older as a whole.
         """
         written: list[Path] = []
-        base = self._base(snapshots[0])
+        bases = self._bases(snapshots[0])
         for snapshot in snapshots:
             # Of a chain the others are differences to the first, and nothing without it.
             leading = self.chain is not None and snapshot is snapshots[0]
             missing = f"no snapshot{'s' if leading else ''} of step {snapshot.step}"
             try:
-                if self.chain is not None and not leading:
+                base = bases.get(profile_of(snapshot.metadata))
+                if self.chain is not None and base is None and not leading:
                     base = open_tensors(snapshots[0].path)
                 if self.chain is None or base is None:
                     overflowing = write_snapshot(snapshot)
@@ -246,24 +247,23 @@ class SnapshotWriter:
             self.failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
         return written
 
-    def _base(self, main: SnapshotToSave) -> TensorIndex | None:
-        """What the first snapshot of a step is a difference to; None for one that is whole."""
+    def _bases(self, main: SnapshotToSave) -> dict[Profile, TensorIndex]:
+        """What the snapshots of a step, `main` and others, are differences to, by profile."""
         if self.chain is None:
-            return None
+            return {}
         own = own_snapshots(main.folder, main.run)
+        before = [
+            (step, profile_of(_metadata(path)), path) for path, step in own if step < main.step
+        ]
         try:
             if any(path == main.path for path, _ in own):  # it is about to be replaced
                 for path, step in own:
                     if step == main.step and path != main.path:
                         remove_file(path)
-            return self.chain.base(
-                {path: step for path, step in own if step < main.step},
-                lambda path: _metadata(path).get(GAMMA) == repr(main.gamma),
-                main.kinds,
-            )
+            return self.chain.bases(before, profile_of(main.metadata), main.kinds)
         except PosthocError as error:
             self.failures.append(f"step {main.step} begins a new chain: {error}")
-            return None
+            return {}
 
 
 def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
@@ -315,7 +315,7 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) 
         chain.dtype,
         snapshot.metadata,
         overwrite=_is_own(snapshot),
-        held=chain.held,
+        held=None if chain.held is None else chain.held[profile_of(snapshot.metadata)],
     )
 
 

@@ -122,19 +122,20 @@ def _refusal(ema: PostHocEMA) -> str | None:
 def kills(folder: Path, count: int, seed: int) -> list[str]:
     """Killed at `count` moments, each time resumed: the files of one that was never disturbed."""
     losses, rng = [], random.Random(f"kills/{seed}")
-    for background in (False, True):
-        whole, killed = (folder / f"{name}-{background}" for name in ("whole", "killed"))
+    for background, store in ((False, "whole"), (True, "whole"), (True, "delta")):
+        whole, killed = (folder / f"{name}-{background}-{store}" for name in ("whole", "killed"))
         total = _FORK.Value("q", 0)
         for place in (whole, killed):
             place.mkdir(parents=True)
-        fork(_training, whole, 0, background, total).join()
+        fork(_training, whole, 0, background, store, total).join()
         calls, ended = total.value, 0
         for number in range(count):
             at = rng.randrange(1, calls) if number % 2 else rng.randrange(1, calls // 3)
-            process = fork(_training, killed, at, background, total)
+            process = fork(_training, killed, at, background, store, total)
             process.join(60)
             ended += process.exitcode == -signal.SIGKILL
-            losses += _harm(killed / "snapshots", f"killed at call {at}, background={background}")
+            where = f"killed at call {at}, background={background}, store={store}"
+            losses += _harm(killed / "snapshots", where)
             if process.exitcode not in (0, -signal.SIGKILL):
                 losses.append(f"resumed after kills, it ended in {process.exitcode}")
             if process.exitcode == 0:  # begin anew
@@ -143,12 +144,12 @@ def kills(folder: Path, count: int, seed: int) -> list[str]:
                     path.unlink()
         if ended < count / 2:
             losses.append(f"only {ended} of {count} were killed")
-        fork(_training, killed, 0, background, total).join()
+        fork(_training, killed, 0, background, store, total).join()
         losses += _differences(whole / "snapshots", killed / "snapshots")
     return losses
 
 
-def _training(folder: Path, at: int, background: bool, total: Any) -> None:
+def _training(folder: Path, at: int, background: bool, store: str, total: Any) -> None:
     """Train to the end, with a state every third step; killed at call `at`, if not 0."""
     calls = 0
 
@@ -166,6 +167,8 @@ def _training(folder: Path, at: int, background: bool, total: Any) -> None:
         keep=4,
         later="set aside",
         background=background,
+        store=store,
+        keyframe_every=2,
     )
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", weights_only=True)

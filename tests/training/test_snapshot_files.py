@@ -11,6 +11,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import header as tensorfile
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.training import snapshot_files
+from tests.packing import rebuilt
 from tests.training.networks import Tied, folder_bytes, small, train
 
 
@@ -113,13 +115,17 @@ for name, model in (("ddp", ddp), ("fsdp", sharded)):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = PostHocEMA(model, folder=folder / name, checkpoint_every=3, dtype=torch.float32,
                      background=name == "fsdp")
+    delta = PostHocEMA(model, folder=folder / f"{name} delta", checkpoint_every=3, store="delta",
+                       background=name == "fsdp")
     for step in range(6):
         torch.manual_seed(100 * step + rank)
         model(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
+        delta.update()
     ema.wait()
+    delta.wait()
 dist.destroy_process_group()
 """
 
@@ -144,6 +150,9 @@ def test_ddp_and_sharded_networks_give_whole_snapshots(tmp_path: Path) -> None:
         small().load_state_dict(gathered, strict=True)
         for name in whole:
             torch.testing.assert_close(whole[name], gathered[name])
+        for folder in ("ddp delta", "fsdp delta"):
+            for name, value in rebuilt(tmp_path / folder / one.index.path.name).items():
+                np.testing.assert_allclose(value, gathered[name], rtol=0, atol=1e-4)
 
 
 def test_include_takes_a_part_of_the_network(tmp_path: Path) -> None:
