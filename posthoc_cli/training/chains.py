@@ -87,7 +87,8 @@ class Chain:
         there = {name: (info.dtype, info.shape) for name, info in base.tensors.items()}
         if len(links) >= self.keyframe_every or there != dict(kinds):
             return {}
-        began = next(step for step, _, path in before if path == links[0].index.path)
+        keyframe = links[0].index.path
+        began = next((step for step, _, path in before if path == keyframe), first)
         return {
             profile: open_tensors(path) for profile, (step, path) in newest.items() if step >= began
         }
