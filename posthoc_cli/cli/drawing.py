@@ -149,6 +149,8 @@ def kind_columns(averages: Sequence[Average], shown: Sequence[Average]) -> dict[
     if any(isinstance(each, Profile) for each in averages):
         gammas = [gamma_of(each) for each in shown]
         columns["gamma"] = [f"{gamma:.2f}" if math.isfinite(gamma) else "" for gamma in gammas]
+    if any(each.stairs for each in averages):
+        columns["every"] = [str(each.stairs[1]) if each.stairs else "" for each in shown]
     return columns
 
 

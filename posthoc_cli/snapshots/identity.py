@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -26,7 +27,16 @@ from posthoc_cli.solver import (
     Profile,
     sigma_rel_to_gamma,
 )
-from posthoc_cli.storage.metadata import CONVERTED, COUNTS, DECAY, GAMMA, SIGMA_REL, STEP
+from posthoc_cli.storage.metadata import (
+    CONVERTED,
+    COUNTS,
+    DECAY,
+    GAMMA,
+    ONE_STEP,
+    SIGMA_REL,
+    STEP,
+    UPDATE_EVERY,
+)
 
 MAX_STEP = 2**53
 """Above it float64, in which the weights are solved, no longer tells each step from the next."""
@@ -69,6 +79,24 @@ def identify(
     `doubted_profiles` has it. Raises SnapshotError when nothing says them, or when the source that
     decides says what can't be.
     """
+    identity, warnings = _identify(name, metadata, pattern, profiles, doubt)
+    if UPDATE_EVERY in metadata and isinstance(identity.profile, Profile):
+        text = metadata[UPDATE_EVERY]
+        if not (every := whole_number(text)):
+            raise bad_number(UPDATE_EVERY, text, "a whole number above 0")
+        one_step = metadata.get(ONE_STEP, "").lower() == "true"
+        profile = replace(identity.profile, update_every=every, one_step=one_step and every > 1)
+        identity = identity._replace(profile=profile)
+    return identity, warnings
+
+
+def _identify(
+    name: str,
+    metadata: Mapping[str, str],
+    pattern: Pattern | None,
+    profiles: Sequence[float],
+    doubt: SnapshotError | None,
+) -> tuple[Identity, list[str]]:
     named = read_name(name, pattern, profiles) if pattern is not None or doubt is None else None
     if pattern is not None:
         if named is None:

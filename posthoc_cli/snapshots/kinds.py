@@ -39,8 +39,10 @@ def same_kind(one: Average, other: Average) -> bool:
     """Whether two are the same but for their steps, and for how their numbers were rounded."""
     if isinstance(one, Profile) and isinstance(other, Profile):
         # Below gamma 0 there are two of each width.
-        return math.isclose(one.gamma + 1, other.gamma + 1, rel_tol=10 * SAME_WIDTH) and (
-            math.isclose(one.sigma_rel, other.sigma_rel, rel_tol=SAME_WIDTH)
+        return (
+            one.stairs == other.stairs
+            and math.isclose(one.gamma + 1, other.gamma + 1, rel_tol=10 * SAME_WIDTH)
+            and math.isclose(one.sigma_rel, other.sigma_rel, rel_tol=SAME_WIDTH)
         )
     if isinstance(one, Decay) and isinstance(other, Decay):
         return one.raw == other.raw and math.isclose(

@@ -96,7 +96,9 @@ def identify_trained(
             step = averaged_steps(metadata[COUNTED], step)
         if reading.update_every is not None and reading.update_every > 1:
             gamma = effective_gamma(gamma, reading.update_every)
-        identity = Identity(Profile(step, gamma), source) if gamma == gamma else asked
+        if gamma == gamma:
+            every = reading.update_every or 1
+            identity = Identity(Profile(step, gamma, every, one_step=every > 1), source)
     indexed = named is not None and named.index is not None
     return Trained(name, tool, asked, identity, indexed), warnings
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -275,6 +275,7 @@ def read_average(document: Mapping[str, Any]) -> Average:
         values = {name: _value(document, name, each.type) for name, each in told.items()}
         return Scheduled(step, Schedule(**values))
     own = [each for each in fields(kind) if each.name != "step"]
+    own = [each for each in own if each.name in document or each.default is MISSING]
     return kind(step, **{each.name: _value(document, each.name, each.type) for each in own})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
-from posthoc_cli.solver.quadrature import IntArray, quadrature
+from posthoc_cli.solver.quadrature import IntArray, quadrature, resolved
 from posthoc_cli.solver.trajectory import Trajectory, close_steps, held_before, jitter_cells
 
 INTERVALS = 16
@@ -38,7 +38,9 @@ def _stretches(
     those of the `others` [others, n].
     """
     steps = np.unique([0.0, *chains.step, *(float(each.step) for each in others), end])
-    edges = np.unique([*trajectory.edges, *steps])
+    every, stairs = resolved([*snapshots, *others], end)
+    snapshots, others = every[: len(snapshots)], every[len(snapshots) :]
+    edges = np.unique(np.concatenate([trajectory.edges, steps, stairs]))
     edges = edges[edges <= end]
     steps = close_steps(steps, closely)
     for start in range(0, len(edges) - 1, INTERVALS):
@@ -54,7 +56,7 @@ def _stretches(
             flat = pieces.reshape(len(places), size), wanted.reshape(len(others), size)
             yield first, 1.0, 1.0, amounts.ravel(), *flat
     for jitter in trajectory.jitter:
-        begin, lasting, weights = jitter_cells(steps, trajectory.cell, jitter.lag)
+        begin, lasting, weights = jitter_cells(steps, stairs, trajectory.cell, jitter.lag)
         lasting = np.broadcast_to(lasting, begin.shape)
         own = float(jitter.lag > trajectory.cell)
         for start in range(0, len(begin), CELLS):

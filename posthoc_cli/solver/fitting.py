@@ -10,7 +10,7 @@ import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.profiles import Average
-from posthoc_cli.solver.quadrature import IntArray, quadrature
+from posthoc_cli.solver.quadrature import IntArray, quadrature, resolved
 from posthoc_cli.solver.trajectory import (
     Jitter,
     Trajectory,
@@ -74,12 +74,13 @@ def fit_trajectory(
     steps = np.array([float(each.step) for each in snapshots])
     saved = np.unique([0.0, *steps])
     cut = max(1, INTERVALS // (len(saved) - 1))
+    snapshots, stairs = resolved(snapshots, float(saved[-1]))
     edges = np.interp(np.arange(cut * (len(saved) - 1) + 1) / cut, np.arange(len(saved)), saved)
     count = len(edges) - 1
     first, second = _pairs(steps)
     told = differences[first, second] > 0
     pairs = first[told], second[told]
-    walk, after = _walk_design(snapshots, steps, edges, pairs)
+    walk, after = _walk_design(snapshots, steps, edges, stairs, pairs)
     rates = np.full(count, 0.0 if len(snapshots) > 1 else np.nan)
     trajectory = Trajectory(edges, rates, noise, 0.0)
     moved = after @ rates
@@ -89,7 +90,7 @@ def fit_trajectory(
         lags = dict.fromkeys(max(round(lag * spacing / cell), 1) * cell for lag in LAGS)
         designs, own = [walk], []
         for lag in lags:
-            middles, weights, factors = jitter_seen(snapshots, saved, cell, lag)
+            middles, weights, factors = jitter_seen(snapshots, saved, stairs, cell, lag)
             factors *= np.sqrt(weights)
             among = part[trajectory.at(middles)]
             grams = [(each := factors[:, among == at]) @ each.T for at in range(part[-1] + 1)]
@@ -131,6 +132,7 @@ def _walk_design(
     snapshots: Sequence[Average],
     steps: FloatArray,
     edges: FloatArray,
+    stairs: FloatArray,
     pairs: tuple[IntArray, IntArray],
 ) -> tuple[FloatArray, FloatArray]:
     """Integrals over each interval: of `(G_i - G_j)^2` [pairs, intervals], and of `(1 - G)^2`
@@ -141,7 +143,9 @@ def _walk_design(
     differing = len(later) - np.searchsorted(later[::-1], edges[:-1], side="right")
     design = np.zeros((len(first), len(edges) - 1))
     after = np.zeros((len(snapshots), len(edges) - 1))
-    for intervals, weights, shares in quadrature(snapshots, edges):
+    fine = np.union1d(edges, stairs)
+    for pieces, weights, shares in quadrature(snapshots, fine):
+        intervals = np.searchsorted(edges, fine[pieces], side="right") - 1
         after_them = np.einsum("pnm,nm->np", (1 - shares) ** 2, weights)
         shares = np.ascontiguousarray(np.swapaxes(shares * np.sqrt(weights), 0, 1))
         for interval, share, late in zip(intervals, shares, after_them, strict=True):

@@ -307,6 +307,8 @@ def _inner_products(
     [snapshots, snapshots], [snapshots, targets], [snapshots, 1] and [1, targets], on `device`. Of
     power functions the integrals, as in the paper; where there are others, sums over all steps.
     """
+    # They know the paper's profiles, which are smooth.
+    snapshots = [each.smooth if isinstance(each, Profile) else each for each in snapshots]
     known, wished = powers(snapshots), powers(targets)
     if known is None or wished is None:
         products = overlaps([*snapshots, *targets], [*snapshots, *targets])

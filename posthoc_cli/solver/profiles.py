@@ -63,6 +63,12 @@ class Average(ABC):
         """Steps before its own where its share has a kink or a jump."""
         return ()
 
+    @property
+    def stairs(self) -> tuple[int, int] | None:
+        """The first step at which its share may rise, and how many lie from one to the next; None
+        where it may at every step."""
+        return None
+
     def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
         """`G(high) - G(low)`, for 0 <= low <= high <= step; more exact where a kind can be."""
         return self.share(high) - self.share(low)
@@ -78,18 +84,29 @@ class Profile(Average):
 
     `p(u) = (gamma + 1) u^gamma / step^(gamma + 1)` on `[0, step]` (eq. 121), where `step` is the
     training step the average was taken at (> 0) and `gamma` its exponent (> -1, finite).
+
+    An average that is updated every N steps, `update_every`, holds only the networks of those: its
+    share is a staircase, `G(N floor(u / N))` of the smooth one. With `one_step` the updates come
+    after steps 1, N + 1, ..., each with the decay of a single step of exponent
+    `N (gamma + 1) - 1`, as ema-pytorch's: the product of those is, to 5 in a thousand at the first
+    and 1 in ten thousand later, the smooth share at the root mean square of each stair's steps.
     """
 
     kind: ClassVar[str] = "power"
 
     gamma: float
+    update_every: int = 1
+    one_step: bool = False
 
     def __post_init__(self) -> None:
         if not (self.step > 0 and -1 < self.gamma < math.inf):
             raise ValueError(f"no profile has step {self.step} and gamma {self.gamma}")
+        if self.update_every < 1:
+            raise ValueError(f"update_every {self.update_every} is out of bounds")
 
     def __str__(self) -> str:
-        return f"sigma_rel {self.sigma_rel:.6g}"
+        every = f", updated every {self.update_every} steps" if self.stairs else ""
+        return f"sigma_rel {self.sigma_rel:.6g}{every}"
 
     @property
     def sigma_rel(self) -> float:
@@ -101,15 +118,44 @@ class Profile(Average):
 
         `u` is an array of any shape, u >= 0.
         """
-        share: FloatArray = np.minimum(u / self.step, 1.0) ** (self.gamma + 1)
-        return share
+        if self.stairs is None:
+            share: FloatArray = np.minimum(u / self.step, 1.0) ** (self.gamma + 1)
+            return share
+        part = self._smooth_step(u) / (self._smooth_step(self.step) if self.one_step else self.step)
+        return np.where(u >= self.step, 1.0, np.minimum(part, 1.0) ** (self.gamma + 1))
+
+    def _smooth_step(self, u: FloatArray | float) -> FloatArray:
+        """The step at which the smooth share is what the staircase is at `u`."""
+        every = self.update_every
+        if self.one_step:
+            middle = (np.maximum(u, 1) - 1) // every * every + every / 2 + 1.5
+            return np.where(u < 1, 0.0, np.hypot(middle, every / 12**0.5))
+        return np.floor_divide(u, every) * every
+
+    @property
+    def stairs(self) -> tuple[int, int] | None:
+        every = self.update_every
+        return None if every == 1 else (1 if self.one_step else every, every)
+
+    @property
+    def smooth(self) -> Profile:
+        """The same as if it were updated at every step."""
+        return self if self.stairs is None else Profile(self.step, self.gamma)
 
     def between(self, low: FloatArray, high: FloatArray) -> FloatArray:
+        if self.stairs is not None:
+            return self.share(high) - self.share(low)
         with np.errstate(divide="ignore", under="ignore", invalid="ignore"):
             # Neither powers of large steps nor differences of them: nothing overflows or cancels.
             part = -np.expm1((self.gamma + 1) * np.log1p((low - high) / high))
         between: FloatArray = self.share(high) * np.where(high > 0, part, 0.0)
         return between
+
+    def as_dict(self) -> dict[str, Any]:
+        told = {"kind": self.kind, "step": self.step, "gamma": self.gamma}
+        if self.stairs is not None:
+            told |= {"update_every": self.update_every, "one_step": self.one_step}
+        return told
 
 
 @lru_cache(1024)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.solver.arrays import FloatArray
-from posthoc_cli.solver.profiles import Average
+from posthoc_cli.solver.profiles import Average, Profile
 
 IntArray = npt.NDArray[np.intp]
 
@@ -83,6 +83,24 @@ def quadrature(
             interval, part = np.repeat(interval[bad], 2), np.repeat(part[bad] / 2, 2)
             top = np.repeat(top[:, bad], 2, axis=1)
 
+
+MOST_STAIRS = 2**22
+"""So many of them times the averages are looked at one by one; of more, the slope."""
+
+
+def resolved(averages: Sequence[Average], end: float) -> tuple[list[Average], FloatArray]:
+    """The averages, and at which steps below `end` those rise that are not updated at every step.
+
+    Of too many such steps none is told, and the averages are smooth.
+    """
+    grids = {each.stairs for each in averages if each.stairs is not None}
+    if sum(end / every for _, every in grids) * len(averages) > MOST_STAIRS:
+        return [each.smooth if isinstance(each, Profile) else each for each in averages], _NONE
+    rising = [np.arange(first, end, every, dtype=np.float64) for first, every in grids]
+    return list(averages), np.unique(np.concatenate([_NONE, *rising]))
+
+
+_NONE = np.zeros(0)
 
 CELLS = 6
 """Of each half of an interval: the shortest at its ends, where averages begin and end."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.solver.profiles import Average
-from posthoc_cli.solver.quadrature import cells, quadrature
+from posthoc_cli.solver.quadrature import cells, quadrature, resolved
 
 STEPS = 1000
 """Of a run of fewer steps each counts as several: they are epochs, or saves, not updates."""
@@ -107,14 +107,17 @@ def seen(
     piece [n], and its factors [averages, n].
     """
     steps = np.unique([0.0, *(float(each.step) for each in averages), end])
-    edges = np.unique([*trajectory.edges, *steps])
+    averages, stairs = resolved(averages, end)
+    edges = np.unique(np.concatenate([trajectory.edges, steps, stairs]))
     edges = edges[edges <= end]
     steps = close_steps(steps, closely)
     rates = trajectory.rates[trajectory.at(edges[:-1])]
     for interval, weights, shares in quadrature(averages, edges):
         yield 1.0, 1.0, (weights * rates[interval, None]).ravel(), shares.reshape(len(averages), -1)
     for jitter in trajectory.jitter:
-        middles, weights, factors = jitter_seen(averages, steps, trajectory.cell, jitter.lag)
+        middles, weights, factors = jitter_seen(
+            averages, steps, stairs, trajectory.cell, jitter.lag
+        )
         amounts = weights * jitter.rates[trajectory.at(middles)]
         yield 0.0, float(jitter.lag > trajectory.cell), amounts, factors
 
@@ -126,13 +129,13 @@ def close_steps(steps: FloatArray, closely: Sequence[Average]) -> FloatArray:
 
 
 def jitter_seen(
-    averages: Sequence[Average], steps: FloatArray, cell: float, lag: float
+    averages: Sequence[Average], steps: FloatArray, stairs: FloatArray, cell: float, lag: float
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """What `averages` see of jitter of variance one: middles [n], weights [n] and factors.
 
     The factors are [averages, n]: `sum of weights * factor_i * factor_j` is the covariance.
     """
-    first, lasting, weights = jitter_cells(steps, cell, lag)
+    first, lasting, weights = jitter_cells(steps, stairs, cell, lag)
     factors = np.empty((len(averages), len(first)))
     for row, each in zip(factors, averages, strict=True):
         np.subtract(each.share(first + lasting), held_before(each, first), out=row)
@@ -146,16 +149,29 @@ def held_before(average: Average, u: FloatArray) -> FloatArray:
 
 
 def jitter_cells(
-    steps: FloatArray, cell: float, lag: float
+    steps: FloatArray, stairs: FloatArray, cell: float, lag: float
 ) -> tuple[FloatArray, FloatArray | float, FloatArray]:
-    """From where on pieces of jitter last, how long, and their weights [n]."""
+    """From where on pieces of jitter last, how long, and their weights [n].
+
+    At `stairs` averages rise between their `steps`.
+    """
     if lag <= cell:
-        bounds = cells(steps, cell)
+        bounds = _cut(cells(steps, cell), np.concatenate([stairs - cell, stairs]), cell)
         lengths = np.diff(bounds)
         return bounds[:-1], lengths, cell / lengths
     bounds = cells(np.unique([-lag, *(steps - lag), *steps]), cell)
+    bounds = _cut(bounds, np.concatenate([stairs - lag, stairs]), cell)
     lengths = np.diff(bounds)
     return bounds[:-1] + lengths / 2, lag, lengths / lag
+
+
+def _cut(bounds: FloatArray, more: FloatArray, cell: float) -> FloatArray:
+    """The bounds of cells and `more`, whole steps exactly."""
+    if not len(more):
+        return bounds
+    whole = np.rint(np.concatenate([bounds, more]) / cell)
+    cut: FloatArray = np.unique(whole) / np.rint(1 / cell)
+    return cut
 
 
 def moments(

@@ -14,6 +14,10 @@ STEP, GAMMA, SIGMA_REL, DECAY = "step", "gamma", "sigma_rel", "decay"
 """A snapshot's step and its profile, as one of the others: a power function's by its exponent or
 its width, a fixed decay a step, 0 of a raw checkpoint."""
 
+UPDATE_EVERY, ONE_STEP = "update_every", "one_step"
+"""Of a power function that wasn't updated at every step, at which of them it was; and whether
+by the decay of one step, as ema-pytorch's."""
+
 SCHEDULE = ("inv_gamma", "power", "use_ema_warmup", "update_after_step", "min_decay")
 """With any of these the decay is one that rises, as diffusers' EMAModel has it."""
 
@@ -78,7 +82,7 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
     gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL, COUNTED}
-    gone |= OF_DELTAS
+    gone |= {UPDATE_EVERY, ONE_STEP, *OF_DELTAS}
     return {
         key: value
         for key, value in metadata.items()

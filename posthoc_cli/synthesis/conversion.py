@@ -23,10 +23,12 @@ from posthoc_cli.storage.metadata import (
     CONVERTED,
     DECAY,
     GAMMA,
+    ONE_STEP,
     SCHEDULE,
     SIGMA_REL,
     STEP,
     TOOL,
+    UPDATE_EVERY,
     carried_over,
 )
 from posthoc_cli.synthesis.conversion_jobs import (
@@ -184,7 +186,10 @@ def stated(profile: Average) -> dict[str, str]:
     texts = {SIGMA_REL: repr(float(profile.sigma_rel)), GAMMA: repr(float(profile.gamma))}
     exact = profile.gamma > 0 and sigma_rel_to_gamma(profile.sigma_rel) == profile.gamma
     key = min(texts, key=lambda key: len(texts[key])) if exact else GAMMA
-    return {key: texts[key]}
+    told = {key: texts[key]}
+    if profile.stairs is not None:
+        told |= {UPDATE_EVERY: str(profile.update_every), ONE_STEP: str(profile.one_step)}
+    return told
 
 
 def explain(converted: Sequence[Converted], options: Options) -> list[str]:

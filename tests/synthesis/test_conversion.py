@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import posthoc_cli
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import read_folder
 from posthoc_cli.snapshots.names import compile_pattern
@@ -322,6 +323,7 @@ def test_the_exponent_that_it_really_is(tmp_path: Path) -> None:
         gamma = (1 + sigma_rel_to_gamma(asked)) / 10 - 1
         assert float(metadata(one.output)["gamma"]) == gamma
         assert "sigma_rel" not in metadata(one.output)
+        assert metadata(one.output)["update_every"] == "10"
         assert one.identity is not None
         assert one.identity.sigma_rel == gamma_to_sigma_rel(gamma)
         assert one.trained is not None
@@ -513,3 +515,29 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         convert(job, Options(), progress=interrupt)
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_converted_averages_stay_the_staircases_they_are(tmp_path: Path) -> None:
+    for index in (0, 1):
+        ema_pytorch(tmp_path, index, 1000, {"w": W})
+    found = run(tmp_path, tmp_path / "out", Options(profiles=(0.05, 0.10), update_every=10))
+    read = posthoc_cli.open_snapshots(tmp_path / "out").snapshots
+    there = posthoc_cli.open_snapshots(tmp_path, profiles=[0.05, 0.1], update_every=10)
+    assert {each.profile for each in read} == {each.profile for each in there.snapshots}
+    assert {one.identity.profile.stairs for one in found if one.identity} == {(1, 10)}
+    for index, text in enumerate(("0", "2.5", "often")):
+        told = {"step": "10", "gamma": "5", "update_every": text}
+        save_file({"w": W}, tmp_path / f"{index}.safetensors", told)
+        (problem,) = posthoc_cli.open_snapshots([tmp_path / f"{index}.safetensors"]).problems
+        assert f"its metadata's update_every is '{text}', not a whole number above 0" in problem[1]
+    save_file(
+        {"w": W}, tmp_path / "5.safetensors", {"step": "10", "gamma": "5", "update_every": "4"}
+    )
+    (one,) = posthoc_cli.open_snapshots([tmp_path / "5.safetensors"]).snapshots
+    assert one.profile.as_dict() == {
+        "kind": "power",
+        "step": 10,
+        "gamma": 5.0,
+        "update_every": 4,
+        "one_step": False,
+    }
