@@ -93,7 +93,7 @@ def resolved(averages: Sequence[Average], end: float) -> tuple[list[Average], Fl
 
     Of too many such steps none is told, and the averages are smooth.
     """
-    grids = {each.stairs for each in averages if each.stairs is not None}
+    grids = {grid for each in averages if (grid := getattr(each, "stairs", None)) is not None}
     if sum(end / every for _, every in grids) * len(averages) > MOST_STAIRS:
         return [each.smooth if isinstance(each, Profile) else each for each in averages], _NONE
     rising = [np.arange(first, end, every, dtype=np.float64) for first, every in grids]
