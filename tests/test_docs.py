@@ -129,6 +129,7 @@ def test_every_example_runs(folder: Path) -> None:
             "the rounding of",
             "is to be expected",
             "drawn",
+            "how far off is unknown",
             "the true ones",
         )
         assert all(any(each in note for each in told) for note in notes), (example, notes)
