@@ -30,7 +30,7 @@ from posthoc_cli.storage.dtypes import (
 from posthoc_cli.storage.header import Link
 from posthoc_cli.synthesis.accumulators import CpuAccumulator
 from posthoc_cli.synthesis.engine import BATCH
-from posthoc_cli.synthesis.rounding import round_to
+from posthoc_cli.synthesis.kernels import STRIDE, accumulate
 
 DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 """What differences can be stored as."""
@@ -41,6 +41,9 @@ _AT_ONCE = 1 << 16
 _HELD = 1 << 22
 """Differences of a tensor that are held until its scale is known; those of a larger one are made
 twice."""
+
+_NOTHING = np.full((1, _AT_ONCE), -0.0)
+"""What leaves the sign of a zero alone when added."""
 
 _ROOM = 6
 """Powers of two above the first tensor's largest difference that one scale of float16 is good for;
@@ -310,13 +313,16 @@ def _exponent(code: str, peak: float, usual: int | None) -> int:
 
 
 def _rounded(values: FloatArray, code: str, exponent: int) -> Bytes:
-    scaled = values * 2.0**-exponent
     if code in FLOAT8:
-        found: Bytes = scaled.astype(DTYPES[code].numpy()).view(np.uint8)
+        found: Bytes = (values * 2.0**-exponent).astype(DTYPES[code].numpy()).view(np.uint8)
         return found
-    out = np.empty(bytes_of(code, values.size), np.uint8)
-    round_to(out, code, scaled.view("<u8"), "F64")
-    return out
+    padded = values if values.size % STRIDE == 0 else np.pad(values, (0, -values.size % STRIDE))
+    out = np.empty((1, bytes_of(code, padded.size)), np.uint8)
+    address = np.array([padded.ctypes.data], np.uintp)
+    scale = np.full((1, 1), 2.0**-exponent)
+    accumulate("F64", address, scale, _NOTHING, out, code, values.size)
+    rounded: Bytes = out[0, : bytes_of(code, values.size)]
+    return rounded
 
 
 def check_delta(made: TensorIndex, tensors: Mapping[str, TensorInfo], read: ReadElements) -> None:
@@ -331,9 +337,11 @@ def check_delta(made: TensorIndex, tensors: Mapping[str, TensorInfo], read: Read
                 data = np.empty(bytes_of(info.dtype, count), np.uint8)
                 read(name, first, data)
                 dtype, stored = differences.stored(found[-1][0], name, first, count)
-                if len(found) == 1:
-                    right = dtype == info.dtype and np.array_equal(stored, data)
-                elif name not in own.index.tensors:
+                same = len(found) == 1 and dtype == info.dtype and np.array_equal(stored, data)
+                here = name in own.index.tensors
+                if same or info.dtype not in FLOATS or (len(found) == 1 and here):
+                    right = same
+                elif not here:  # but for the signs of zeros it is what the base is
                     right = not differences.of(name, first, count, info.dtype, data).any()
                 else:
                     values = decode(dtype, stored).astype(np.float64)

@@ -5,15 +5,19 @@
 On the networks of accuracy.py: averages of sigma_rel 0.05 and 0.10 are saved 24 or 96 times as
 float32, and in each other dtype whole (as a trainer saves it) and packed. Errors are root mean
 square distances to the tracked EMA, relative to how far that is from the network at the end;
-weights are blup's. Exits with 1 when differences fall short of what is promised of them.
+weights are blup's. Exits with 1 when differences fall short of what is promised of them. At the end
+times of packing and synthesizing are told, as ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,6 +117,53 @@ def summary(found: list[Case]) -> dict[str, float]:
     }
 
 
+def speed(root: Path) -> dict[str, float]:
+    """Times as ratios within this run, the best of three each: pack to reading what it reads and
+    writing what it writes; synthesize from float16 differences to that from plain float16."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(8, 1 << 20, generator=generator)
+    for folder in ("float32", "float16"):
+        (root / folder).mkdir()
+    for step in range(8):
+        weights += 0.01 * torch.randn(weights.shape, generator=generator)
+        for width in WIDTHS:
+            metadata = {"step": str(step + 1), "sigma_rel": str(width)}
+            made = {f"layers.{at}": (1 + width) * row for at, row in enumerate(weights)}
+            save_file(made, root / "float32" / f"{step}-{width}.safetensors", metadata)
+            made = {name: each.half() for name, each in made.items()}
+            save_file(made, root / "float16" / f"{step}-{width}.safetensors", metadata)
+    snapshots = open_snapshots(root / "float32").contents.usable()
+    jobs = plan_pack(snapshots, root / "packed")
+
+    def floor() -> None:
+        for job in jobs:
+            data = job.snapshot.index.path.read_bytes()
+            with (root / "floor").open("wb", 0) as file:
+                file.write(data[: job.output.stat().st_size])
+                os.fsync(file.fileno())
+
+    def save(folder: str) -> None:
+        solution = open_snapshots(root / folder).solve(sigma_rel=[0.07])
+        solution.save(root / "out.safetensors", force=True)
+
+    def packing() -> None:
+        shutil.rmtree(root / "packed", ignore_errors=True)
+        pack(jobs, "float16")
+
+    work = packing, floor, lambda: save("packed"), lambda: save("float16")
+    times: list[list[float]] = [[] for _ in work]
+    for _ in range(3):
+        for each, taken in zip(work, times, strict=True):
+            begin = time.perf_counter()
+            each()
+            taken.append(time.perf_counter() - begin)
+    packed, least, differences, plain = map(min, times)
+    return {
+        "pack_over_floor": packed / least,
+        "synthesize_differences_over_float16": differences / plain,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases there too")
@@ -127,6 +178,8 @@ def main() -> int:
                 found += cases(network, run, pairs, Path(folder))
     print_table(found)
     told = summary(found)
+    with tempfile.TemporaryDirectory() as folder:
+        told |= speed(Path(folder))
     print()
     for name, value in told.items():
         print(f"{name:<45}{value:.3g}")

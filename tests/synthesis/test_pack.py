@@ -244,6 +244,27 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
     pack(jobs, "bfloat16", verify=True)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_bytes_do_not_depend_on_what_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """The differences are held or made twice; the last piece is an odd one."""
+    made = averages(3)
+    draw = np.random.default_rng(0)
+    for at, tensors in enumerate(made.values()):
+        tensors["large"] = draw.standard_normal(150_001, np.float32)
+        tensors["broken"] = tensors["large"].copy()
+        tensors["zeros"] = np.full(3, (-0.0, 0.0)[at % 2], np.float32)
+        tensors["broken"][-1] = (1, np.nan, np.inf)[at % 3]
+    source = write(tmp_path / "plain", made)
+    found = []
+    for at, held in enumerate((1 << 22, 0)):
+        monkeypatch.setattr("posthoc_cli.synthesis.deltas._HELD", held)
+        every = packed(source, tmp_path / str(at), dtype, verify=True)
+        found.append([one.job.output.read_bytes() for one in every])
+    assert found[0] == found[1]
+
+
 def test_verify_finds_what_the_disk_did(tmp_path: Path) -> None:
     source = write(tmp_path / "plain", averages(3))
     found = packed(source, tmp_path / "packed")
