@@ -93,7 +93,7 @@ def open_snapshots(
         tool=tool,
         update_every=update_every,
     )
-    return Run(contents)
+    return Run(contents, (*copy, *drop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,8 @@ class Run:
     """The snapshots of one training run, as `open_snapshots` found them."""
 
     contents: FolderContents
+    _settled: tuple[str, ...] = ()
+    """Globs of the tensors that are copied or dropped, as `open_snapshots` was told."""
     _plans: dict[Any, TensorPlan | Products] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -238,6 +240,7 @@ class Run:
         Raises UsageError for arguments out of bounds, SnapshotError for the first of the
         `problems`, or where no weights can be found, MachineError when a device or a file fails.
         """
+        leave_out = (*leave_out, *self._settled)
         chosen = choose_method(method, [snapshot.profile for snapshot in self.snapshots])
         targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
         device = resolve_device(device)

@@ -52,11 +52,12 @@ def _left_out(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return lines
 
 
-def warn_of_sample(solution: Solution, quiet: bool) -> None:
-    warn(warning_lines(_of_sample(solution)), quiet)
+def warn_of_sample(solution: Solution, quiet: bool, *, broken: bool = True) -> None:
+    """Warn of what a sample of the values tells; `broken`: also of those that are not finite."""
+    warn(warning_lines(_of_sample(solution, broken)), quiet)
 
 
-def _of_sample(solution: Solution) -> list[tuple[str, str]]:
+def _of_sample(solution: Solution, broken: bool = True) -> list[tuple[str, str]]:
     from posthoc_cli.snapshots.runs import jumps
     from posthoc_cli.solver import DEFAULT
 
@@ -67,7 +68,7 @@ def _of_sample(solution: Solution) -> list[tuple[str, str]]:
     if solution.sample is None:
         return found
     moments = solution.sample.moments
-    if moments.broken:
+    if moments.broken and broken:
         share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
         found.append(("", f"{share} are NaN or infinite in some snapshot, and left out"))
     return [*found, *jumps(solution.sample.snapshots, moments.differences)]

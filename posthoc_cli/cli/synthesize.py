@@ -187,11 +187,10 @@ def synthesize(
         device=device,
         sample=max_error is not None,
         glance=True,
-        leave_out=(*(copy or ()), *(drop or ())),
         target_for=rules,
         **wanted,
     )
-    warn_of_sample(solution, quiet)
+    warn_of_sample(solution, quiet, broken=False)  # those are counted when all are read
     if max_error is not None:  # first, so that a refusal is one line
         solution.check_error(max_error)
     note_large_errors(solution, quiet)
