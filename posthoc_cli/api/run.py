@@ -270,14 +270,14 @@ class Run:
         solved = solved or solved_by(chosen)
         errors = {}
         if trajectory is not None:
-            from posthoc_cli.solver.blup import expected_error
+            from posthoc_cli.solver.blup import expected_errors
 
             rivals = [solved]
             with contextlib.suppress(UsageError, SnapshotError):
                 rivals += [] if solved.method == plain else [solved_by(plain)]
-            for each in rivals:
-                found = expected_error(trajectory, profiles, wanted, each.weights)
-                errors[each.method] = found
+            several = [each.weights for each in rivals]
+            found = expected_errors(trajectory, profiles, wanted, several)
+            errors = {each.method: error for each, error in zip(rivals, found, strict=True)}
         solution = Solution(
             *(self, snapshots, targets, step, device, solved),
             *(sampled, errors, doubt, groups),

@@ -11,6 +11,7 @@ from posthoc_cli.cli import options
 from posthoc_cli.cli.console import plain_table, print_json, print_table, stdout_console
 from posthoc_cli.cli.drawing import Bars, Row, draw_weights
 from posthoc_cli.cli.lists import read_target_for
+from posthoc_cli.cli.lora import load_numpy
 from posthoc_cli.cli.solutions import (
     describe,
     note_large_errors,
@@ -83,6 +84,7 @@ def solve(
         raise UsageError("--csv", "doesn't go with --json", "leave out one of the two")
     if diagnose and as_csv:
         raise UsageError("--csv", "doesn't go with --diagnose", "use --json, which has all")
+    load_numpy()
     solution = open_and_warn(folder, reading, quiet).solve(
         step=step,
         method=method,

@@ -99,31 +99,49 @@ def expected_error(
 
     Weights that don't sum to one also scale the start; that counts as approximation.
     """
-    excess = weights.sum(axis=1) - 1
-    excess[np.abs(excess) < 1e-12] = 0.0
+    return expected_errors(trajectory, snapshots, targets, [weights])[0]
+
+
+def expected_errors(
+    trajectory: Trajectory,
+    snapshots: Sequence[Average],
+    targets: Sequence[Average],
+    several: Sequence[FloatArray],
+) -> list[ExpectedError]:
+    """The same of each of `several` weights for the same targets; hardly slower than of one."""
+    excesses = [weights.sum(axis=1) - 1 for weights in several]
+    for excess in excesses:
+        excess[np.abs(excess) < 1e-12] = 0.0
     networks = [Decay(each.step, 0.0) for each in targets]
     if chains := find_chains(snapshots):
-        found = chain_errors(chains, snapshots, targets, networks, trajectory, weights, excess)
-        approximation, distance = found
-        rounding = weights**2 @ trajectory.noise
+        made = list(zip(several, excesses, strict=True))
+        found = chain_errors(chains, snapshots, targets, networks, trajectory, made)
+        approximations, distance = found
+        roundings = [weights**2 @ trajectory.noise for weights in several]
     else:
-        every = [*snapshots, *targets, *networks]
         count, end = len(snapshots), max(float(each.step) for each in targets)
-        approximation, distance = np.zeros((2, len(targets)))
+        approximations, distance = np.zeros((len(several), len(targets))), np.zeros(len(targets))
         known = np.zeros((count, count))
+        every = [*snapshots, *targets, *networks]
         for past, own, amounts, factors in seen(trajectory, every, end, targets):
             told = factors[:count]
             wanted, network = np.split(factors[count:], 2)
             known += (told * amounts) @ told.T
-            approximation += (weights @ told - wanted - past * excess[:, None]) ** 2 @ amounts
+            for sums, weights, excess in zip(approximations, several, excesses, strict=True):
+                sums += (weights @ told - wanted - past * excess[:, None]) ** 2 @ amounts
             distance += (wanted - own * network) ** 2 @ amounts
         covariance = rounding_covariance(trajectory.noise, known)
-        rounding = np.einsum("ti,ij,tj->t", weights, covariance, weights)
-    approximation = approximation + excess**2 * trajectory.start
+        roundings = [((weights @ covariance) * weights).sum(axis=1) for weights in several]
     raised = trajectory.raised
-    return ExpectedError(
-        raised * np.sqrt(approximation),
-        raised * np.sqrt(rounding),
-        raised * np.sqrt(approximation + rounding),
-        np.sqrt(distance + trajectory.white),
-    )
+    errors = []
+    for sums, rounding, excess in zip(approximations, roundings, excesses, strict=True):
+        approximation = sums + excess**2 * trajectory.start
+        errors.append(
+            ExpectedError(
+                raised * np.sqrt(approximation),
+                raised * np.sqrt(rounding),
+                raised * np.sqrt(approximation + rounding),
+                np.sqrt(distance + trajectory.white),
+            )
+        )
+    return errors

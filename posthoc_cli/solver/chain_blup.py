@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.arrays import FloatArray, distinct
 from posthoc_cli.solver.chains import Chains, solve_band, to_amounts, to_weights
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import IntArray, quadrature, resolved
@@ -37,10 +37,10 @@ def _stretches(
     [n], the factors of the pieces from that place on that are not all after it [pieces, n], and
     those of the `others` [others, n].
     """
-    steps = np.unique([0.0, *chains.step, *(float(each.step) for each in others), end])
+    steps = distinct([0.0, end], chains.step, [float(each.step) for each in others])
     every, stairs = resolved([*snapshots, *others], end)
     snapshots, others = every[: len(snapshots)], every[len(snapshots) :]
-    edges = np.unique(np.concatenate([trajectory.edges, steps, stairs]))
+    edges = distinct(trajectory.edges, steps, stairs)
     edges = edges[edges <= end]
     steps = close_steps(steps, closely)
     for start in range(0, len(edges) - 1, INTERVALS):
@@ -198,24 +198,28 @@ def chain_errors(
     targets: Sequence[Average],
     networks: Sequence[Average],
     trajectory: Trajectory,
-    weights: FloatArray,
-    excess: FloatArray,
+    several: Sequence[tuple[FloatArray, FloatArray]],
 ) -> tuple[FloatArray, FloatArray]:
-    """The squares of approximation (without what scales the start) and distance, [targets] each.
+    """The squares of approximation (without what scales the start), [several, targets], and
+    distance, [targets].
 
-    `networks` are the network itself at each target's step; `excess` [targets] is by how much the
-    weights sum to more than one.
+    `networks` are the network itself at each target's step; `several` are weights, and by how much
+    they sum to more than one [targets].
     """
-    amounts = (to_amounts(chains, weights) * chains.mass[:, None]).T
-    before = np.concatenate([np.zeros((len(targets), 1)), np.cumsum(amounts, axis=1)], axis=1)
+    made_of = []
+    for weights, excess in several:
+        amounts = (to_amounts(chains, weights) * chains.mass[:, None]).T
+        before = np.cumsum(np.insert(amounts, 0, 0.0, axis=1), axis=1) - excess[:, None]
+        made_of.append((amounts, before))
     end = max(float(each.step) for each in targets)
-    approximation, distance = np.zeros((2, len(targets)))
+    approximations, distance = np.zeros((len(several), len(targets))), np.zeros(len(targets))
     for first, past, own, factors, pieces, others in _stretches(
         chains, snapshots, [*targets, *networks], trajectory, end, targets
     ):
         wanted, network = np.split(others, 2)
-        made = amounts[:, first : first + len(pieces)] @ pieces
-        made += past * (before[:, first] - excess)[:, None]
-        approximation += (made - wanted) ** 2 @ factors
+        for sums, (amounts, before) in zip(approximations, made_of, strict=True):
+            made = amounts[:, first : first + len(pieces)] @ pieces
+            made += past * before[:, first, None]
+            sums += (made - wanted) ** 2 @ factors
         distance += (wanted - own * network) ** 2 @ factors
-    return approximation, distance
+    return approximations, distance

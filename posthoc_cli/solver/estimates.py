@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.solver.blup import ExpectedError, expected_error
+from posthoc_cli.solver.blup import ExpectedError, expected_errors
 from posthoc_cli.solver.methods import SolvedWeights, methods_for, solve
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.trajectory import Trajectory
@@ -32,14 +32,17 @@ def estimate_methods(
 
     Of raw checkpoints, those of the methods for them.
     """
-    estimates = []
+    found: dict[str, SolvedWeights | str] = {}
     for method in methods_for(any(each.raw for each in snapshots)):
         try:
-            solved = solve(snapshots, targets, method, device, trajectory)
+            found[method] = solve(snapshots, targets, method, device, trajectory)
         except (SnapshotError, UsageError) as error:
-            problem = f"{error.subject}: {error.problem}"
-            estimates.append(MethodEstimate(method, None, None, problem))
-            continue
-        expected = expected_error(trajectory, snapshots, targets, solved.weights)
-        estimates.append(MethodEstimate(method, solved, expected))
-    return estimates
+            found[method] = f"{error.subject}: {error.problem}"
+    several = [each.weights for each in found.values() if not isinstance(each, str)]
+    expected = iter(expected_errors(trajectory, snapshots, targets, several))
+    return [
+        MethodEstimate(method, None, None, each)
+        if isinstance(each, str)
+        else MethodEstimate(method, each, next(expected))
+        for method, each in found.items()
+    ]

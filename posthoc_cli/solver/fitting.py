@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.arrays import FloatArray, distinct
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import IntArray, quadrature, resolved
 from posthoc_cli.solver.trajectory import (
@@ -72,7 +72,7 @@ def fit_trajectory(
     values.
     """
     steps = np.array([float(each.step) for each in snapshots])
-    saved = np.unique([0.0, *steps])
+    saved = distinct([0.0], steps)
     cut = max(1, INTERVALS // (len(saved) - 1))
     snapshots, stairs = resolved(snapshots, float(saved[-1]))
     edges = np.interp(np.arange(cut * (len(saved) - 1) + 1) / cut, np.arange(len(saved)), saved)
@@ -194,7 +194,8 @@ def _smooth_rates(
     left = np.maximum(1 - rounding, 1e-3)
     even = np.empty(places[-1])
     for low, high in pairwise(places):
-        even[low:high] = np.median(left / np.maximum(design[:, low:high].sum(axis=1), 1e-300))
+        of_each = left / np.maximum(design[:, low:high].sum(axis=1), 1e-300)
+        even[low:high] = np.quantile(of_each, 0.5)
     price = np.repeat([0.0, *(RELUCTANCE / (np.diff(places)[1:]))], np.diff(places))
 
     def cost(logs: FloatArray) -> tuple[float, FloatArray, FloatArray]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.arrays import FloatArray, distinct
 from posthoc_cli.solver.profiles import Average, Profile
 
 IntArray = npt.NDArray[np.intp]
@@ -120,4 +120,4 @@ def cells(edges: FloatArray, shortest: float) -> FloatArray:
         slow, fast = np.where(long, growth, slow), np.where(long, fast, growth)
     inward = half * np.expm1(slow * np.arange(CELLS + 1) / CELLS) / np.expm1(slow)
     bounds = np.concatenate([low + inward, low + 2 * half - inward], axis=None)
-    return np.unique(np.rint(bounds / shortest)) * shortest
+    return distinct(np.rint(bounds / shortest)) * shortest

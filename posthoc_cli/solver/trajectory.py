@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from posthoc_cli.solver.arrays import FloatArray
+from posthoc_cli.solver.arrays import FloatArray, distinct
 from posthoc_cli.solver.profiles import Average
 from posthoc_cli.solver.quadrature import cells, quadrature, resolved
 
@@ -106,9 +106,9 @@ def seen(
     jitter's), whether the network's own is known (0 for white jitter, else 1), the variance of each
     piece [n], and its factors [averages, n].
     """
-    steps = np.unique([0.0, *(float(each.step) for each in averages), end])
+    steps = distinct([0.0, end], [float(each.step) for each in averages])
     averages, stairs = resolved(averages, end)
-    edges = np.unique(np.concatenate([trajectory.edges, steps, stairs]))
+    edges = distinct(trajectory.edges, steps, stairs)
     edges = edges[edges <= end]
     steps = close_steps(steps, closely)
     rates = trajectory.rates[trajectory.at(edges[:-1])]
@@ -125,7 +125,7 @@ def seen(
 def close_steps(steps: FloatArray, closely: Sequence[Average]) -> FloatArray:
     """`steps`, and where averages of `closely` have a kink, as a window where it begins."""
     begun = [at for each in closely for at in getattr(each, "breaks", ()) if at > 0]
-    return np.unique([*steps, *begun])
+    return distinct(steps, begun)
 
 
 def jitter_seen(
@@ -159,7 +159,7 @@ def jitter_cells(
         bounds = _cut(cells(steps, cell), np.concatenate([stairs - cell, stairs]), cell)
         lengths = np.diff(bounds)
         return bounds[:-1], lengths, cell / lengths
-    bounds = cells(np.unique([-lag, *(steps - lag), *steps]), cell)
+    bounds = cells(distinct([-lag], steps - lag, steps), cell)
     bounds = _cut(bounds, np.concatenate([stairs - lag, stairs]), cell)
     lengths = np.diff(bounds)
     return bounds[:-1] + lengths / 2, lag, lengths / lag

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -13,6 +16,10 @@ from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots import sampling
 from posthoc_cli.snapshots.folder import Snapshot, read_folder
 from posthoc_cli.snapshots.sampling import sample_moments
+from posthoc_cli.storage import Reader
+from posthoc_cli.storage.deflated import Deflated
+from posthoc_cli.storage.header import File, Part
+from posthoc_cli.storage.readers import InputFile
 from tests.support import STORED, Tensors, snapshot_of, write_tensors
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
@@ -194,7 +201,67 @@ def test_very_many_snapshots_are_sampled_less(tmp_path: Path) -> None:
     write_tensors(path, {"a": np.arange(300_000, dtype=np.float32)})
     (snapshot,) = read_folder(tmp_path).usable()
     assert sample_moments([snapshot] * 2).sampled == sampling.BLOCKS * sampling.BLOCK
-    assert 10**5 < sample_moments([snapshot] * 129).sampled == sampling.BLOCKS // 2 * sampling.BLOCK
+    assert 10**5 < sample_moments([snapshot] * 129).sampled == sampling.BLOCKS * sampling.BLOCK // 2
+
+
+def test_a_file_costs_at_most_128_reads_and_nothing_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even of tensors that lie in no order of their names, and when little is held at a time."""
+    rng = np.random.default_rng(0)
+    tensors = {f"{k % 7}.{k}": rng.standard_normal(40_000) for k in range(40)}
+    tensors |= {f"{k % 7}.{k}.bias": rng.standard_normal(300) for k in range(40)}
+    contents = [
+        {name: (at + 1 + value).astype(np.float16) for name, value in tensors.items()}
+        for at in range(3)
+    ]
+    snapshots = folder_of(tmp_path, contents, [list(tensors)] * 3)
+    read: dict[str, list[tuple[int, int]]] = {}
+    reads = Reader.read
+
+    def noted(reader: Reader, start: int, into: memoryview) -> None:
+        read.setdefault(str(reader._files[0]._path), []).append((start, len(into)))
+        reads(reader, start, into)
+
+    monkeypatch.setattr(Reader, "read", noted)
+    monkeypatch.setattr(sampling, "_HELD_BYTES", 8 * 3 * 30_000)
+    assert sample_moments(snapshots).sampled == 128 * 2048
+    assert len(read) == 3
+    for ranges in read.values():
+        assert len(ranges) <= 128 + 9  # what is held at a time may cut one in two
+        assert ranges == sorted(ranges)
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(ranges))
+        assert sum(n for _, n in ranges) < 3 * 2 * 128 * 2048  # small gaps are read along
+
+
+def test_a_file_that_is_deflated_is_inflated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is held at a time, it is opened once, and goes on where it was."""
+    arrays = walk(3, (600_000,), "F16")
+    plain = folder_of(tmp_path, [{"a": a} for a in arrays])
+    packed = []
+    for snapshot, array in zip(plain, arrays, strict=True):
+        path = tmp_path / f"{snapshot.step}.packed"
+        data = zlib.compress(array.tobytes(), 1, -15)
+        path.write_bytes(data)
+        part = Part(0, array.nbytes, 0, content=Deflated(0, len(data), array.nbytes))
+        files = (File.of(path, path.stat()),)
+        packed.append(replace(snapshot, index=replace(snapshot.index, files=files, parts=(part,))))
+    inflated = []
+    reads = InputFile.read
+
+    def noted(file: InputFile, offset: int, into: memoryview) -> None:
+        inflated.append(len(into))
+        reads(file, offset, into)
+
+    monkeypatch.setattr(InputFile, "read", noted)
+    monkeypatch.setattr(sampling, "_HELD_BYTES", 8 * 3 * 30_000)
+    found = sample_moments(packed)
+    size = sum(each.index.files[0].size for each in packed)
+    assert sum(inflated) < 2 * size
+    monkeypatch.undo()
+    assert found.differences == pytest.approx(sample_moments(plain).differences, rel=1e-12)
 
 
 @pytest.mark.usefixtures("unmeasured")
