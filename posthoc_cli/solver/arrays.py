@@ -29,7 +29,7 @@ def namespace(*arrays: Array) -> Any:
 def distinct(*values: FloatArray | Sequence[float]) -> FloatArray:
     """All of `values` in order, each once. np.unique does the same, but loads half of NumPy."""
     ordered = np.sort(np.concatenate([np.asarray(each, np.float64) for each in values]))
-    found: FloatArray = ordered[np.append(True, ordered[1:] != ordered[:-1])]
+    found: FloatArray = ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
     return found
 
 

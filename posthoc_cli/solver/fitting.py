@@ -143,7 +143,7 @@ def _walk_design(
     differing = len(later) - np.searchsorted(later[::-1], edges[:-1], side="right")
     design = np.zeros((len(first), len(edges) - 1))
     after = np.zeros((len(snapshots), len(edges) - 1))
-    fine = np.union1d(edges, stairs)
+    fine = distinct(edges, stairs)
     for pieces, weights, shares in quadrature(snapshots, fine):
         intervals = np.searchsorted(edges, fine[pieces], side="right") - 1
         after_them = np.einsum("pnm,nm->np", (1 - shares) ** 2, weights)

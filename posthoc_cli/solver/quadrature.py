@@ -97,7 +97,7 @@ def resolved(averages: Sequence[Average], end: float) -> tuple[list[Average], Fl
     if sum(end / every for _, every in grids) * len(averages) > MOST_STAIRS:
         return [each.smooth if isinstance(each, Profile) else each for each in averages], _NONE
     rising = [np.arange(first, end, every, dtype=np.float64) for first, every in grids]
-    return list(averages), np.unique(np.concatenate([_NONE, *rising]))
+    return list(averages), distinct(_NONE, *rising)
 
 
 _NONE = np.zeros(0)

@@ -170,7 +170,7 @@ def _cut(bounds: FloatArray, more: FloatArray, cell: float) -> FloatArray:
     if not len(more):
         return bounds
     whole = np.rint(np.concatenate([bounds, more]) / cell)
-    cut: FloatArray = np.unique(whole) / np.rint(1 / cell)
+    cut: FloatArray = distinct(whole) / np.rint(1 / cell)
     return cut
 
 
