@@ -166,7 +166,7 @@ class _Sums:
 
 
 def _choose(tensors: Mapping[str, TensorInfo], blocks: int, block: int) -> list[_Piece]:
-    """The pieces that make up the sample, in the order in which they lie in the file."""
+    """The pieces of the sample by dtype and name: wherever they lie, sums have the same digits."""
     rank = {code: place for place, code in enumerate(DTYPES)}
     averaged = [(name, info) for name, info in tensors.items() if info.dtype in AVERAGED]
     averaged.sort(key=lambda each: (rank[each[1].dtype], each[0]))
@@ -194,7 +194,7 @@ def _choose(tensors: Mapping[str, TensorInfo], blocks: int, block: int) -> list[
                 for start in range(first, stop, block)
             ]
             first, at = stop, at + 1
-    return sorted(pieces, key=lambda piece: piece.start(tensors))
+    return pieces
 
 
 def _groups(pieces: Sequence[_Piece], most: int) -> list[list[_Piece]]:

@@ -29,6 +29,10 @@ LAGS = (0.0, 0.5, 2.0)
 FIRST = 0.1
 """What jitter is given at first, as a part of what would explain all of the differences."""
 
+SHORTER = 0.99
+"""What each longer jitter is given of that: where the snapshots can't tell two apart, as raw ones
+can't, it is the shorter, and not the one that the last digits favour."""
+
 RELUCTANCE = 1e-4
 """What a factor of e in jitter's rate costs, down to LEAST of what would explain all of the
 differences: there is none where the measures don't ask for it."""
@@ -207,7 +211,8 @@ def _smooth_rates(
         paid = price @ np.log1p(np.exp(logs) / (LEAST * even))
         return float(np.mean(off**2) + logs @ cost_of @ logs + paid), off, slope
 
-    logs = np.log(even * np.where(price > 0, FIRST, 1.0))
+    given = [1.0, *(FIRST * SHORTER**at for at in range(len(designs) - 1))]
+    logs = np.log(even * np.repeat(given, np.diff(places)))
     now, off, slope = cost(logs)
     damping = 1e-2
     for _ in range(100):

@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from posthoc_cli.errors import SnapshotError, either
 from posthoc_cli.storage import TensorIndex, open_tensors
 from posthoc_cli.storage.deltas import MOST_LINKS, links_of
 from posthoc_cli.storage.metadata import BASE, DECAY, GAMMA
 from posthoc_cli.synthesis.deltas import DELTA_DTYPES, Held
+
+if TYPE_CHECKING:
+    import torch
 
 STORES = ("whole", "delta")
 """How snapshots can be stored: each by itself, or as the difference to another."""

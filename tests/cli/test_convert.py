@@ -136,7 +136,8 @@ def test_update_every_is_asked_for(posthoc_here: Posthoc, mixed: Path) -> None:
 
 def test_a_file_that_can_not_be_used_is_one_line(posthoc_here: Posthoc, mixed: Path) -> None:
     done = posthoc_here("convert", "run/broken.ckpt", "out")
-    done.failed(3, r"run/broken.ckpt: not a whole checkpoint \(.*\); copy it again or leave it out")
+    remedy = "wait until it is written, copy it again, or leave it out"
+    done.failed(3, rf"run/broken.ckpt: not a whole checkpoint \(.*\); {remedy}")
     assert not (mixed.parent / "out").exists()
 
 

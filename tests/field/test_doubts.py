@@ -38,7 +38,10 @@ def test_one_whose_values_never_came(posthoc_here: Posthoc, tmp_path: Path) -> N
         checkpoint(tmp_path / "run", step, tensors)
     run = posthoc_here("synthesize", "run", *OUT)
     assert "checkpoint-2000.safetensors: differs far more from" in run.err
-    assert not posthoc_here("synthesize", "run", *OUT, "--force", "--exclude", "*-2000*").err
+    rest = posthoc_here("synthesize", "run", *OUT, "--force", "--exclude", "*-2000*").err
+    assert "differs far more" not in rest
+    assert rest.count("\n") == 1
+    assert "an error of up to" in rest  # of raw checkpoints so far apart
 
 
 @pytest.mark.parametrize("kind", ["steady", "noisy", "annealed", "few", "half", "sparse"])
