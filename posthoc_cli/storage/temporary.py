@@ -54,19 +54,25 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
     kind = ""
     while True:
         place = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}")
-        if folder:
-            os.mkdir(place)
-            if fcntl is None:
-                return -1, place
+        made = False
         try:
+            if folder:
+                os.mkdir(place)
+                made = True
+                if fcntl is None:
+                    return -1, place
             fd = os.open(place, os.O_RDONLY if folder else flags, 0o666)
         except OSError as error:
-            if not folder:
+            if not made:
                 raise
             if isinstance(error, FileNotFoundError):
                 continue  # another run has taken it for abandoned
             with contextlib.suppress(OSError):
                 os.rmdir(place)
+            raise
+        except BaseException:  # an interrupt may come when it is made, before anyone knows of it
+            with contextlib.suppress(OSError):
+                remove(place)
             raise
         keep = False
         try:

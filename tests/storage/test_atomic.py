@@ -454,3 +454,21 @@ def test_one_run_at_a_time_puts_its_files_in_their_places(
     with commit_together([group(tmp_path, "abi", "")]):
         pass
     assert entries(tmp_path) == ["a", "b", "i"]
+
+
+@pytest.mark.parametrize(("folder", "call"), [(False, "open"), (True, "open"), (True, "mkdir")])
+def test_an_interrupt_right_after_a_temporary_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool, call: str
+) -> None:
+    """Python tells of a signal once the system's call has returned, and before its result is."""
+    real = getattr(os, call)
+
+    def interrupted(*args: Any) -> None:
+        monkeypatch.undo()
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        temporary.make_temporary(tmp_path / "out", folder=folder)
+    assert os.listdir(tmp_path) == []
