@@ -41,16 +41,22 @@ def settle_copies(contents: Contents, unsaid: Mapping[str, TensorIndex]) -> None
     """
     numbered = [each for each in contents.snapshots if counts(_step_part(each.file))]
     known = {each.file for each in numbered}
-    for each in list(contents.snapshots):
-        if each.file not in known and (twin := _twin(each.index, _of_its_step(each, numbered))):
-            contents.snapshots.remove(each)
-            contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
-    for each in sorted(numbered, key=lambda each: (-len(each.file), each.file)):
-        # A second download or a backup: the plainest name of the same values stays.
-        others = [other for other in contents.snapshots if other is not each]
+    at_step: dict[int, list[Snapshot]] = {}
+    for each in contents.snapshots:
+        at_step.setdefault(each.step, []).append(each)
+
+    def leave_out_if_twin(each: Snapshot, others: Sequence[Snapshot]) -> None:
         if twin := _twin(each.index, _of_its_step(each, others)):
             contents.snapshots.remove(each)
+            at_step[each.step].remove(each)
             contents.skipped.append((each.file, f"holds the same values as '{twin.file}'"))
+
+    for each in list(contents.snapshots):
+        if each.file not in known:
+            leave_out_if_twin(each, [one for one in at_step[each.step] if one.file in known])
+    for each in sorted(numbered, key=lambda each: (-len(each.file), each.file)):
+        # A second download or a backup: the plainest name of the same values stays.
+        leave_out_if_twin(each, [other for other in at_step[each.step] if other is not each])
     known = {each.file for each in contents.snapshots} | {file for file, _ in contents.skipped}
     told = dict(contents.problems)
     for name, index in unsaid.items():

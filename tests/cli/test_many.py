@@ -76,18 +76,18 @@ def test_a_sample_is_read_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     opened = []
 
     class Counted(sampling.Reader):
-        def __init__(self, index) -> None:  # type: ignore[no-untyped-def]
+        def __init__(self, index, **how) -> None:  # type: ignore[no-untyped-def]
             opened.append(index.path.name)
-            super().__init__(index)
+            super().__init__(index, **how)
 
     monkeypatch.setattr(sampling, "Reader", Counted)
     run = posthoc_cli.open_snapshots(tmp_path / "many")
     solution = run.solve(sigma_rel=0.07, method="blup")
     assert 100 < len(set(opened)) < 200
     assert {"ema-0001-0.050.safetensors", "ema-0205-0.100.safetensors"} <= set(opened)
-    assert solution.trajectory is not None
+    assert solution.sample is not None
     # The rounding of those between is that of their neighbours.
-    noise = solution.trajectory.noise
+    noise = solution.sample.trajectory.noise
     assert len(noise) == 410
     assert np.all(noise > 0)
     for at, snapshot in enumerate(run.snapshots):
