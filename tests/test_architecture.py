@@ -28,6 +28,7 @@ LAYERS = (
     "snapshots",
     "synthesis",
     "api",
+    "tuning",
     "training",
     "adapters",
     "plotting",
