@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -12,9 +13,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 
 from posthoc_cli.cli import main
 from tests.command import COMMAND, ENVIRONMENT, ROOT, Posthoc, Run, write_snapshot
+
+# Half of a small run is making the command line from its description: once a process is enough.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 @pytest.fixture
