@@ -9,8 +9,6 @@ decays by `(1 - d / t)^(1 + gamma)`. So every average has the profile asked for,
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import functools
 import math
 import os
 import re
@@ -28,10 +26,7 @@ from posthoc_cli.errors import SnapshotError, printable
 from posthoc_cli.solver import decay
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
-    EmaUpdate,
-    LiveTensors,
     TensorRoles,
-    accumulation_dtype,
     check_same_tensors,
     is_first_process,
     is_sharded,
@@ -58,6 +53,7 @@ from posthoc_cli.training.snapshot_files import (
     own_snapshots,
     saved_dtype,
 )
+from posthoc_cli.training.tracked import Averages
 
 
 class PostHocEMA:
@@ -148,21 +144,12 @@ class PostHocEMA:
         self.background = background
         self.overwrite = overwrite
         self.later = later
-        self.device = torch.device(device) if device is not None else None
-        self.average_dtype = average_dtype
         self.prefix = prefix
         self.run = secrets.token_hex(8)
         self.step = 0
-        self._include = tuple(include)
-        self._roles = TensorRoles(
-            param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
-        )
-        # Not a method of this: in a circle it would keep its folder when nobody has it any more.
-        self._included = functools.partial(_fits, self._include)
-        self._live = LiveTensors(model, self._included)
+        roles = TensorRoles(param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names)
         self._updated = 0
-        self._averages: list[dict[str, Tensor]] = []
-        self._update: EmaUpdate | None = None
+        self._averages = Averages(model, len(self.gammas), include, roles, device, average_dtype)
         self._lent = False
         self._claim = FolderClaim()
         chain = Chain(dtype, keyframe_every, memory=delta_memory) if store == "delta" else None
@@ -199,38 +186,8 @@ class PostHocEMA:
 
     @torch.no_grad()
     def _average(self, now: int) -> None:
-        self._bound_update()([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
+        self._averages.update([1 - decay(gamma, now, now - self._updated) for gamma in self.gammas])
         self._updated = now
-
-    def _bound_update(self) -> EmaUpdate:
-        """The update, fitted to the network; makes averages, or checks that they still match."""
-        if self._live.refresh():
-            self._update = None
-        if self._update is not None:
-            return self._update
-        live = self._live.tensors
-        if not live:
-            raise ValueError(
-                f"{type(unwrap(self.model)).__name__} has nothing to average"
-                + (f" with a name that fits include={self._include}" if self._include else "")
-            )
-        if self._averages:
-            check_same_tensors(live, self._averages[0])
-        self._averages = [
-            {name: self._placed(value, live[name]) for name, value in averages.items()}
-            for averages in self._averages or [live for _ in self.gammas]
-        ]
-        self._update = EmaUpdate(live, self._averages, self._roles)
-        return self._update
-
-    def _placed(self, value: Tensor, live: Tensor) -> Tensor:
-        """`value` as an average of `live`, in its dtype and on its device."""
-        dtype = accumulation_dtype(live.dtype, self.average_dtype)
-        device = self.device or live.device
-        if value is not live and value.dtype == dtype and value.device == device:
-            return value
-        # Strides as those of the live tensor: both are then read in the order they lie in memory.
-        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
 
     # Snapshots
 
@@ -255,9 +212,9 @@ class PostHocEMA:
         self._check_can_save()
         if self._updated < self.step:
             self._average(self.step)
-        self._bound_update()
+        self._averages.bind()
         own = named_tensors(self.model)
-        averages = [*self._averages, *([{}] if self.raw else [])]
+        averages = [*self._averages.tensors, *([{}] if self.raw else [])]
         snapshots = [self._snapshot(index, each, own) for index, each in enumerate(averages)]
         paths = [snapshot.path for snapshot in snapshots]
         writes, sharded = is_first_process(), any(map(is_sharded, own.values()))
@@ -287,8 +244,8 @@ class PostHocEMA:
         """The snapshot of an average as of now, with what else the network's state dict has."""
         tensors = {}
         for name, tensor in own.items():
-            if self._included(name):
-                average = averages.get(self._live.alias.get(name, ""))
+            if self._averages.included(name):
+                average = averages.get(self._averages.own(name))
                 value = local(tensor) if average is None else average
                 tensors[name] = TensorToSave(value, self._saved_dtype(name, tensor), tensor)
         profile = (*self.gammas, math.inf)[index], (*self.sigma_rels, 0.0)[index]
@@ -306,7 +263,7 @@ class PostHocEMA:
         if self._claim.covers(self.folder):
             return
         for name, tensor in named_tensors(self.model).items():
-            if self._included(name):
+            if self._averages.included(name):
                 self._saved_dtype(name, tensor)
 
         def claim() -> bool:
@@ -339,7 +296,7 @@ class PostHocEMA:
             "step": self.step,
             "updated": self._updated,
             "gammas": list(self.gammas),
-            "averages": [dict(averages) for averages in self._averages],
+            "averages": self._averages.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -359,11 +316,7 @@ class PostHocEMA:
             )
         self.wait()
         self.run, self.step, self._updated = state["run"], state["step"], state["updated"]
-        self._averages = [
-            {name: value.detach().clone() for name, value in averages.items()}
-            for averages in state["averages"]
-        ]
-        self._update = None
+        self._averages.load(state["averages"])
         self._claim.begin_anew()
 
     # Synthesis
@@ -400,7 +353,7 @@ class PostHocEMA:
         names = solution.snapshots[-1].index.tensors
         tensors = solution.state_dict(
             dtype="float64" if exact else "float32",
-            copy=[escape(name) for name in names if not self._roles.averaged(name)],
+            copy=[escape(name) for name in names if not self._averages.roles.averaged(name)],
         )
         return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
 
@@ -444,7 +397,3 @@ class PostHocEMA:
                 "the model has synthesized weights on loan: leave the `with ema.lend(...)` block "
                 "before the next update() or checkpoint()"
             )
-
-
-def _fits(include: Sequence[str], name: str) -> bool:
-    return not include or any(fnmatch.fnmatchcase(name, glob) for glob in include)
