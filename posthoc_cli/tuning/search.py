@@ -5,14 +5,24 @@ Everything minimises. A point is `(length,)`, or `(length, step)` where steps ar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from posthoc_cli.tuning.process import Belief, FloatArray, fit
 
 Point = tuple[float, ...]
+
+FINE, COARSE, MOST_STEPS = 129, 49, 12
+"""Lengths of the grid where the curve is believed; with steps fewer, and up to so many steps."""
+LEVEL = 0.9
+"""How sure the intervals are."""
+SPREAD = 1.6449
+"""Standard deviations to each side that hold as much of a normal variable."""
+DRAWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,40 @@ class Observation:
     value: float
 
 
+@dataclass(frozen=True)
+class Posterior:
+    """What is known of the curve.
+
+    `best` is where the mean of the curve is least and `value` the mean there; the true best length
+    and its value lie in the `interval` and the `value_interval` with a probability of 0.9. `noise`
+    is the standard deviation of one evaluation, `depth` how far the mean goes up from its least.
+    `at_edge`: the best is the lowest or highest length that was asked for. `flat`: the depth can't
+    be told from noise.
+    """
+
+    space: Space
+    observations: tuple[Observation, ...]
+    best: Point
+    value: float
+    interval: tuple[float, float]
+    value_interval: tuple[float, float]
+    noise: float
+    depth: float
+    at_edge: Literal["low", "high"] | None
+    flat: bool
+
+    @property
+    def width(self) -> float:
+        """Of the interval of the best length, in log: 0.1 is about 10 %."""
+        return math.log(self.interval[1] / self.interval[0])
+
+    def curve(self, points: Sequence[Point]) -> tuple[FloatArray, FloatArray]:
+        """Mean and standard deviation of the curve at `points`; not of an evaluation there."""
+        belief, back = _believe(self.space, self.observations, _unit(self.space, points))
+        mean, deviation = back(belief.mean), np.sqrt(np.maximum(np.diag(belief.covariance), 0))
+        return mean, deviation * back.scale
+
+
 def first_points(space: Space, count: int = 7) -> list[Point]:
     """`count` lengths evenly spaced in log, both ends among them; the steps spread over them."""
     at = np.linspace(0.0, 1.0, count) if count > 1 else np.full(count, 0.5)
@@ -45,3 +89,159 @@ def first_points(space: Space, count: int = 7) -> list[Point]:
         (float(length), float(sorted(space.steps)[each]))
         for length, each in zip(lengths, chosen, strict=True)
     ]
+
+
+def suggest(
+    space: Space,
+    observations: Sequence[Observation],
+    pending: Sequence[Point] = (),
+    count: int = 1,
+) -> list[Point]:
+    """The `count` points to evaluate next, while those `pending` are still being evaluated.
+
+    Each is where a value is expected to lower the minimum of the curve's mean most: the expected
+    improvement for noisy values, also called knowledge gradient. A point that is pending or was
+    just chosen counts as if its value had come out as expected. The same input gives the same
+    points.
+    """
+    grid = _grid(space)
+    belief, _ = _believe(space, observations, grid)
+    covariance = belief.covariance
+    for point in pending:
+        at = int(np.abs(grid - _unit(space, [point])).sum(axis=1).argmin())
+        covariance = _told(covariance, at, belief.noise)
+    found = []
+    for _ in range(count):
+        at = int(_gains(belief.mean, covariance, belief.noise).argmax())
+        covariance = _told(covariance, at, belief.noise)
+        found.append(_point(space, grid[at]))
+    return found
+
+
+# Nodes and weights of the expectation over a normal variable.
+_Z, _P = np.polynomial.hermite_e.hermegauss(11)
+
+
+def _gains(mean: FloatArray, covariance: FloatArray, noise: float) -> FloatArray:
+    """By how much a value at each point of the grid is expected to lower the mean's minimum."""
+    moves = covariance / np.sqrt(np.maximum(np.diag(covariance), 0.0) + noise + 1e-12)
+    lowest = np.stack([(mean[:, None] + z * moves).min(axis=0) for z in _Z])
+    gains: FloatArray = mean.min() - _P @ lowest / _P.sum()
+    return gains
+
+
+def _told(covariance: FloatArray, at: int, noise: float) -> FloatArray:
+    """The covariance after a value at `at` that is just what was expected."""
+    column = covariance[:, at]
+    told: FloatArray = covariance - np.outer(column, column) / (column[at] + noise + 1e-12)
+    return told
+
+
+def best_point(space: Space, observations: Sequence[Observation]) -> Point:
+    """Where the mean of the curve is least: `posterior(...).best`, alone."""
+    grid = _grid(space)
+    return _point(space, _least(grid, _believe(space, observations, grid)[0].mean[None])[0])
+
+
+def posterior(space: Space, observations: Sequence[Observation], seed: int = 0) -> Posterior:
+    """What is known after `observations`; `seed` is of the draws that the intervals are from."""
+    grid = _grid(space)
+    belief, back = _believe(space, observations, grid)
+    best = _point(space, _least(grid, belief.mean[None])[0])
+    there, _ = _believe(space, observations, _unit(space, [best]))
+    spread = math.sqrt(max(float(there.covariance[0, 0]), 0.0))
+    values, vectors = np.linalg.eigh(belief.covariance)
+    random = np.random.default_rng(seed).standard_normal((DRAWS, len(grid)))
+    draws = belief.mean + random * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
+    lengths = _least(grid, draws)[:, 0]
+    share = (1 - LEVEL) / 2
+    low, high = (_point(space, [x])[0] for x in np.quantile(lengths, [share, 1 - share]))
+    lowest, value, highest = back(there.mean + spread * np.array([-SPREAD, 0.0, SPREAD])).tolist()
+    depth, noise = float(np.ptp(belief.mean)) * back.scale, math.sqrt(belief.noise) * back.scale
+    inside = math.log(best[0] / space.low) / max(math.log(space.high / space.low), 1e-9)
+    return Posterior(
+        space,
+        tuple(observations),
+        best,
+        value,
+        (min(low, best[0]), max(high, best[0])),
+        (lowest, highest),
+        noise,
+        depth,
+        "low" if inside < 0.01 else "high" if inside > 0.99 else None,
+        depth < 2 * noise,
+    )
+
+
+def _least(grid: FloatArray, curves: FloatArray) -> FloatArray:
+    """Where each of `curves` [C, G] is least, [C, D]; between lengths by a parabola through three.
+
+    Where it is as low at several, in their middle.
+    """
+    low = curves <= curves.min(axis=1, keepdims=True) + 1e-12 * np.ptp(curves, axis=1)[:, None]
+    rank = low.cumsum(axis=1)
+    at = (rank == (rank[:, -1:] + 1) // 2).argmax(axis=1)
+    found: FloatArray = grid[at].copy()
+    before, after = np.maximum(at - 1, 0), np.minimum(at + 1, len(grid) - 1)
+    rows = np.arange(len(curves))
+    left, right = curves[rows, before] - curves[rows, at], curves[rows, after] - curves[rows, at]
+    inside = (grid[before, 0] < grid[at, 0]) & (grid[at, 0] < grid[after, 0]) & (left + right > 0)
+    shift = np.divide(left - right, 2 * (left + right), out=np.zeros(len(at)), where=inside)
+    found[:, 0] += np.clip(shift, -0.5, 0.5) * (grid[after, 0] - grid[at, 0])
+    return found
+
+
+class _Back:
+    """From the units of the belief, where the values are about 1, to those of the metric."""
+
+    def __init__(self, values: FloatArray) -> None:
+        self.middle = float(np.median(values)) if len(values) else 0.0
+        largest = float(np.abs(values - self.middle).max()) if len(values) else 0.0
+        self.scale = largest or 1.0
+        if largest:
+            self.scale *= float(np.std((values - self.middle) / largest))
+
+    def __call__(self, values: FloatArray | float) -> FloatArray:
+        return np.asarray(self.middle + self.scale * values)
+
+
+def _believe(
+    space: Space, observations: Sequence[Observation], at: FloatArray
+) -> tuple[Belief, _Back]:
+    values = np.array([each.value for each in observations], dtype=np.float64)
+    back = _Back(values)
+    x = _unit(space, [each.point for each in observations])
+    return fit(x, (values - back.middle) / back.scale, at), back
+
+
+def _grid(space: Space) -> FloatArray:
+    """The points where the curve is believed, [G, D] in [0, 1]; of each step all lengths."""
+    if not space.steps:
+        return np.linspace(0.0, 1.0, FINE)[:, None]
+    steps = sorted(space.steps)
+    some = np.unique(np.rint(np.linspace(0, len(steps) - 1, MOST_STEPS)).astype(int))
+    unit = _unit(space, [(space.low, float(steps[each])) for each in some])[:, 1]
+    lengths = np.tile(np.linspace(0.0, 1.0, COARSE), len(unit))
+    return np.stack([lengths, np.repeat(unit, COARSE)], axis=1)
+
+
+def _unit(space: Space, points: Sequence[Point]) -> FloatArray:
+    """`points` on a scale where the space is [0, 1]: [N, D]."""
+    columns = 2 if space.steps else 1
+    table = np.array(points, dtype=np.float64).reshape(-1, columns)
+    wide = math.log(space.high / space.low) or 1.0
+    table[:, 0] = np.log(table[:, 0] / space.low) / wide
+    if space.steps:
+        first, last = min(space.steps), max(space.steps)
+        table[:, 1] = (table[:, 1] - first) / ((last - first) or 1.0)
+    return table
+
+
+def _point(space: Space, x: Sequence[float] | FloatArray) -> Point:
+    """The point of the space at `x` of the scale."""
+    length = float(space.low * (space.high / space.low) ** x[0])
+    if not space.steps or len(x) < 2:
+        return (length,)
+    first, last = min(space.steps), max(space.steps)
+    wanted = first + x[1] * (last - first)
+    return (length, float(min(space.steps, key=lambda step: abs(step - wanted))))
