@@ -195,6 +195,7 @@ def test_tests_mirror_the_packages() -> None:
         "soak",
         "benchmarks",
         "field",
+        "servers",
     }
     for room in inside(PACKAGE) - {"adapters"}:
         assert list((ROOT / "tests" / room).glob("test_*.py")), room
