@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# The tests share the processors: with threads of their own, torch and NumPy would wait for each
+# other for most of the time. Said before NumPy is imported.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jsonschema
 import pytest
