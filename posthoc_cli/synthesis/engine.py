@@ -42,6 +42,12 @@ WORKER_BYTES = {"cpu": 12 << 20, "device": 128 << 20}
 """The most that a worker's rows, sums and results may take together: with many targets, or more
 snapshots than one batch has, chunks get smaller."""
 
+_BEGINNING = 16 * STRIDE
+"""Elements of a tensor that are looked at in two snapshots, by so many threads: each may be a
+request to a store."""
+
+_PROBES = 16
+
 Progress = Callable[[int], None]
 """Called, from any thread, with the number of input bytes just read."""
 
@@ -64,6 +70,14 @@ class Sink(Protocol):
 
     def take_copies(self, chunk: Chunk, results: Results) -> None:
         """Take the values of the newest snapshot, in the dtype of the output."""
+
+
+class _Nothing:
+    """A sink for what is only read."""
+
+    def take_sums(self, chunk: Chunk, results: Results, unsettled: Sequence[Part]) -> None: ...
+
+    def take_copies(self, chunk: Chunk, results: Results) -> None: ...
 
 
 class Engine:
@@ -107,6 +121,7 @@ class Engine:
         self.progress = progress
         files = sum(len(source.files) for source in plan.sources)
         self._keep_open = can_open(files + other_files)
+        self._settled = False
         # For each tensor of each averaged segment, whether two snapshots were seen to differ in it;
         # of differences that is known.
         self._varies = {
@@ -127,13 +142,20 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    def run(self, sink: Sink, chunks: Sequence[Chunk] | None = None) -> None:
+    def run(self, sink: Sink, chunks: Sequence[Chunk] | None = None, *, once: bool = False) -> None:
         """Hand all sums to `sink`, or those of `chunks`; then the tensors that never vary.
 
         Weights that sum to one give the latter back only up to rounding, and `algorithm3`'s not
-        even that: they come again, as copies.
+        even that: they come again, as copies. With `once` they come as copies alone, and so all
+        is in the outputs' order: for that the tensors in which no difference is seen at first are
+        read before.
         """
         chunks = self.plan.whole() if chunks is None else chunks
+        if once:
+            self._settle(chunks)
+            self.sum(sink, self._alike(chunks))
+            self.check_unchanged()
+            return
         self.sum(sink, chunks)
         with device_errors(self._device):
             run_workers(
@@ -206,7 +228,7 @@ class Engine:
     def _sum(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Read a chunk from every snapshot, and hand its weighted sums to the sink."""
         segment = chunk.segment
-        if not segment.averaged:
+        if not segment.averaged or (self._settled and not self._varies_in(chunk)):
             self._copy(sink, chunk, accumulator)
             return
         varies, weights = self._varies[id(segment)], self._weights[id(segment)]
@@ -258,9 +280,55 @@ class Engine:
             round_to(copied, segment.out_dtype, stored, segment.dtype)
         sink.take_copies(chunk, lambda target: copied.data)
         if self._report is not None and segment.dtype in AVERAGED:
+            if self._settled and segment.averaged:  # there are no sums to look at
+                self._report.look(chunk, [copied] * self._targets, self.read)
             self._report.look_copied(chunk, copied, self.read)
         if not segment.averaged:  # counted when it was read for the sums
             self._count(size)
+        elif self._settled:
+            self._count(self.plan.bytes_of(chunk))
+
+    # Which tensors vary, before anything is summed
+
+    def _settle(self, chunks: Sequence[Chunk]) -> None:
+        """Find out which tensors of `chunks` vary: most by their beginnings in two snapshots."""
+        parts = [part for part in self._constant_parts(chunks) if part.elements]
+        run_workers(iter(parts), self._look_at_beginning, tuple, _PROBES)
+        left = self._cut(part for part in parts if not self._varies_in(part))
+        report, progress = self._report, self.progress
+        self._report = self.progress = None  # it is all read again
+        try:
+            self.sum(_Nothing(), (piece for piece in left if not self._varies_in(piece)))
+        finally:
+            self._report, self.progress = report, progress
+        self._settled = True
+
+    def _look_at_beginning(self, tensor: Chunk, _: object) -> None:
+        segment, part = tensor.segment, next(tensor.cut(_BEGINNING))
+        rows = np.empty((2, part.bytes_each), np.uint8)
+        for row, source in zip(rows, (segment.sources[0], segment.sources[-1]), strict=True):
+            self.read(part, source, row.data)
+        if not np.array_equal(*rows):
+            self.note_varying(segment, self._tensor_of(part))
+
+    def _varies_in(self, chunk: Chunk) -> bool:
+        """Whether the tensors of `chunk` vary; they do all or none, or it is a part of one."""
+        return self.varies(chunk.segment, self._tensor_of(chunk))
+
+    @staticmethod
+    def _tensor_of(chunk: Chunk) -> int:
+        """The place in its segment of the tensor with which `chunk` begins."""
+        return next(chunk.parts())[0]
+
+    def _alike(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """`chunks` cut where tensors that vary meet others."""
+        for chunk in chunks:
+            if not chunk.segment.averaged:
+                yield chunk
+                continue
+            for _, parts in itertools.groupby((part for _, part in chunk.parts()), self._varies_in):
+                first, *_, last = [*parts] * 2
+                yield Chunk(chunk.segment, first.first, last.last)
 
     def _constant_parts(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """The parts of `chunks` that belong to tensors which are the same in all snapshots."""

@@ -22,7 +22,10 @@ from posthoc_cli.storage.header import read_header
 from posthoc_cli.storage.metadata import RECIPE
 from posthoc_cli.synthesis import engine as synthesis
 from posthoc_cli.synthesis.accumulators import TorchAccumulator
+from posthoc_cli.synthesis.engine import Engine, Results
+from posthoc_cli.synthesis.nonfinite import NonfiniteReport
 from posthoc_cli.synthesis.outputs import write_outputs
+from posthoc_cli.synthesis.plan import Chunk
 from tests.support import STORED, plan_of, read_tensors, snapshot_of, write_tensors
 
 Weights = npt.NDArray[np.float64]
@@ -490,3 +493,53 @@ def test_progress_counts_every_byte_of_the_plan(tmp_path: Path) -> None:
     seen: list[int] = []
     synthesize(snapshots, np.ones(20), tmp_path, progress=seen.append, row_bytes=512)
     assert sum(seen) == plan_of(snapshots).bytes_to_read
+
+
+class Recorder:
+    """A sink that keeps the bytes of one target's output, and where each write began."""
+
+    def __init__(self, size: int) -> None:
+        self.data = bytearray(size)
+        self.starts: list[tuple[int, int]] = []
+
+    def take_sums(self, chunk: Chunk, results: Results, unsettled: object) -> None:
+        self.take_copies(chunk, results)
+
+    def take_copies(self, chunk: Chunk, results: Results) -> None:
+        found = bytes(results(0))
+        self.data[chunk.out_start : chunk.out_start + len(found)] = found
+        self.starts.append((chunk.out_start, len(found)))
+
+
+@pytest.mark.parametrize("dtype", ["same", "float16"])
+def test_what_is_written_once_and_in_order_is_the_same(tmp_path: Path, dtype: str) -> None:
+    """Tensors that never vary, that vary from their beginnings on, and only at one of their ends;
+    with NaN, infinity and what overflows."""
+    size, rng = 5000, np.random.default_rng(0)
+    names = ["moves", "frozen", "late", "middle", "frozen too", "odd", "frozen odd", "moves too"]
+    base = {name: rng.standard_normal(size).astype(np.float32) for name in names}
+    for name in ("odd", "frozen odd"):
+        base[name][:4] = np.nan, np.inf, -0.0, 1e6
+    contents = []
+    for k in range(4):
+        tensors = {name: values.copy() for name, values in base.items()}
+        for name in ("moves", "odd", "moves too"):
+            tensors[name][4:] += k
+        tensors["late"][-1] += k
+        tensors["middle"][size // 2] += k == 2
+        contents.append(tensors | {"count": np.array(k), "none": np.zeros((0, 3), np.float32)})
+    snapshots = make_snapshots(tmp_path, contents)
+    weights = np.array([[[0.1, 0.2, 0.3, 0.4]]])
+    made = []
+    for once in (False, True):
+        plan = plan_of(snapshots, dtype=dtype)
+        read: list[int] = []
+        report = NonfiniteReport(plan, weights)
+        how = {"report": report, "progress": read.append, "workers": 1, "row_bytes": 1}
+        sink = Recorder(plan.bytes_to_write)
+        with Engine(plan, weights, **how) as engine:  # type: ignore[arg-type]
+            engine.run(sink, once=once)
+        made.append((bytes(sink.data), str(report.tensors(engine.varies)), sum(read)))
+    assert made[0] == made[1]
+    ends = [start + count for start, count in sink.starts]
+    assert [0, *ends] == [*(start for start, _ in sink.starts), plan.bytes_to_write]
