@@ -48,6 +48,8 @@ ONLY_STORAGE = {
     "fsync",
     "ftruncate",
     "link",
+    "listdir",
+    "lstat",
     "open",
     "posix_fallocate",
     "posix_fadvise",
@@ -57,17 +59,45 @@ ONLY_STORAGE = {
     "pwritev",
     "remove",
     "rename",
+    "readlink",
     "replace",
+    "scandir",
+    "stat",
     "symlink",
     "truncate",
     "unlink",
+    "walk",
+    "path.exists",
+    "path.getmtime",
+    "path.getsize",
+    "path.isdir",
+    "path.isfile",
+    "path.islink",
+    "path.lexists",
+    "path.realpath",
+    "path.samefile",
 }
-"""Functions of `os` that read, write or move files."""
+"""Functions of `os` that read, write or move files, or ask what is at a path: of a URL they would
+know nothing (see `storage/stores.py`)."""
 
 ONLY_STORAGE_METHODS = {
+    "exists",
+    "glob",
     "hardlink_to",
+    "is_dir",
+    "is_file",
+    "is_symlink",
+    "iterdir",
+    "lstat",
+    "read_bytes",
+    "read_text",
     "rename",
+    "resolve",
+    "rglob",
+    "samefile",
+    "stat",
     "symlink_to",
+    "touch",
     "unlink",
     "write_bytes",
     "write_text",
@@ -260,17 +290,18 @@ def test_only_storage_touches_files() -> None:
 
 
 def file_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of what reads, writes or moves files by the system's own calls."""
+    """Line and name of what reads, writes, moves or asks for files by the system's own calls."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "os":
-            hidden = {alias.name for alias in node.names} & ONLY_STORAGE
+            hidden = {alias.name for alias in node.names} & {*ONLY_STORAGE, "path"}
             yield from ((node.lineno, f"os.{name}") for name in hidden)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
-            if node.attr in ONLY_STORAGE:  # also where it is only handed on
-                yield node.lineno, f"os.{node.attr}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("os", "os.path"):
+            called = ast.unparse(node).removeprefix("os.")
+            if called in ONLY_STORAGE:  # also where it is only handed on
+                yield node.lineno, f"os.{called}"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             moves = node.func.attr == "replace" and len(node.args) == 1 and not node.keywords
-            if ast.unparse(node.func.value) != "os" and (
+            if ast.unparse(node.func.value) not in ("os", "os.path") and (
                 node.func.attr in ONLY_STORAGE_METHODS or moves
             ):
                 yield node.lineno, f".{node.func.attr}()"
@@ -322,6 +353,13 @@ def test_exceptions_are_needed() -> None:
         "Path(a).rename(b)",
         "path.replace(other)",
         "path.write_text('x')",
+        "os.path.isdir(path)",
+        "filter(os.path.lexists, paths)",
+        "from os import path",
+        "os.stat(path).st_size",
+        "path.is_file()",
+        "(folder / name).exists()",
+        "sorted(folder.glob('*'))",
     ],
 )
 def test_file_calls_are_found(code: str) -> None:
@@ -330,7 +368,7 @@ def test_file_calls_are_found(code: str) -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["os.path.join(a, b)", "text.replace('a', 'b')", "replace(report, n=1)", "os.stat(path)"],
+    ["os.path.join(a, b)", "text.replace('a', 'b')", "replace(report, n=1)", "exists(path)"],
 )
 def test_other_calls_are_not(code: str) -> None:
     assert not list(file_calls(ast.parse(code)))

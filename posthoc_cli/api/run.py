@@ -26,6 +26,8 @@ from posthoc_cli.solver import (
 from posthoc_cli.solver.arrays import resolve_device
 from posthoc_cli.solver.groups import TargetFor, TensorGroup, globs_of, make_groups
 from posthoc_cli.solver.targets import Values, make_targets
+from posthoc_cli.storage.places import place
+from posthoc_cli.storage.stores import own_name
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.sampling import Sample
@@ -190,7 +192,7 @@ class Run:
         """Where `solve(...).save(output)` will write; raises UsageError where it can't."""
         from posthoc_cli.synthesis.paths import output_paths
 
-        name = self.folder.resolve().name
+        name = own_name(self.folder)
         _, step = self.until(step)
         targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
         return output_paths(os.fspath(output), name, targets, step, layout=layout)
@@ -352,6 +354,6 @@ def verify(
     from posthoc_cli.synthesis.verification import find_output
     from posthoc_cli.synthesis.verification import verify as verify_output
 
-    index = find_output(Path(output))
-    where = None if folder is None else Path(folder)
+    index = find_output(place(output))
+    where = None if folder is None else place(folder)
     return verify_output(index, where, full=full, progress=progress)

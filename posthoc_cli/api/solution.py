@@ -11,6 +11,7 @@ from posthoc_cli.errors import SnapshotError, UsageError, percent
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.solver.groups import TensorGroup
 from posthoc_cli.solver.targets import Target
+from posthoc_cli.storage.stores import own_name
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +208,7 @@ class Solution:
             self.check_error(max_error)
         how = {"lora": lora, "lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
         plan, weights = self._plan(dtype=dtype, copy=copy, drop=drop, **how)
-        name = self.run.folder.resolve().name
+        name = own_name(self.run.folder)
         paths = output_paths(os.fspath(output), name, self.targets, self.step, layout=layout)
         beside = what_lies_beside(plan, self.run.folder) if layout == "folder" else None
         if beside:

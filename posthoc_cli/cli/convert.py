@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +22,7 @@ from posthoc_cli.cli.lists import read_numbers
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import MachineError, NoNetworkError, SnapshotError, in_bytes, printable
+from posthoc_cli.storage.places import place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,8 +146,8 @@ def convert(
     )
     left_out: list[tuple[str, str]] = []
     jobs = find_jobs(
-        Path(source),
-        Path(folder),
+        place(source),
+        place(folder),
         chosen,
         only=only or (),
         exclude=exclude or (),
@@ -173,7 +173,7 @@ def convert(
             "the list of problems says what to do about each",
         )
     if not outcome.converted:
-        raise nothing_left(Path(source), left_out)
+        raise nothing_left(place(source), left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import typer
 
 from posthoc_cli.cli.console import note, plain_table, print_table, stderr_console, stdout_console
 from posthoc_cli.errors import MachineError, UsageError, percent
+from posthoc_cli.storage.manifest import is_taken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +47,7 @@ def demo(
       posthoc demo my-demo
     """
     base = Path(folder)
-    if base.exists() and (not base.is_dir() or any(base.iterdir())):
+    if is_taken(base):
         raise UsageError(folder, "exists already", "name a new or an empty folder")
     try:
         from posthoc_cli.training.demo import TRUE_PROFILES, distance, sample, score, train

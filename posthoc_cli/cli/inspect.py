@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,8 @@ from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, percent, printable
+from posthoc_cli.storage.places import place
+from posthoc_cli.storage.stores import is_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,13 +76,13 @@ def inspect(
     from posthoc_cli.formats import without_ending
     from posthoc_cli.storage import index_of_shard, is_output
 
-    if len(folder) == 1 and is_output(Path(folder[0])):
-        _show_output(Path(folder[0]), *_read_recipe(Path(folder[0])), everything, as_json)
+    path = place(folder[0])
+    if len(folder) == 1 and is_output(path):
+        _show_output(path, *_read_recipe(path), everything, as_json)
         return
     opened = options.open_folder(folder, reading)
-    single = len(folder) == 1 and os.path.isfile(folder[0])
+    single = len(folder) == 1 and is_file(path)
     if single:
-        path = Path(folder[0])
         path = index_of_shard(path) or path  # of a shard, that of which it is a part
         # A snapshot has no recipe: then the file, which may be large, isn't read again.
         other = opened.snapshots or without_ending(path.name) is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ from posthoc_cli.cli.console import (
     warning_lines,
 )
 from posthoc_cli.errors import SnapshotError, in_bytes, percent, printable
+from posthoc_cli.storage.places import place
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
@@ -87,7 +87,7 @@ def pack(
 
     run = options.open_folder(folder, reading)
     warn(warning_lines(run.warnings), quiet)
-    jobs = plan_pack(run.contents.usable(), Path(output), keyframe_every=keyframe_every)
+    jobs = plan_pack(run.contents.usable(), place(output), keyframe_every=keyframe_every)
     total = sum(job.snapshot.bytes for job in jobs)
     with progress_bar(counted(len(jobs), "snapshot"), total, not quiet) as advance:
         packed = pack_all(jobs, dtype, verify=verify, overwrite=force, progress=advance)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +10,8 @@ from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, note
 from posthoc_cli.cli.solutions import open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError
+from posthoc_cli.storage.places import place
+from posthoc_cli.storage.stores import exists
 
 if TYPE_CHECKING:
     from posthoc_cli.solver.targets import Target
@@ -68,11 +68,11 @@ def plot(
     from posthoc_cli.storage.atomic import AtomicFile
     from posthoc_cli.storage.temporary import clean_up
 
-    path = Path(output)
+    path = place(output)
     if path.suffix.lower() not in plotting.FORMATS:
         raise UsageError("-o", f"'{output}' doesn't end in .png, .svg or .pdf", "choose one")
     clean_up(path.parent)
-    if os.path.lexists(path) and not force:
+    if exists(path) and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
     AtomicFile(path, 0, overwrite=force).check_absent()
     plotting.check_matplotlib()

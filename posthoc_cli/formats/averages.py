@@ -22,8 +22,8 @@ from posthoc_cli.formats.pickles import refused
 from posthoc_cli.formats.tensors import StoredTensor
 from posthoc_cli.formats.torchfile import read_checkpoint
 from posthoc_cli.storage import ENDING, Reader, TensorIndex, read_header
-from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.dtypes import FLOATS, bytes_of, decode
+from posthoc_cli.storage.stores import list_folder
 
 PREFIX = "ema_model."
 ONLINE = "online_model."

@@ -7,7 +7,6 @@ whole pipeline, whose model_index.json names its parts. Trainers save their own 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posthoc_cli.errors import PosthocError
-from posthoc_cli.storage import ENDING, File, disk
+from posthoc_cli.storage import ENDING, File
+from posthoc_cli.storage.places import common_folder
 from posthoc_cli.storage.shards import is_known, is_training_state
+from posthoc_cli.storage.stores import is_file, is_folder, list_folder, open_file, own_name
 
 _FOR_LOADERS = re.compile(
     r"(?i)(?:tokenizer|vocab|merges|sentencepiece|spiece|licen[cs]e|notice).*"
@@ -90,20 +91,16 @@ class Companions:
         source = self.copied[name].path.parent if name else self.source
         if name and source.is_relative_to(self.source):
             source = self.source
-        return (
-            self.top.resolve().name
-            if source == self.top
-            else source.relative_to(self.top).as_posix()
-        )
+        return own_name(self.top) if source == self.top else source.relative_to(self.top).as_posix()
 
     def leave_out(self, path: Path, why: str) -> None:
         name = path.relative_to(self.source).as_posix()
-        self.left_out.append((f"{name}/" if os.path.isdir(path) else name, why))
+        self.left_out.append((f"{name}/" if is_folder(path) else name, why))
 
     def copy(self, path: Path, name: str) -> None:
         remedy = "restore it, or take it out of the folder"
-        with disk.open_file(path, remedy) as (_, status):
-            self.copied[name] = File.of(path, status)
+        with open_file(path, remedy) as (_, file):
+            self.copied[name] = file
 
 
 class _Weights(NamedTuple):
@@ -152,7 +149,7 @@ def in_shards(files: Sequence[Path]) -> bool:
 
 
 def _home(files: Sequence[Path]) -> Path:
-    return Path(os.path.commonpath([path.parent for path in files]))
+    return common_folder([path.parent for path in files])
 
 
 def _whole(home: Path, top: Path) -> Path:
@@ -160,7 +157,7 @@ def _whole(home: Path, top: Path) -> Path:
     for folder in (home, *home.parents):
         if folder == top or not folder.is_relative_to(top):
             break
-        if any(os.path.isfile(folder / name) for name in _PARTS):
+        if any(is_file(folder / name) for name in _PARTS):
             return folder
     return home
 
@@ -191,10 +188,10 @@ def _place(home: Path, root: Path, parts: Collection[str]) -> str:
 
 
 def _parsed(path: Path) -> Any:
-    if not os.path.isfile(path):
+    if not is_file(path):
         return None
     try:
-        with disk.open_file(path) as (file, _):
+        with open_file(path) as (file, _):
             return json.loads(file.read(1 << 20))
     except (PosthocError, ValueError, RecursionError):
         return None
@@ -218,7 +215,7 @@ def _is_state(name: str) -> bool:
 
 
 def _visible(folder: Path) -> list[str]:
-    return [name for name in disk.list_folder(folder) if not name.startswith(".")]
+    return [name for name in list_folder(folder) if not name.startswith(".")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +236,7 @@ class _Taking:
         below = self.place if folder == self.home else below
         for name in _visible(folder):
             path, goes_to = folder / name, f"{below}{name}"
-            if os.path.isdir(path):
+            if is_folder(path):
                 if self.home.is_relative_to(path):
                     self.take(path, f"{goes_to}/")
                 elif f"{goes_to}/" == self.place:
@@ -264,9 +261,9 @@ class _Taking:
         copies = dict(_copies(names))
         for name in names:
             path = folder / name
-            if os.path.isdir(path) and level < _MOST_LEVELS:
+            if is_folder(path) and level < _MOST_LEVELS:
                 self.take_part(path, f"{below}{name}/", level + 1)
-            elif os.path.isdir(path):
+            elif is_folder(path):
                 self.found.leave_out(path, "folders in folders")
             elif _is_state(name):
                 self.found.leave_out(path, "training state")
@@ -292,7 +289,7 @@ class _Taking:
 
 def _files(folder: Path, level: int) -> Iterator[Path]:
     for name in _visible(folder):
-        if not os.path.isdir(folder / name):
+        if not is_folder(folder / name):
             yield folder / name
         elif level < _MOST_LEVELS:
             yield from _files(folder / name, level + 1)
@@ -331,7 +328,7 @@ def _take_known(found: Companions, place: str, home: Path, top: Path, own: bool)
         ]
         if folder == home or folder != top or set(known) & set(_CONFIGS):
             for name in known:
-                if f"{place}{name}" not in found.copied and os.path.isfile(folder / name):
+                if f"{place}{name}" not in found.copied and is_file(folder / name):
                     found.copy(folder / name, f"{place}{name}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ from posthoc_cli.formats.tensors import Storage, StoredTensor
 from posthoc_cli.formats.torchfile import read_stream
 from posthoc_cli.storage import Cache, File, Part, TensorIndex, TensorInfo
 from posthoc_cli.storage.blocks import Block, Blocks, make_parts, whole
-from posthoc_cli.storage.disk import file_status, list_folder, open_file
 from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
 from posthoc_cli.storage.metadata import FORMAT, TOOL
+from posthoc_cli.storage.stores import file_status, is_file, is_folder, list_folder, open_file
 
 _ENDING = ".distcp"
 _SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
@@ -63,7 +62,7 @@ class Layout:
 
 def is_distributed(folder: Path) -> bool:
     """Whether `folder` is a checkpoint of torch.distributed, be it finished or not."""
-    return os.path.isdir(folder) and holds_distributed(list_folder(folder))
+    return is_folder(folder) and holds_distributed(list_folder(folder))
 
 
 def holds_distributed(names: Iterable[str]) -> bool:
@@ -83,9 +82,9 @@ def read_distributed(
     several networks are to choose from, MachineError for what can't be read.
     """
     cache = {} if cache is None else cache
-    if os.path.isfile(folder / METADATA):
+    if is_file(folder / METADATA):
         with naming(folder / METADATA), open_file(folder / METADATA) as (file, status):
-            if status.st_size > _MAX_METADATA:
+            if status.size > _MAX_METADATA:
                 raise corrupt("it is too long")
             data = file.read()
         layout = _layout(folder, data, key, cache)
@@ -109,10 +108,10 @@ def _found(path: Path, least: int) -> File:
     status = file_status(path)
     if status is None:
         problem = f"is missing: {METADATA} names it"
-    elif status.st_size < least:
+    elif status.size < least:
         problem = f"ends too early: {METADATA} has it at {least:,} bytes or more"
     else:
-        return File.of(path, status)
+        return status
     remedy = "wait until it is written, copy it again, or leave it out with exclude="
     raise IncompleteError(str(path), problem, remedy)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posthoc_cli.errors import IncompleteError
 from posthoc_cli.storage import ENDING, shards
-from posthoc_cli.storage.disk import list_folder
+from posthoc_cli.storage.stores import list_folder
 
 ENDINGS = (".pt", ".pth", ".pkl", ".ckpt", ".bin")
 """Of files that may be checkpoints, in capitals too; `.tar` may follow."""

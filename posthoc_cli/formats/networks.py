@@ -27,9 +27,9 @@ from posthoc_cli.formats.ranks import is_in_ranks, refuse
 from posthoc_cli.formats.tools import counter_of, kind_of, network_tensors, stated_profile
 from posthoc_cli.formats.torchfile import read_checkpoint
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
-from posthoc_cli.storage.disk import list_folder, open_file
 from posthoc_cli.storage.metadata import COUNTED, FORMAT, STEP, TOOL
 from posthoc_cli.storage.shards import find_network
+from posthoc_cli.storage.stores import exists, is_folder, list_folder, open_file
 
 _MAX_INDEX = 256 << 20
 
@@ -71,7 +71,7 @@ def open_network(path: Path, how: How = AS_USUAL, cache: Cache | None = None) ->
 
 def is_there(path: Path) -> bool:
     """Whether anything is at `path`, or the shards whose index it would be."""
-    return os.path.lexists(path) or (_is_index(path) and bool(shards_of(path)))
+    return exists(path) or (_is_index(path) and bool(shards_of(path)))
 
 
 def find_checkpoint(folder: Path) -> str | None:
@@ -83,14 +83,14 @@ def find_checkpoint(folder: Path) -> str | None:
     found = [
         name
         for name in list_checkpoints(names)
-        if not of_training(name) and not os.path.isdir(folder / name)
+        if not of_training(name) and not is_folder(folder / name)
     ]
     found = preferred(found)
     return found[0] if len(found) == 1 else None
 
 
 def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path) and find_checkpoint(path) is not None
+    return is_folder(path) and find_checkpoint(path) is not None
 
 
 def _read_folder(path: Path, how: How, cache: Cache | None) -> TensorIndex:
@@ -112,7 +112,7 @@ def _is_index(path: Path) -> bool:
 
 def _read_shards(path: Path, how: How, cache: Cache | None) -> TensorIndex:
     paths = shards_of(path)
-    places = _weight_map(path) if os.path.lexists(path) else {}
+    places = _weight_map(path) if exists(path) else {}
     if places:
         paths = [path.with_name(name) for name in sorted(set(places.values()))]
     return _network(path, paths, places, how, cache)
@@ -218,7 +218,7 @@ def _together(
 def _weight_map(index: Path) -> dict[str, str]:
     """Which of a checkpoint's files has which tensor; raises SnapshotError for no such index."""
     with open_file(index) as (file, status):
-        data = file.read(_MAX_INDEX) if status.st_size <= _MAX_INDEX else b""
+        data = file.read(_MAX_INDEX) if status.size <= _MAX_INDEX else b""
     try:
         places = json.loads(data)["weight_map"]
         for name in places.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats.pickles import refused
-from posthoc_cli.storage.disk import list_folder
+from posthoc_cli.storage.stores import is_folder, list_folder
 
 _TOOLS = (
     (
@@ -44,7 +43,7 @@ def in_ranks(names: Collection[str]) -> SnapshotError | None:
 
 def is_in_ranks(folder: Path) -> bool:
     """Whether a network lies in `folder` in one part a rank."""
-    return os.path.isdir(folder) and in_ranks(list_folder(folder)) is not None
+    return is_folder(folder) and in_ranks(list_folder(folder)) is not None
 
 
 def refuse(folder: Path) -> NoReturn:

@@ -31,10 +31,10 @@ from posthoc_cli.formats.pickles import (
 )
 from posthoc_cli.formats.quick import Quick
 from posthoc_cli.formats.tensors import NAMES, Storage, claim_storage, itemsize, unsupported
-from posthoc_cli.storage import Cache, File
+from posthoc_cli.storage import Cache
 from posthoc_cli.storage.deflated import Deflated
-from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.sniffing import read_start, sniff, unfilled
+from posthoc_cli.storage.stores import open_file
 
 _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -52,9 +52,9 @@ def read_checkpoint(path: Path, cache: Cache | None = None) -> Checkpoint:
     `cache` lets calls share what is the same in the file before: then its `root` is that one's, and
     what it says of places holds until the next call.
     """
-    with naming(path), open_file(path, "leave it out") as (file, status):
-        root, structure = _read(file, status.st_size, {} if cache is None else cache)
-    return Checkpoint(path, root, File.of(path, status), structure)
+    with naming(path), open_file(path, "leave it out") as (file, found):
+        root, structure = _read(file, found.size, {} if cache is None else cache)
+    return Checkpoint(path, root, found, structure)
 
 
 def read_stream(file: BinaryIO, size: int) -> Any:

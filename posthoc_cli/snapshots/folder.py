@@ -51,8 +51,9 @@ from posthoc_cli.snapshots.telling import listen, tell
 from posthoc_cli.snapshots.trained import Reading, Trained, explanations, settle_trained
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex
-from posthoc_cli.storage.disk import file_status, is_gone
+from posthoc_cli.storage.disk import is_gone
 from posthoc_cli.storage.metadata import TOOL, read_recipe
+from posthoc_cli.storage.stores import exists, file_status, is_folder
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 
@@ -258,7 +259,7 @@ def _open(path: Path, headers: Cache, how: How) -> TensorIndex:
     try:
         index = open_network(path, how, headers)
     except (MachineError, UsageError) as error:
-        if os.path.lexists(path) and not is_gone(error):
+        if exists(path) and not is_gone(error):
             raise
         problem = "vanished while the folder was read"
         remedy = "read the folder again, or use skip_incomplete=True"
@@ -289,7 +290,7 @@ def _leave_out(
 
 def _may_be_other(path: Path) -> bool:
     """Whether a network that nothing is said of may be none of the snapshots: one of a folder."""
-    return os.path.isdir(path) and not is_distributed(path)
+    return is_folder(path) and not is_distributed(path)
 
 
 def _say_once(contents: FolderContents, failed: Mapping[str, SnapshotError]) -> None:
@@ -328,7 +329,7 @@ def _clock(folder: Path) -> Clock:
 
     def written(name: str) -> float | None:
         status = file_status(folder / name)
-        return status.st_mtime if status else None
+        return status.modified / 1e9 if status else None
 
     return written
 

@@ -23,7 +23,7 @@ from posthoc_cli.formats import (
 from posthoc_cli.snapshots.counts import read_counts
 from posthoc_cli.snapshots.names import Pattern, read_name
 from posthoc_cli.storage import ENDING, made_by_posthoc
-from posthoc_cli.storage.disk import list_folder
+from posthoc_cli.storage.places import common_folder, normal, place
 from posthoc_cli.storage.shards import (
     find_network,
     is_index,
@@ -31,6 +31,7 @@ from posthoc_cli.storage.shards import (
     is_training_state,
     list_networks,
 )
+from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder
 
 MADE_BY_POSTHOC = "made by posthoc: it carries a recipe"
 
@@ -95,27 +96,28 @@ def folder_of(
     The second is None for a folder alone. Raises UsageError for a path that isn't there.
     """
     if isinstance(paths, (str, os.PathLike)):
-        if not is_distributed(Path(paths)):
-            return Path(paths), None
+        if not is_distributed(place(paths)):
+            return place(paths), None
         paths = [paths]
-    given = [os.path.normpath(path) for path in paths]
+    given = [normal(place(path)) for path in paths]
     if not given:
         raise UsageError("FOLDER", "lists nothing", "give a folder, or the files in it")
-    if len(given) == 1 and is_distributed(Path(given[0])):
-        one = Path(given[0]).absolute()
+    if len(given) == 1 and is_distributed(given[0]):
+        one = given[0].absolute()
         return one.parent, [one.name]
-    if len(given) == 1 and not os.path.isfile(given[0]):
-        return Path(paths[0]), None
+    if len(given) == 1 and not is_file(given[0]):
+        return place(paths[0]), None
     for path in given:
-        if not os.path.lexists(path):
-            raise UsageError(path, "there is no such file or folder", "check the path")
-    if any(os.path.isabs(path) or path.startswith("..") for path in given):
-        given = [os.path.abspath(path) for path in given]
+        if not exists(path):
+            raise UsageError(str(path), "there is no such file or folder", "check the path")
+    if any(path.is_absolute() or path.parts[:1] == ("..",) for path in given):
+        given = [normal(path.absolute()) for path in given]
     try:
-        folder = os.path.commonpath([os.path.dirname(path) for path in given]) or "."
+        folder = common_folder([path.parent for path in given])
+        return folder, [path.relative_to(folder).as_posix() for path in given]
     except ValueError:
-        raise UsageError(given[0], "is on another drive", "give files of one folder") from None
-    return Path(folder), [os.path.relpath(path, folder).replace(os.sep, "/") for path in given]
+        problem = "is on another drive or store"
+        raise UsageError(str(given[0]), problem, "give files of one folder") from None
 
 
 def list_candidates(
@@ -130,7 +132,7 @@ def list_candidates(
     if given is not None:
         first = {path.split("/")[0] for path in given}
         there = [name for name in there if name in first or is_index(name)]
-    folders = {name for name in there if os.path.isdir(folder / name)}
+    folders = {name for name in there if is_folder(folder / name)}
     files = [name for name in there if name not in folders]
     listing = Listing()
     found, missing = list_networks(folder, files)
@@ -303,7 +305,7 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
         (listing.others if beside and name not in safetensors else listing.networks).append(network)
     for name in names:
         made_of = bool(safetensors) and name == "sharded"  # what these were made of
-        if not os.path.isdir(folder / place / name) or made_of:
+        if not is_folder(folder / place / name) or made_of:
             continue
         if is_output(folder / place / name):
             listing.left_out.append((f"{place}/{name}", MADE_BY_POSTHOC))

@@ -19,8 +19,8 @@ import numpy as np
 from posthoc_cli.errors import SnapshotError, printable
 from posthoc_cli.snapshots.lora import Pair
 from posthoc_cli.storage import Reader, TensorIndex
-from posthoc_cli.storage.disk import open_file
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
+from posthoc_cli.storage.stores import is_file, open_file
 
 CONFIG = "adapter_config.json"
 """peft's, beside the weights."""
@@ -115,7 +115,7 @@ def lora_metadata(
 def _configs(index: TensorIndex) -> dict[str, Mapping[str, Any]]:
     """Configurations by what the names of their modules begin with."""
     path = index.files[0].path.parent / CONFIG
-    if path.is_file():
+    if is_file(path):
         with open_file(path) as (file, _):
             config = _parsed(file.read(_MAX_BYTES), str(path))
         if config.get("target_parameters"):

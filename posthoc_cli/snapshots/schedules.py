@@ -15,9 +15,9 @@ from typing import Any
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats import find_checkpoint
 from posthoc_cli.solver import Schedule, Scheduled
-from posthoc_cli.storage.disk import file_status, open_file
 from posthoc_cli.storage.metadata import DECAY, SCHEDULE, UPDATES
 from posthoc_cli.storage.shards import find_network
+from posthoc_cli.storage.stores import file_status, open_file
 
 _LONGEST = 1 << 20
 """Bytes of a config.json that is read."""

@@ -14,7 +14,6 @@ from posthoc_cli.storage.header import TensorInfo as TensorInfo
 from posthoc_cli.storage.header import make_header as make_header
 from posthoc_cli.storage.header import read_header as read_header
 from posthoc_cli.storage.header import spans as spans
-from posthoc_cli.storage.readers import InputFile as InputFile
 from posthoc_cli.storage.readers import Reader as Reader
 from posthoc_cli.storage.readers import fingerprint as fingerprint
 from posthoc_cli.storage.shards import ENDING as ENDING

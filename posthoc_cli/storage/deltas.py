@@ -45,6 +45,7 @@ from posthoc_cli.storage.header import (
 from posthoc_cli.storage.layout import TensorInfo
 from posthoc_cli.storage.metadata import BASE, BASE_FINGERPRINT, DELTA, ENCODING, SCALE, SCALES
 from posthoc_cli.storage.readers import fingerprint
+from posthoc_cli.storage.stores import exists
 
 MOST_LINKS = 256
 """Links of the longest chain that is read."""
@@ -106,7 +107,7 @@ def _open_base(path: Path, cache: Cache) -> Link | str:
         except SnapshotError as error:
             cache[key] = f"is {error.problem}".replace("is is ", "is ")
         except MachineError:
-            if os.path.lexists(path):
+            if exists(path):
                 raise
             cache[key] = "is missing"
     found: Link | str = cache[key]

@@ -7,31 +7,18 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
+from posthoc_cli.storage.places import File
 from posthoc_cli.storage.sniffing import where_link_leads
 
-
-def list_folder(
-    folder: Path, remedy: str = "give the folder it lies in, and only= its name"
-) -> list[str]:
-    """The names in `folder`, sorted; `remedy` says what to do where it is a file.
-
-    Raises UsageError where there is no such folder, MachineError where it can't be listed.
-    """
-    try:
-        return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        raise UsageError(str(folder), "there is no such folder", "check the path") from None
-    except NotADirectoryError:
-        raise UsageError(str(folder), "is not a folder", remedy) from None
-    except OSError as error:
-        raise MachineError(
-            str(folder), f"cannot be listed ({reason(error)})", "check the folder's permissions"
-        ) from None
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+_FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a file's name
 
 
 def make_folder(folder: Path, *, parents: bool = False) -> None:
@@ -62,33 +49,158 @@ def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> N
             os.replace(path, target)
 
 
-def file_status(path: Path) -> os.stat_result | None:
-    """The size, times and number of the file at `path`; None where none can be seen."""
+class Disk:
+    """The local disk, as a store (see `stores`)."""
+
+    def list(self, folder: Path) -> list[str]:
+        return os.listdir(folder)
+
+    def is_folder(self, path: Path) -> bool:
+        return os.path.isdir(path)
+
+    def is_file(self, path: Path) -> bool:
+        return os.path.isfile(path)
+
+    def exists(self, path: Path) -> bool:
+        return os.path.lexists(path)
+
+    def status(self, path: Path) -> File | None:
+        try:
+            return File.of(path, os.stat(path))
+        except OSError:
+            return None
+
+    def identity(self, path: Path) -> Hashable | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        # Some file systems have no numbers.
+        return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+    @contextlib.contextmanager
+    def open(self, path: Path, remedy: str) -> Iterator[tuple[BinaryIO, File]]:
+        try:
+            # A FIFO would block on open, and a device has no length.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise SnapshotError(str(path), "not a regular file", remedy)
+            with open(path, "rb") as file:
+                yield file, File.of(path, os.fstat(file.fileno()))
+        except OSError as error:
+            if os.path.islink(path) and not os.path.exists(path):
+                raise SnapshotError(str(path), *where_link_leads(path)) from None
+            raise unreadable(path, error, "check the file and its permissions") from error
+
+    def input(self, file: File, keep_open: bool) -> InputFile:
+        return InputFile(file, keep_open=keep_open)
+
+
+def allocated(path: Path) -> int | None:
+    """How many bytes of the file the disk holds, where that is known."""
     try:
-        return os.stat(path)
+        blocks = getattr(os.stat(path), "st_blocks", None)
     except OSError:
         return None
+    return None if blocks is None else 512 * blocks
+
+
+class InputFile:
+    """A file open for reading in a `with` block, from several threads at once.
+
+    It must still be as it was found. With `keep_open` false each read opens it anew.
+
+    Raises SnapshotError when it has changed, MachineError when it can't be read.
+    """
+
+    def __init__(self, file: File, *, keep_open: bool = True) -> None:
+        self._path = file.path
+        self._expected = file
+        self._keep_open = keep_open
+        self._fd = -1
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> InputFile:
+        fd = self._open()
+        if self._keep_open:
+            self._fd = fd
+        else:
+            os.close(fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fileno(self) -> int:
+        """The descriptor, which is only good while it is kept open."""
+        return self._fd
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on."""
+        fd = self._fd if self._keep_open else self._open()
+        try:
+            with _read_errors(self._path):
+                while into:
+                    count = self._read_some(fd, offset, into)
+                    if count == 0:
+                        raise changed(self._path)
+                    into, offset = into[count:], offset + count
+        finally:
+            if not self._keep_open:
+                os.close(fd)
+
+    def check_unchanged(self) -> None:
+        """Raise SnapshotError if the file is not as it was."""
+        with _read_errors(self._path):
+            if self._keep_open:
+                self._check(os.fstat(self._fd))
+            self._check(os.stat(self._path))  # another file may have taken its name
+
+    def _open(self) -> int:
+        with _read_errors(self._path):
+            fd = os.open(self._path, _FLAGS)
+            try:
+                self._check(os.fstat(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+
+    def _check(self, status: os.stat_result) -> None:
+        found = File.of(self._path, status)
+        if self._expected.inode is None:
+            found = replace(found, inode=None)
+        if found != self._expected:
+            raise changed(self._path)
+
+    def _read_some(self, fd: int, offset: int, into: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(fd, [into], offset)
+        with self._lock:  # a file has one position, which the threads share
+            os.lseek(fd, offset, os.SEEK_SET)
+            data = os.read(fd, len(into))
+        into[: len(data)] = data
+        return len(data)
+
+
+def changed(path: Path) -> SnapshotError:
+    return SnapshotError(
+        str(path),
+        "changed while it was read",
+        "wait until it is written, or leave it out with only=",
+    )
 
 
 @contextlib.contextmanager
-def open_file(
-    path: Path, remedy: str = "leave it out with only="
-) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """The file `path`, open for reading in a `with` block, and its status.
-
-    Raises SnapshotError for what is no regular file or a link that leads nowhere, MachineError for
-    what can't be read.
-    """
+def _read_errors(path: Path) -> Iterator[None]:
+    """Raise the system's errors while an open `path` is read as one line each."""
     try:
-        # A FIFO would block on open, and a device has no length.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise SnapshotError(str(path), "not a regular file", remedy)
-        with open(path, "rb") as file:
-            yield file, os.fstat(file.fileno())
+        yield
+    except FileNotFoundError:
+        raise changed(path) from None
     except OSError as error:
-        if os.path.islink(path) and not os.path.exists(path):
-            raise SnapshotError(str(path), *where_link_leads(path)) from None
-        raise unreadable(path, error, "check the file and its permissions") from error
+        raise unreadable(path, error, "check the disk and the permissions") from error
 
 
 def unreadable(path: Path, error: OSError, remedy: str) -> MachineError:

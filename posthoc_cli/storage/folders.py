@@ -15,8 +15,8 @@ from posthoc_cli.storage.disk import already_exists, write_errors
 from posthoc_cli.storage.header import File
 from posthoc_cli.storage.manifest import is_taken, read_manifest
 from posthoc_cli.storage.metadata import MANIFEST
-from posthoc_cli.storage.readers import InputFile
 from posthoc_cli.storage.shards import is_output, shards_of
+from posthoc_cli.storage.stores import open_input
 from posthoc_cli.storage.temporary import locks_exist, make_temporary
 
 _AT_ONCE = 1 << 26
@@ -203,7 +203,7 @@ class AtomicFolder(AtomicFile):
 def _copy(source: File, target: AtomicFile, progress: Callable[[int], None]) -> None:
     """Copy a whole file, by the system where it can: it may share the blocks, or a server's."""
     buffer = memoryview(bytearray(min(source.size, 1 << 20)))
-    with InputFile(source) as file:
+    with open_input(source) as file:
         at = 0
         while at < source.size:
             count = target.copy_from(file.fileno(), at, at, min(source.size - at, _AT_ONCE))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
-from posthoc_cli.storage.disk import open_file
+from posthoc_cli.storage.disk import allocated
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, bytes_of
 from posthoc_cli.storage.layout import Malformed, parse_tensors, split_metadata
 from posthoc_cli.storage.layout import TensorInfo as TensorInfo
+from posthoc_cli.storage.places import File as File
 from posthoc_cli.storage.sniffing import being_downloaded, read_start, sniff, unfilled
+from posthoc_cli.storage.stores import open_file
 
 MAX_HEADER = 32 << 20
 """Bytes of the longest header that is read; of 100,000 tensors it takes some 12 MB."""
@@ -35,20 +36,6 @@ _MAX_ITEMS = 12 * MAX_TENSORS
 
 _ALIGNMENT = 8
 _LENGTH = struct.Struct("<Q")
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file as it was found: bytes, time of its last change in nanoseconds, and inode number."""
-
-    path: Path
-    size: int
-    modified: int = 0
-    inode: int | None = None
-
-    @classmethod
-    def of(cls, path: Path, status: os.stat_result) -> File:
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 ReadAt = Callable[[int, memoryview], None]
@@ -147,23 +134,23 @@ def read_header(path: Path, cache: Cache | None = None) -> TensorIndex:
     Raises IncompleteError for the beginning of a safetensors file, SnapshotError for one that is
     none, MachineError for one that cannot be read.
     """
-    with open_file(path) as (file, status):
+    with open_file(path) as (file, found):
         start = file.read(_LENGTH.size)
         length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
         header = file.read(length) if length <= MAX_HEADER else b""
         try:
             metadata, tensors = _parse(path, start, header, length, cache)
             data_start, data_length = _LENGTH.size + length, _data_length(tensors)
-            if data_start + data_length > status.st_size:
+            if data_start + data_length > found.size:
                 raise _incomplete(path)
-            if rest := status.st_size - data_start - data_length:
+            if rest := found.size - data_start - data_length:
                 raise _corrupt(path, f"{rest:,} bytes follow its last tensor")
             if control := being_downloaded(path):
                 raise _unfinished(path, f"its download goes on: '{control}' lies beside it")
         except SnapshotError as error:
-            raise _what_it_is(path, read_start(file), status) or error from None
+            raise _what_it_is(read_start(file), found) or error from None
     part = Part(0, data_length, data_start)
-    return TensorIndex(path, tensors, metadata, (File.of(path, status),), (part,))
+    return TensorIndex(path, tensors, metadata, (found,), (part,))
 
 
 def _parse(
@@ -189,19 +176,19 @@ def _parse(
     return metadata, tensors
 
 
-def _what_it_is(path: Path, start: bytes, status: os.stat_result) -> SnapshotError | None:
+def _what_it_is(start: bytes, file: File) -> SnapshotError | None:
     """The error that says what a file really is which is no whole safetensors file."""
-    blocks = getattr(status, "st_blocks", None)
-    if not status.st_size:
+    path = file.path
+    if not file.size:
         return _unfinished(path, "not a whole safetensors file (its end is missing): it is empty")
-    if unfilled(start, status.st_size, None if blocks is None else 512 * blocks):
+    if unfilled(start, file.size, allocated(path)):
         return _unfinished(
             path,
             "zeros in place of a header, not a safetensors file: a download that never came",
         )
     if len(start) < _LENGTH.size:
         return None
-    found = sniff(start, status.st_size)
+    found = sniff(start, file.size)
     if found is None:
         return None
     return SnapshotError(str(path), f"{found[0]}, not a safetensors file", found[1])

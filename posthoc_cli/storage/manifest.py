@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.storage.disk import list_folder, open_file
 from posthoc_cli.storage.metadata import MANIFEST
+from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder, open_file
 from posthoc_cli.storage.temporary import clean_up
 
 _LONGEST = 8 << 20
@@ -24,7 +24,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     `reason`, and `missing` what was not there. Raises MachineError when it can't be read.
     """
     try:
-        if not os.path.isfile(folder / MANIFEST):
+        if not is_file(folder / MANIFEST):
             return None
         with open_file(folder / MANIFEST) as (file, _):
             document = json.loads(file.read(_LONGEST))
@@ -57,6 +57,6 @@ def existing_folder(path: Path) -> bool:
 
 
 def is_taken(path: Path) -> bool:
-    if os.path.isdir(path) and not os.path.islink(path):
+    if is_folder(path) and not os.path.islink(path):
         return bool(list_folder(path))
-    return os.path.lexists(path)
+    return exists(path)

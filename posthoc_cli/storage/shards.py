@@ -24,7 +24,7 @@ from posthoc_cli.errors import (
     printable,
 )
 from posthoc_cli.storage.deltas import is_delta, open_chain
-from posthoc_cli.storage.disk import already_exists, list_folder, open_file
+from posthoc_cli.storage.disk import already_exists
 from posthoc_cli.storage.header import (
     MAX_HEADER,
     Cache,
@@ -36,6 +36,7 @@ from posthoc_cli.storage.header import (
 )
 from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
+from posthoc_cli.storage.stores import exists, is_folder, list_folder, open_file
 from posthoc_cli.storage.temporary import clean_up
 
 ENDING = ".safetensors"
@@ -69,7 +70,7 @@ def index_of_shard(path: Path) -> Path | None:
     stem = re.sub(_NUMBER + r"\Z", "", path.name[: -len(ENDING)])
     index = path.with_name(stem + INDEX_ENDING)
     with contextlib.suppress(PosthocError):
-        if os.path.exists(index) and path.name in shard_names(index):
+        if exists(index) and path.name in shard_names(index):
             return index
     return None
 
@@ -81,10 +82,10 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
     Raises what read_header does, and SnapshotError for an index that makes no sense or a folder
     that doesn't hold one network.
     """
-    if os.path.isdir(path):
+    if is_folder(path):
         manifest = read_manifest(path)
         inside = manifest["weights"] if manifest else None
-        if inside is None or not os.path.lexists(path / inside):
+        if inside is None or not exists(path / inside):
             inside = find_network(path)
         if inside is None:
             raise SnapshotError(
@@ -94,7 +95,7 @@ def open_tensors(path: Path, cache: Cache | None = None) -> TensorIndex:
             )
         return dataclasses.replace(open_tensors(path / inside, cache), path=path)
     if is_index(path.name):
-        if not os.path.lexists(path) and path.name in list_networks(path.parent)[1]:
+        if not exists(path) and path.name in list_networks(path.parent)[1]:
             raise IncompleteError(
                 str(path),
                 "there are shards, but the index that lists them isn't",
@@ -219,7 +220,7 @@ def _read_index(path: Path, cache: Cache | None) -> TensorIndex:
     weight_map = _weight_map(path, document)
     shards = []
     for name in sorted(set(weight_map.values())):
-        if not os.path.lexists(path.with_name(name)):
+        if not exists(path.with_name(name)):
             raise IncompleteError(
                 str(path), f"its shard '{name}' is missing", "copy it again or leave it out"
             )
@@ -338,7 +339,7 @@ def existing_output(path: Path) -> list[Path]:
 
 
 def _existing(path: Path) -> list[Path]:
-    return [name for name in (path, index_path(path)) if os.path.lexists(name)]
+    return [name for name in (path, index_path(path)) if exists(name)]
 
 
 def made_by_posthoc(path: Path) -> bool:
@@ -379,8 +380,8 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
     main, folder = index_path(path), path.parent
     pattern = re.compile(re.escape(path.name[: -len(ENDING)]) + _NUMBER + re.escape(path.suffix))
     try:
-        names = sorted(os.listdir(folder))
-    except OSError:  # told when it is written
+        names = list_folder(folder)
+    except PosthocError:  # told when it is written
         return found
     shards = [name for name in names if pattern.fullmatch(name)]
     indexes = [name for name in names if is_index(name) or name == main.name] if shards else []
@@ -393,7 +394,7 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
         if name not in of_others and (name in of_this or _has_recipe(folder / name))
     ]
     for place in files:
-        if place.name in shards and place not in ours and not os.path.isdir(place):
+        if place.name in shards and place not in ours and not is_folder(place):
             raise UsageError(
                 str(place),
                 "exists already, and is no shard of the output to be replaced",

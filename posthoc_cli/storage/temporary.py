@@ -17,6 +17,7 @@ from pathlib import Path
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage.aside import Aside, discard, remove
 from posthoc_cli.storage.disk import write_errors
+from posthoc_cli.storage.places import Url
 
 try:
     import fcntl
@@ -95,8 +96,10 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
 def clean_up(folder: Path) -> None:
     """Remove what killed runs have left in `folder`, and finish or undo what they had begun.
 
-    What a run still writes is left alone.
+    What a run still writes is left alone. A store has no such files.
     """
+    if isinstance(folder, Url):
+        return
     try:
         names = os.listdir(folder)
     except OSError:

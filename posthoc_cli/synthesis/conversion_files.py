@@ -28,8 +28,8 @@ from posthoc_cli.formats.files import (
 from posthoc_cli.snapshots import Pattern, choose_by_globs, read_name
 from posthoc_cli.storage import ENDING, read_header
 from posthoc_cli.storage.deltas import is_delta
-from posthoc_cli.storage.disk import list_folder
 from posthoc_cli.storage.metadata import PACKED
+from posthoc_cli.storage.stores import is_file, is_folder, list_folder, same_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def find_checkpoints(
     What else the folder holds is added to `left_out`: name and reason; but for what lies in the
     folder `output`, which may be the same. Raises as `find_jobs` does.
     """
-    if source.is_file():
+    if is_file(source):
         found = _grouped(source.parent, "", [source.name])
         chosen = choose_by_globs([source.name], only, "1 file")
         return [
@@ -113,13 +113,13 @@ def nothing_left(source: Path, left_out: Sequence[tuple[str, str]]) -> SnapshotE
 
 def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, str]]]:
     names = [n for n in list_folder(source, "give the folder of checkpoints") if n[0] != "."]
-    folders = [name for name in names if os.path.isdir(source / name)]
+    folders = [name for name in names if is_folder(source / name)]
     files = [name for name in names if name not in folders]
     found = _grouped(source, "", files)
     others: list[tuple[str, str]] = []
     steps = []
     for name in folders:
-        if _same(source / name, output):
+        if same_file(source / name, output):
             continue
         inside, reason = _inside(source, name)
         bare = name.removesuffix("-state")  # kohya's `lora-000001-state` beside `lora-000001.ckpt`
@@ -131,7 +131,7 @@ def _listed(source: Path, output: Path) -> tuple[list[Found], list[tuple[str, st
             others.append((name, reason))
     used = {path.name for one in found for path in (*one.paths, one.path)}
     for name in files:
-        if name not in used and not (name.endswith(ENDING) and _same(source, output)):
+        if name not in used and not (name.endswith(ENDING) and same_file(source, output)):
             others.append((name, _no_checkpoint(name)))
     if steps:  # the last one of all, as Trainer saves it once more
         last = [one for one in found if one.stem in KNOWN]
@@ -152,20 +152,13 @@ def _no_checkpoint(name: str) -> str:
     return "not a checkpoint, by its ending"
 
 
-def _same(one: Path, other: Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
-
-
 def _inside(source: Path, folder: str) -> tuple[list[Found], str]:
     """The checkpoints in a folder below the run's, or why there is none."""
     try:
         names = [name for name in list_folder(source / folder) if name[0] != "."]
     except MachineError as error:
         return [], f"a folder that {error.problem}"
-    files = [name for name in names if not os.path.isdir(source / folder / name)]
+    files = [name for name in names if not is_folder(source / folder / name)]
     found = _grouped(source, f"{folder}/", files)
     if not re.search("[0-9]", folder):
         return [], "a folder whose name says no step" if found else "a folder without checkpoints"

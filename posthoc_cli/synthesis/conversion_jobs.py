@@ -23,8 +23,8 @@ from posthoc_cli.snapshots import (
 )
 from posthoc_cli.snapshots.trained import Reading
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
-from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.metadata import CONVERTED, STEP
+from posthoc_cli.storage.stores import exists, file_status, identity, is_folder
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
 
@@ -149,18 +149,18 @@ def find_jobs(
     outputs = _outputs(found, folder)
     clean_up(folder)
     statuses = [[file_status(path) for path in one.paths] for one in found]
-    inputs = {(one.st_dev, one.st_ino) for several in statuses for one in several if one}
+    inputs = {identity(path) for one in found for path in one.paths}
     doubts = doubted_profiles([_title(one) for one in found])
     jobs = []
     for one, output, several in zip(found, outputs, statuses, strict=True):
         there = file_status(output)
-        if there is not None and (there.st_dev, there.st_ino) in inputs and there.st_ino:
+        if there is not None and identity(output) in inputs:
             raise UsageError(str(output), "is one of the checkpoints", "choose another folder")
-        size = sum(status.st_size for status in several if status)
-        modified = max((status.st_mtime_ns for status in several if status), default=0)
+        size = sum(status.size for status in several if status)
+        modified = max((status.modified for status in several if status), default=0)
         job = Job(one, output, size, modified)
         done, differs = _done(job, options) if there and all(several) else (None, "")
-        if done is None and not overwrite and os.path.lexists(output):
+        if done is None and not overwrite and exists(output):
             raise UsageError(
                 str(output),
                 f"exists already, and is not what this makes of '{one.name}'{differs}",
@@ -171,7 +171,7 @@ def find_jobs(
 
 
 def _outputs(found: Sequence[Found], folder: Path) -> list[Path]:
-    if folder.exists() and not folder.is_dir():
+    if exists(folder) and not is_folder(folder):
         raise UsageError(str(folder), "is not a folder", "give the folder to write to")
     outputs = [folder / f"{one.stem}{ENDING}" for one in found]
     taken: dict[str, Found] = {}
@@ -184,7 +184,7 @@ def _outputs(found: Sequence[Found], folder: Path) -> list[Path]:
                 "leave one of the two out with only=",
             )
         taken[place] = one
-        if output.is_dir():
+        if is_folder(output):
             raise UsageError(str(output), "is a folder", "choose another folder to write to")
     return outputs
 

@@ -6,7 +6,6 @@ kernels do on the way. Only where one may not be are the snapshots looked at, on
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import printable
 from posthoc_cli.storage.dtypes import AVERAGED, OUTPUT_DTYPES, decode
+from posthoc_cli.storage.places import common_folder
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
 
@@ -187,7 +187,7 @@ def summarize(plan: TensorPlan, found: Sequence[NonfiniteTensor]) -> tuple[str, 
     ]
     files = sorted({at for entry in broken for at in entry.snapshots})
     path = plan.sources[files[0]].path
-    folder = os.path.commonpath([source.path.parent for source in plan.sources])
+    folder = common_folder([source.path.parent for source in plan.sources])
     where = f"'{printable(path.relative_to(folder).as_posix())}'"
     if len(files) > 1:
         where += f" and {len(files) - 1} more snapshot{'s' if len(files) > 2 else ''}"

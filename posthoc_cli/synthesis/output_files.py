@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.folders import AtomicFolder, own_manifest, replaced_folder
 from posthoc_cli.storage.manifest import existing_folder
 from posthoc_cli.storage.metadata import FORMAT, MANIFEST, RECIPE, carried_over
+from posthoc_cli.storage.stores import is_folder, size_of
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 from posthoc_cli.synthesis.products import Products
 
@@ -193,12 +193,12 @@ def kept_output(path: Path) -> Output:
 
     Raises UsageError for a folder that posthoc didn't make.
     """
-    manifest = own_manifest(path, linked=True) if os.path.isdir(path) else None
+    manifest = own_manifest(path, linked=True) if is_folder(path) else None
     main = path / manifest["weights"] if manifest else existing_output(path)[0]
     shards = shards_of(main)
-    size = sum(each.stat().st_size for each in (main, *shards))
+    size = sum(size_of(each) for each in (main, *shards))
     if manifest is None:
         return Output(main, shards, size, None)
     copied = sum(each["bytes"] for each in manifest["copied"])
-    size += copied + (path / MANIFEST).stat().st_size
+    size += copied + size_of(path / MANIFEST)
     return Output(path, shards, size, None, manifest)

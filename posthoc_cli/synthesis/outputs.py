@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.formats.companions import Companions
 from posthoc_cli.storage import TensorIndex, made_by_posthoc
 from posthoc_cli.storage.atomic import Group, commit_together
+from posthoc_cli.storage.stores import file_status, same_file
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Progress, Results
@@ -263,11 +263,11 @@ def _refuse_inputs(sources: Sequence[TensorIndex], outputs: Collection[Path], be
     inputs = [file.path for source in sources for file in source.files]
     folders = {source.path.parent for source in sources}
     for path in outputs:
-        if not path.exists():
+        if file_status(path) is None:
             continue
-        if any(os.path.samefile(path, source) for source in inputs):
+        if any(same_file(path, source) for source in inputs):
             raise UsageError(str(path), "is one of the snapshots", "choose another output")
-        among = any(os.path.samefile(path.parent, folder) for folder in folders)
+        among = any(same_file(path.parent, folder) for folder in folders)
         if among and not beside and not made_by_posthoc(path):
             raise UsageError(
                 str(path),

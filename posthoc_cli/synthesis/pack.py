@@ -23,9 +23,10 @@ from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.solver import Average
 from posthoc_cli.storage import ENDING, Cache, Reader, TensorIndex, open_tensors
 from posthoc_cli.storage.deltas import MOST_LINKS
-from posthoc_cli.storage.disk import file_status, make_folder
+from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import bytes_of
 from posthoc_cli.storage.metadata import BASE, FORMAT, PACKED, STEP, carried_over
+from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion import stated
 from posthoc_cli.synthesis.deltas import DELTA_DTYPES, Bytes, check_delta, write_delta
@@ -111,13 +112,12 @@ def _name(snapshot: Snapshot) -> str:
 
 
 def _check_folder(snapshots: Sequence[Snapshot], folder: Path) -> None:
-    there = file_status(folder)
-    if there is None:
+    if file_status(folder) is None:
         return
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UsageError(str(folder), "is not a folder", "give the folder to write to")
     places = {file.path.parent for each in snapshots for file in each.index.files}
-    if any(os.path.samefile(folder, place) for place in places):
+    if any(same_file(folder, place) for place in places):
         raise UsageError(str(folder), "the snapshots lie in it", "choose another folder")
 
 
@@ -155,14 +155,14 @@ def pack(
         made = None if job.base in anew else _done(job, entry, cache)
         seconds = None
         if made is None:
-            if os.path.lexists(job.output) and not overwrite and job.base not in anew:
+            if exists(job.output) and not overwrite and job.base not in anew:
                 of = f"'{printable(job.snapshot.file)}'"
                 raise UsageError(
                     str(job.output),
                     f"exists already, and is not what this makes of {of}",
                     "use force=True to replace it, or choose another folder",
                 )
-            again = os.path.lexists(job.output)
+            again = exists(job.output)
             _write(job, dtype, entry, cache, again)
             if again:
                 anew.add(job.output)
@@ -192,7 +192,7 @@ def _entry(job: Job, dtype: str) -> str:
 
 def _done(job: Job, entry: str, cache: Cache) -> TensorIndex | None:
     """What lies at the output, if it is what this makes of the snapshot."""
-    if not os.path.lexists(job.output):
+    if not exists(job.output):
         return None
     try:
         there = open_tensors(job.output, cache)

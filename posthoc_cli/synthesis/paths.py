@@ -10,8 +10,9 @@ from string import Formatter
 
 from posthoc_cli.errors import UsageError, either
 from posthoc_cli.solver.targets import Target
-from posthoc_cli.storage import ENDING, disk
+from posthoc_cli.storage import ENDING, disk, stores
 from posthoc_cli.storage.manifest import read_manifest
+from posthoc_cli.storage.places import place
 
 LAYOUTS = ("file", "folder")
 """What an output may be."""
@@ -22,7 +23,7 @@ _FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
 def is_folder(output: str) -> bool:
     """Whether an output names a folder: one that exists, or a path that ends in a separator."""
     separators = tuple(filter(None, (os.sep, os.altsep)))
-    return output.endswith(separators) or os.path.isdir(output)
+    return output.endswith(separators) or stores.is_folder(place(output))
 
 
 def output_paths(
@@ -41,9 +42,9 @@ def output_paths(
     if gathered:
         ending = "" if folders else ENDING
         names = [f"{run or 'ema'}-step{step}-{target.tag}{ending}" for target in targets]
-        paths = [Path(output, name) for name in names]
+        paths = [place(output) / name for name in names]
     else:
-        paths = [Path(_filled(output, target, step)) for target in targets]
+        paths = [place(_filled(output, target, step)) for target in targets]
     if folders:
         _check_folders(output, paths)
     for path in () if folders else paths:
@@ -53,10 +54,10 @@ def output_paths(
                 f"'{path}' doesn't end in {ENDING}",
                 "add it: what loads the file goes by it (a folder ends in / or exists)",
             )
-        if path.is_dir():
+        if stores.is_folder(path):
             raise UsageError("output=", f"'{path}' is a folder", "give a file name within it")
-    for parent in {Path(output).parent} if gathered else {path.parent for path in paths}:
-        if not parent.is_dir():
+    for parent in {place(output).parent} if gathered else {path.parent for path in paths}:
+        if not stores.is_folder(parent):
             raise UsageError("output=", f"there is no folder '{parent}'", "create it first")
     _check_distinct(output, targets, paths)
     return paths
@@ -80,14 +81,14 @@ def _check_folders(output: str, paths: Sequence[Path]) -> None:
                 f"'{path}' ends as a file does, and layout='folder' writes a folder",
                 f"leave out {ENDING}, or the layout",
             )
-    if paths[0].parent == Path(output) and read_manifest(Path(output)) is not None:
+    if paths[0].parent == place(output) and read_manifest(place(output)) is not None:
         raise UsageError("output=", f"'{output}' is an output itself", "give another folder")
 
 
 def make_folder(output: str, targets: Sequence[Target] = (), layout: str = "file") -> None:
     """Make the folder that is to hold the outputs, if there is one and it isn't there yet."""
     if collects(output, targets, layout):
-        disk.make_folder(Path(output))
+        disk.make_folder(place(output))
 
 
 def _filled(template: str, target: Target, step: int) -> str:
@@ -131,7 +132,7 @@ def _filled(template: str, target: Target, step: int) -> str:
 def _check_distinct(output: str, targets: Sequence[Target], paths: Sequence[Path]) -> None:
     taken: dict[str, Target] = {}
     for target, path in zip(targets, paths, strict=True):
-        place = os.path.normcase(os.path.abspath(path))
+        place = os.path.normcase(path.absolute())
         if place not in taken:
             taken[place] = target
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +22,10 @@ from posthoc_cli.storage import (
     index_path,
     open_tensors,
 )
-from posthoc_cli.storage.disk import file_status
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
+from posthoc_cli.storage.stores import exists, file_status, is_folder
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
 from posthoc_cli.synthesis.product_check import compare_products, written_ranks
@@ -61,9 +60,9 @@ def find_output(path: Path) -> TensorIndex:
 
     Raises UsageError when there is neither, and what `open_tensors` raises.
     """
-    if not os.path.lexists(path) and os.path.lexists(index_path(path)):
+    if not exists(path) and exists(index_path(path)):
         path = index_path(path)
-    if not os.path.exists(path):
+    if file_status(path) is None:
         raise UsageError(str(path), "there is no such file", "give what synthesize wrote")
     return open_tensors(path)
 
@@ -141,13 +140,13 @@ def _ingredients(out: TensorIndex) -> RecipeSources:
 def _folder(out: TensorIndex, folder: Path | None, recipe: RecipeSources) -> Path:
     if folder is None:
         beside = out.path.parent
-        if not any(os.path.lexists(beside / source.file) for source in recipe.sources):
+        if not any(exists(beside / source.file) for source in recipe.sources):
             raise UsageError(
                 "FOLDER", f"no snapshot of {out.path} lies beside it", "give the snapshots' folder"
             )
         return beside
-    if not folder.is_dir():
-        problem = "is not a folder" if os.path.lexists(folder) else "there is no such folder"
+    if not is_folder(folder):
+        problem = "is not a folder" if exists(folder) else "there is no such folder"
         raise UsageError(str(folder), problem, "give the folder of the snapshots")
     return folder
 
@@ -217,8 +216,8 @@ def _wrong_copies(out: Path) -> list[Problem]:
         status = file_status(out / entry["file"])
         if status is None:
             problems.append(Problem(out / entry["file"], "is not there", ANEW))
-        elif status.st_size != entry["bytes"]:
-            problem = f"has {status.st_size:,} bytes, not the {entry['bytes']:,} that were copied"
+        elif status.size != entry["bytes"]:
+            problem = f"has {status.size:,} bytes, not the {entry['bytes']:,} that were copied"
             problems.append(Problem(out / entry["file"], problem, ANEW))
     return problems
 

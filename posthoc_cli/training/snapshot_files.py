@@ -5,7 +5,6 @@ A run is one training run, resumed or not.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from posthoc_cli.storage.metadata import (
     SIGMA_REL,
     STEP,
 )
+from posthoc_cli.storage.stores import exists, is_folder, list_folder
 from posthoc_cli.synthesis.deltas import write_delta
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
 from posthoc_cli.training.chains import Chain, Kinds, Profile, chains, profile_of
@@ -326,7 +326,7 @@ def _flat(tensor: TensorToSave) -> Tensor:
 def _is_own(snapshot: SnapshotToSave) -> bool:
     """Whether the run has written what lies in a snapshot's place."""
     path = snapshot.path
-    return os.path.lexists(path) and own_step(path, _metadata(path), snapshot.run) is not None
+    return exists(path) and own_step(path, _metadata(path), snapshot.run) is not None
 
 
 def own_snapshots(folder: Path, run: str) -> list[tuple[Path, int]]:
@@ -350,8 +350,9 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
 
 def headers(folder: Path) -> list[SnapshotHeader]:
     """The files in a folder that may be snapshots."""
-    paths = sorted(folder.glob(f"*{ENDING}"))
-    return [(path, _metadata(path)) for path in paths if not path.name.startswith(".")]
+    names = list_folder(folder) if is_folder(folder) else ()
+    paths = [folder / name for name in names if name.endswith(ENDING) and name[0] != "."]
+    return [(path, _metadata(path)) for path in paths]
 
 
 def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list[str]:

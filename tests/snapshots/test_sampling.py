@@ -18,8 +18,8 @@ from posthoc_cli.snapshots.folder import Snapshot, read_folder
 from posthoc_cli.snapshots.sampling import sample_moments
 from posthoc_cli.storage import Reader
 from posthoc_cli.storage.deflated import Deflated
+from posthoc_cli.storage.disk import InputFile
 from posthoc_cli.storage.header import File, Part
-from posthoc_cli.storage.readers import InputFile
 from tests.support import STORED, Tensors, snapshot_of, write_tensors
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from posthoc_cli.storage.readers import InputFile
+from posthoc_cli.storage.disk import InputFile
 from tests.command import COMMAND, ENVIRONMENT, ROOT, Run
 from tests.soak.fuzz import harm_of, run_here
 from tests.soak.scenes import make_snapshots

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from posthoc_cli.errors import UsageError
+from posthoc_cli.storage.stores import file_status
 from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 STATE = "posthoc-ema.pt"
@@ -50,7 +51,7 @@ class PostHocEMACallback(TrainerCallback):
         if not state.global_step:
             return
         path = Path(self._resume_from or _checkpoint(args, state)) / STATE
-        if not path.exists():
+        if file_status(path) is None:
             raise UsageError(
                 str(path),
                 f"doesn't exist, and training resumes at step {state.global_step}",
