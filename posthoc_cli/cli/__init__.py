@@ -18,6 +18,7 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
+from posthoc_cli.cli.ranks import find_place, run_as, trouble
 from posthoc_cli.errors import MachineError, PosthocError, printable
 
 _MOST_FILES = 1 << 16
@@ -33,6 +34,20 @@ def main() -> int:
         _clean_up_when_terminated()
         _allow_many_files()
         _collect_seldom()
+        place = find_place()
+        if place is None:
+            return _run()
+        code = run_as(place, _run, _fail)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except Exception as error:
+        return _fail(error)
+    _finish_stdout()
+    os._exit(code)  # gloo's threads may still wait for a rank that is lost
+
+
+def _run() -> int:
+    try:
         # Imported here so that even Ctrl-C during the imports comes to the handler below.
         from posthoc_cli.cli.app import run
 
@@ -43,11 +58,17 @@ def main() -> int:
         _finish_stdout()
         return 0
     except KeyboardInterrupt:
-        _finish_stdout()
-        _say("posthoc: interrupted")
-        return 130
+        return _interrupted()
     except Exception as error:
         return _fail(error)
+
+
+def _interrupted() -> int:
+    _finish_stdout()
+    if lost := trouble():
+        return _fail(lost)
+    _say("posthoc: interrupted")
+    return 130
 
 
 def _fail(error: Exception) -> int:

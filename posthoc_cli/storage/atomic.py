@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from posthoc_cli.storage.temporary import (
     make_temporary,
     recover,
 )
+
+_SEEN_WITHIN = 3.0
+"""Seconds within which a new file is seen by other machines that share its folder."""
 
 LONGEST_WAIT = 60.0
 """Seconds to wait for another run that is putting its files in the same places."""
@@ -66,6 +70,14 @@ class AtomicFile:
                 self.commit()
         finally:
             self.discard()
+
+    def __reduce__(self) -> tuple[type[JoinedFile], tuple[Path, Path | None, int]]:
+        return JoinedFile, (self.path, self._temporary, self.size)
+
+    @contextlib.contextmanager
+    def joined(self, rank: object) -> Iterator[None]:
+        """Have the file open on `rank` for a `with` block; on this one it is."""
+        yield
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
@@ -174,6 +186,38 @@ class AtomicFile:
         with self._lock:  # Windows has one position a file
             os.lseek(self._fd, offset, os.SEEK_SET)
             return os.write(self._fd, view)
+
+
+class JoinedFile(AtomicFile):
+    """What another rank gets of an AtomicFile: its temporary file, to write a part of it."""
+
+    def __init__(self, path: Path, temporary: Path | None, size: int) -> None:
+        super().__init__(path, size)
+        self._place = temporary or path
+
+    @contextlib.contextmanager
+    def joined(self, rank: object) -> Iterator[None]:
+        """Raises UsageError where the file isn't there: the rank has other disks."""
+        until = time.monotonic() + _SEEN_WITHIN
+        with write_errors(self.path):
+            while self._fd < 0:
+                try:
+                    # By a server's rules for files that are open to write only, no bytes but
+                    # those just written are sent: the others of their page are another rank's.
+                    self._fd = os.open(self._place, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+                except FileNotFoundError:
+                    if time.monotonic() > until:
+                        raise UsageError(
+                            str(self.path.parent),
+                            f"isn't the same folder for {rank}: what rank 0 writes isn't there",
+                            "give a folder that all ranks share",
+                        ) from None
+                    time.sleep(0.1)
+        try:
+            yield
+            self.finish()
+        finally:
+            self._close()
 
 
 @dataclass(frozen=True)

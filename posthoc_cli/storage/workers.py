@@ -21,11 +21,16 @@ Piece = TypeVar("Piece")
 Scratch = TypeVar("Scratch")
 
 
+shared_by = 1
+"""How many ranks of one call share this process's processors."""
+
+
 def default_workers() -> int:
-    """One for each processor that this process may run on, up to MAX_WORKERS."""
+    """One for each processor that is this process's part, up to MAX_WORKERS."""
+    have = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-    return min(os.cpu_count() or 1, MAX_WORKERS)
+        have = len(os.sched_getaffinity(0))
+    return min(max(have // shared_by, 1), MAX_WORKERS)
 
 
 def run_workers(

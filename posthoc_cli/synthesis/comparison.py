@@ -22,9 +22,12 @@ import numpy.typing as npt
 from posthoc_cli.snapshots.sampling import GOLDEN
 from posthoc_cli.storage import Reader, TensorIndex
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
+from posthoc_cli.storage.ranks import Part as RankPart
+from posthoc_cli.storage.ranks import Running, share
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Results
 from posthoc_cli.synthesis.kernels import STRIDE
+from posthoc_cli.synthesis.parts import check_there, part_of
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 
 BLOCKS = 1024
@@ -283,22 +286,48 @@ def compare(
     chunks = None if full else sample(plan)
     whole = plan.whole() if chunks is None else chunks
     total = sum(map(plan.bytes_of, whole))
-    engine = Engine(
-        plan,
-        weights,
-        workers=workers,
+    parts = share(
+        *(_compare_part, plan, weights, out, chunks, workers),
         progress=progress and (lambda count: progress(count, total)),
-        other_files=len(out.files),
+        together=full,
+    )
+    first: dict[str | None, Problem] = {}
+    for problem in (each for part in parts for each in part.problems):
+        known = first.setdefault(problem.tensor, problem)
+        if (problem.element or ()) < (known.element or ()):
+            first[problem.tensor] = problem
+    return Compared(
+        sum(part.compared for part in parts),
+        sum(part.rounded for part in parts),
+        [first[name] for name in names_in_order(out) if name in first],
+    )
+
+
+def _compare_part(
+    part: RankPart,
+    plan: TensorPlan,
+    weights: Weights,
+    out: TensorIndex,
+    sampled: Sequence[Chunk] | None,
+    workers: int | None,
+) -> Running:
+    """What the comparison of a rank's part found: of all values, unless some are `sampled`."""
+    chunks = part_of(plan, part.rank, part.size) if sampled is None else sampled
+    check_there(part, [*plan.sources, out])
+    engine = Engine(
+        plan, weights, workers=workers, progress=part.count, other_files=len(out.files)
     )
     with engine, Reader(out) as there:
         sink = ComparisonSink(engine, weights, there, out)
-        engine.run(sink, chunks)
-        if undecided := sink.undecided(sampled=chunks is not None):
+        engine.sum(sink, chunks)
+        engine.note_all((yield engine.varying))
+        engine.copy(sink, chunks)
+        if undecided := sink.undecided(sampled=sampled is not None):
             engine.progress = None  # these were read before
             engine.sum(sink, undecided)
-            engine.check_unchanged()
+        engine.check_unchanged()
         there.check_unchanged()
-    return Compared(sum(chunk.elements for chunk in whole), sink.rounded, sink.problems())
+    return Compared(sum(chunk.elements for chunk in chunks), sink.rounded, sink.problems())
 
 
 # Numbers

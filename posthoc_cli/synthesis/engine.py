@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -157,13 +158,7 @@ class Engine:
             self.check_unchanged()
             return
         self.sum(sink, chunks)
-        with device_errors(self._device):
-            run_workers(
-                self._cut(self._constant_parts(chunks)),
-                lambda chunk, accumulator: self._copy(sink, chunk, accumulator),
-                self._accumulator,
-                1,
-            )
+        self.copy(sink, chunks)
         self.check_unchanged()
 
     def check_unchanged(self) -> None:
@@ -180,6 +175,27 @@ class Engine:
                 self._accumulator,
                 self._workers,
             )
+
+    def copy(self, sink: Sink, chunks: Iterable[Chunk]) -> None:
+        """Hand those of `chunks` to `sink` whose tensors don't vary, though they were summed."""
+        with device_errors(self._device):
+            run_workers(
+                self._cut(self._constant_parts(chunks)),
+                lambda chunk, accumulator: self._copy(sink, chunk, accumulator),
+                self._accumulator,
+                1,
+            )
+
+    @property
+    def varying(self) -> list[bytes]:
+        """For each averaged segment, which of its tensors were seen to vary."""
+        return list(map(bytes, self._varies.values()))
+
+    def note_all(self, varying: Iterable[Sequence[bytes]]) -> None:
+        """Note what the engines of other ranks, which had other chunks, have as `varying`."""
+        for each in varying:
+            for own, theirs in zip(self._varies.values(), each, strict=True):
+                own[:] = bytes(map(operator.or_, own, theirs))
 
     def varies(self, segment: Segment, tensor: int) -> bool:
         """Whether two snapshots were seen to differ in a tensor; always False of one not

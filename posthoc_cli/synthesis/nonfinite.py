@@ -45,6 +45,11 @@ class NonfiniteTensor:
     snapshots: set[int] = field(default_factory=set)
 
 
+_Tensors = dict[tuple[int, int], NonfiniteTensor]
+Counts = tuple[_Tensors, _Tensors]
+"""By segment and tensor: of the sums, and of what was copied."""
+
+
 class NonfiniteReport:
     """What is not finite, gathered chunk by chunk from several threads."""
 
@@ -52,8 +57,8 @@ class NonfiniteReport:
         self._plan = plan
         self._weights = weights  # [groups, targets, snapshots]
         self._lock = threading.Lock()
-        self._found: dict[tuple[int, int], NonfiniteTensor] = {}
-        self._copies: dict[tuple[int, int], NonfiniteTensor] = {}
+        self._found: _Tensors = {}
+        self._copies: _Tensors = {}
         self._order = {id(segment): at for at, segment in enumerate(plan.segments)}
 
     def look(self, chunk: Chunk, results: Sequence[npt.NDArray[np.uint8]], read: Read) -> None:
@@ -126,7 +131,7 @@ class NonfiniteReport:
         mask: BoolArray,
         kind: str,
         source: int | None = None,
-        found: dict[tuple[int, int], NonfiniteTensor] | None = None,
+        found: _Tensors | None = None,
     ) -> list[tuple[NonfiniteTensor, npt.NDArray[np.intp]]]:
         """Count the elements of `mask` to their tensors; returns each one's, with its elements."""
         where = np.flatnonzero(mask)
@@ -145,6 +150,22 @@ class NonfiniteReport:
                 entry.snapshots.add(source)
             noted.append((entry, inside))
         return noted
+
+    @property
+    def counts(self) -> Counts:
+        """What was counted so far, for `add`."""
+        return self._found, self._copies
+
+    def add(self, counts: Counts) -> None:
+        """Add what was counted in other chunks of the plan."""
+        for own, theirs in zip(self.counts, counts, strict=True):
+            for key, entry in theirs.items():
+                mine = own.setdefault(key, NonfiniteTensor(entry.tensor))
+                mine.nan += entry.nan
+                mine.infinite += entry.infinite
+                mine.overflowed += entry.overflowed
+                mine.largest = max(mine.largest, entry.largest)
+                mine.snapshots |= entry.snapshots
 
     def tensors(self, varies: Callable[[Segment, int], bool]) -> list[NonfiniteTensor]:
         """What was found, in the order of the outputs.

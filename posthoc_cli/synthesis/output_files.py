@@ -67,6 +67,11 @@ class OutputFiles:
     folder: AtomicFolder | None = None
     manifest: Mapping[str, Any] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another rank: what it takes to write a part of them."""
+        own = self.path, self.files, (), self.parts, self.places, self.moved, list
+        return OutputFiles, own
+
     def write(self, start: int, data: memoryview) -> None:
         """Write `data` from byte `start` of the tensors' data on."""
         for at, offset, count in spans(self.parts, start, len(data)):

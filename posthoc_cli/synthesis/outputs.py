@@ -15,10 +15,12 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.formats.companions import Companions
 from posthoc_cli.storage import TensorIndex, made_by_posthoc
 from posthoc_cli.storage.atomic import Group, commit_together
+from posthoc_cli.storage.ranks import Part, Running, share
 from posthoc_cli.storage.stores import file_status, same_file
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.synthesis.accumulators import Weights
-from posthoc_cli.synthesis.engine import Engine, Part, Progress, Results
+from posthoc_cli.synthesis.engine import Engine, Progress, Results
+from posthoc_cli.synthesis.engine import Part as TensorPart
 from posthoc_cli.synthesis.lora_report import LoraReport, report_products
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.output_files import (
@@ -28,6 +30,7 @@ from posthoc_cli.synthesis.output_files import (
     kept_output,
     output_files,
 )
+from posthoc_cli.synthesis.parts import check_there, part_of, varying
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 from posthoc_cli.synthesis.products import Factors, Products, Ranks, find_ranks, rounded
 
@@ -146,26 +149,53 @@ def write_outputs(
         for at, (path, recipe) in enumerate(zip(paths, recipes, strict=True))
     ]
     report = NonfiniteReport(plan, weights)
-    engine = Engine(
-        plan,
-        weights,
-        device=device,
-        workers=workers,
-        row_bytes=row_bytes,
-        report=report,
-        progress=progress,
-        other_files=sum(len(output.files) for output in outputs),
-    )
-    with engine, _opened(plan, outputs, progress):
-        engine.run(FileSink(outputs))
+    how: dict[str, Any] = {"device": device, "workers": workers, "row_bytes": row_bytes}
+    with _opened(plan, outputs, progress):
+        # The factors of products lie among the sums: they are written by one rank.
+        done = share(
+            *(_sum_part, plan, weights, outputs, how),
+            progress=progress,
+            together=products is None,
+        )
+        for counts, _ in done:
+            report.add(counts)
         if products is not None and found is not None:
             _write_products(products, found.ranks, weights, outputs, progress)
-        nonfinite = report.tensors(engine.varies)
+        nonfinite = report.tensors(varying(plan, done[0][1]))
         if strict and nonfinite:
             summary = summarize(plan, nonfinite)
             raise SnapshotError(*summary, "nothing is written, as strict=True says")
     seconds = time.perf_counter() - begin
     return Written([output.written(seconds) for output in outputs], nonfinite, found)
+
+
+def _sum_part(
+    part: Part,
+    plan: TensorPlan,
+    weights: Weights,
+    outputs: Sequence[OutputFiles],
+    how: dict[str, Any],
+) -> Running:
+    """A rank's part of the sums, written to its place; what was counted in it, and what varies."""
+    chunks = part_of(plan, part.rank, part.size)
+    report = NonfiniteReport(plan, weights)
+    files = [file for output in outputs for file in output.files]
+    more = how | {"device": part.device(how["device"]), "other_files": len(files)}
+    check_there(part, plan.sources)
+    with contextlib.ExitStack() as opened:
+        engine = Engine(plan, weights, report=report, progress=part.count, **more)
+        opened.enter_context(engine)
+        for file in files:
+            opened.enter_context(file.joined(part))
+        if part.rank:
+            opened.enter_context(background_flush(files))
+        yield None  # before anything is written, all can
+        sink = FileSink(outputs)
+        engine.sum(sink, chunks)
+        engine.note_all((yield engine.varying))
+        engine.copy(sink, chunks)
+        engine.check_unchanged()
+    return report.counts, engine.varying
 
 
 def _write_products(
@@ -215,7 +245,7 @@ class FileSink:
     def __init__(self, outputs: Sequence[OutputFiles]) -> None:
         self._outputs = outputs
 
-    def take_sums(self, chunk: Chunk, results: Results, unsettled: Sequence[Part]) -> None:
+    def take_sums(self, chunk: Chunk, results: Results, unsettled: Sequence[TensorPart]) -> None:
         self.take_copies(chunk, results)
 
     def take_copies(self, chunk: Chunk, results: Results) -> None:

@@ -1,0 +1,121 @@
+"""Processes that torchrun or srun has started together: they share one call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from posthoc_cli.errors import MachineError, PosthocError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of the processes this is: `rank` of `size`, `local_rank` on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+_TORCH = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+_SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+"""What torchrun, and a step of srun, say in the environment. A batch script has only the first and
+last of Slurm's: it is no step."""
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """This process's place among the ranks; None where it is alone.
+
+    Raises UsageError when the variables make no sense.
+    """
+    names = next((each for each in (_TORCH, _SLURM) if {*each[:2]} <= {*environment}), None)
+    if names is None:
+        return None
+    found = []
+    for name in names:
+        text = environment.get(name, "0")
+        if not text.isascii() or not text.isdecimal():
+            raise UsageError(
+                name, f"'{text}' is not a whole number", "start it by torchrun or srun"
+            )
+        found.append(int(text))
+    rank, size, local_rank = found
+    if size == 1 or _is_helper(names[0]):
+        return None
+    if not rank < size:
+        raise UsageError(
+            names[0], f"{rank} is none of {size} ranks", "start it by torchrun or srun"
+        )
+    return Place(rank, size, local_rank)
+
+
+def check_address(place: Place, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UsageError unless the environment says where the ranks meet."""
+    for name, example in (("MASTER_ADDR", "the first machine's name"), ("MASTER_PORT", "29500")):
+        if not environment.get(name):
+            problem = f"is not set, and this is one of {place.size} tasks that share a call"
+            remedy = f"set it to {example}; or start each alone, by env -u SLURM_PROCID -u RANK"
+            raise UsageError(name, problem, remedy)
+
+
+def _is_helper(name: str) -> bool:
+    """Whether a program of Python that is a rank itself has started this one, as training scripts
+    do: its variables are not meant for us. Known where there is /proc."""
+    try:
+        pid = os.getppid()
+        while (
+            f"\0{name}="
+            in f"\0{Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace')}"
+        ):
+            if "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe")):
+                return True
+            status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            pid = int(status.rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
+
+
+def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception], int]) -> int:
+    """Run `command` on rank 0, with the help of the others; returns its exit code, on all.
+
+    `tell` prints an error and returns its exit code. What is wrong is told by one rank.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would say is said by us
+    from posthoc_cli.storage import ranks
+
+    try:
+        check_address(place)
+        ranks.join(place.rank, place.size, place.local_rank, sys.argv[1:], tell)
+    except PosthocError as error:
+        # What one machine can't reach, another may.
+        first = place.local_rank if isinstance(error, MachineError) else place.rank
+        return error.exit_code if first else tell(error)
+    code = 1
+    try:
+        if place.rank:
+            return ranks.serve()
+        code = command()
+        return code
+    except PosthocError as error:
+        return tell(error) if ranks.leave() else error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as leaving:  # terminated
+        code = leaving.code if isinstance(leaving.code, int) else 1
+        return code
+    finally:
+        if place.rank == 0:
+            with contextlib.suppress(PosthocError):
+                ranks.end(code)
+        ranks.leave()
+
+
+def trouble() -> PosthocError | None:
+    """Why this rank was interrupted, if it was because another is lost."""
+    ranks = sys.modules.get("posthoc_cli.storage.ranks")
+    return ranks.trouble() if ranks else None

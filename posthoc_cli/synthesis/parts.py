@@ -1,0 +1,50 @@
+"""A plan in parts, one a rank, for each of which as many bytes are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+from posthoc_cli.errors import UsageError
+from posthoc_cli.storage import TensorIndex
+from posthoc_cli.storage.ranks import Part
+from posthoc_cli.synthesis.kernels import STRIDE
+from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
+
+
+def part_of(plan: TensorPlan, rank: int, size: int) -> list[Chunk]:
+    """Which chunks are the part of one of `size` ranks: they follow each other in the outputs."""
+    whole = plan.whole()
+    bytes_of = [plan.bytes_of(chunk) for chunk in whole]
+    first, last = (sum(bytes_of) * at // size for at in (rank, rank + 1))
+    found, begin = [], 0
+    for chunk, count in zip(whole, bytes_of, strict=True):
+        low, high = (_element(chunk, count, at - begin) for at in (first, last))
+        if low < high:
+            found.append(Chunk(chunk.segment, low, high))
+        begin += count
+    return found
+
+
+def _element(chunk: Chunk, count: int, at: int) -> int:
+    """The element at byte `at` of the `count` that are read for a whole segment, or its nearer
+    end; packed elements begin at a byte."""
+    if at >= count:
+        return chunk.elements
+    return max(chunk.elements * at // count, 0) // STRIDE * STRIDE
+
+
+def varying(plan: TensorPlan, flags: Sequence[bytes]) -> Callable[[Segment, int], bool]:
+    """Whether a tensor of a segment varies, from what an engine has as `varying`."""
+    averaged = (segment for segment in plan.segments if segment.averaged)
+    known = {id(segment): own for segment, own in zip(averaged, flags, strict=True)}
+    return lambda segment, tensor: segment.averaged and bool(known[id(segment)][tensor])
+
+
+def check_there(part: Part, sources: Iterable[TensorIndex]) -> None:
+    """Raise UsageError for a snapshot that another rank than the first doesn't see."""
+    for path in (file.path for source in sources for file in source.files):
+        if part.rank and not os.path.lexists(path):
+            raise UsageError(
+                str(path), f"isn't there for {part}", "put the snapshots where all ranks see them"
+            )
