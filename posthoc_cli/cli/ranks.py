@@ -94,6 +94,7 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
     except PosthocError as error:
         # What one machine can't reach, another may.
         first = place.local_rank if isinstance(error, MachineError) else place.rank
+        ranks.leave()
         return error.exit_code if first else tell(error)
     code = 1
     try:

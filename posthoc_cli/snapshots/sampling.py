@@ -12,7 +12,6 @@ import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,15 +20,14 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
+from posthoc_cli.snapshots.pieces import Layout, Piece, choose_pieces
 from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
 from posthoc_cli.storage.dtypes import (
-    AVERAGED,
-    DTYPES,
     FloatArray,
-    bytes_of,
     decode,
     rounding_variances,
 )
+from posthoc_cli.storage.ranks import Part, Running, check_there, share
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.workers import MAX_WORKERS, run_workers
 
@@ -38,6 +36,10 @@ if TYPE_CHECKING:
 
 BLOCKS = 128
 """Places that are read in each snapshot."""
+
+BUNDLES = 16
+"""Parts of the sample that are summed by themselves, and by several ranks at once: so that their
+number, or that of the snapshots held, makes no difference to the digits."""
 
 VERY_MANY = 128
 
@@ -49,18 +51,11 @@ BLOCK = 2048
 """Elements read at each, half as many of very many snapshots: a disk that is far away takes longer
 to begin than to read them."""
 
-_NEAR = 1 << 14
-"""Bytes between two places that are read along, as that is quicker than to begin anew."""
-
 _HELD_BYTES = 1 << 25
 """The most that the values of all snapshots held at a time may take, as float64."""
 
 _HUGE = 1e150
 """Values beyond it, whose squares overflow, count as infinite."""
-
-GOLDEN = (5**0.5 - 1) / 2
-"""Blocks begin at multiples of it, modulo one, within their strata: unlike equal distances, that
-never falls in step with the rows of a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,29 +74,6 @@ class SampleMoments:
     values: int
     sampled: int
     broken: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Elements `first` to `first + count` of a tensor; a complex element counts as two."""
-
-    name: str
-    dtype: str
-    first: int
-    count: int
-
-    @property
-    def bytes(self) -> int:
-        return bytes_of(self.dtype, self.count)
-
-    def stored(self, tensors: Mapping[str, TensorInfo]) -> _Piece:
-        """The same piece of a file with these tensors, which may have it in another dtype."""
-        dtype = tensors[self.name].dtype
-        return self if dtype in (self.dtype, "C64") else replace(self, dtype=dtype)
-
-    def start(self, tensors: Mapping[str, TensorInfo]) -> int:
-        """Where the piece begins in the data section of a file with these tensors."""
-        return tensors[self.name].start + bytes_of(self.dtype, self.first)
 
 
 def sample_moments(
@@ -124,13 +96,15 @@ def sample_moments(
         for name, info in snapshots[-1].index.tensors.items()
         if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
     }
-    pieces = _choose(tensors, blocks, block)
+    pieces = choose_pieces(tensors, blocks, block)
     held = 8 if not any(each.index.links for each in snapshots) else 24
     most = max(_HELD_BYTES // (held * len(snapshots)), block)
+    bundles = [list(each) for each in np.array_split(np.arange(len(pieces)), BUNDLES)]
+    indexes = [snapshot.index for snapshot in snapshots]
     sums = _Sums(len(snapshots))
-    with _open(snapshots if pieces else []) as readers:
-        for group in _groups(pieces, most):
-            _add(sums, snapshots, readers, group)
+    parts = share(_sum_part, indexes, [[pieces[at] for at in each] for each in bundles], most)
+    for _, each in sorted((each for part in parts for each in part), key=lambda each: each[0]):
+        sums.add(each)
     sampled = sum(piece.count for piece in pieces)
     if sampled and sums.broken == sampled:
         raise SnapshotError(
@@ -151,6 +125,13 @@ class _Sums:
         self.values = 0
         self.broken = 0
 
+    def add(self, other: _Sums) -> None:
+        self.products += other.products
+        self.rounding += other.rounding
+        self.squares += other.squares
+        self.values += other.values
+        self.broken += other.broken
+
     def means(self, sampled: int) -> SampleMoments:
         count = max(self.values, 1)
         own = np.diagonal(self.products)
@@ -165,41 +146,30 @@ class _Sums:
         )
 
 
-def _choose(tensors: Mapping[str, TensorInfo], blocks: int, block: int) -> list[_Piece]:
-    """The pieces of the sample by dtype and name: wherever they lie, sums have the same digits."""
-    rank = {code: place for place, code in enumerate(DTYPES)}
-    averaged = [(name, info) for name, info in tensors.items() if info.dtype in AVERAGED]
-    averaged.sort(key=lambda each: (rank[each[1].dtype], each[0]))
-    counts = [info.elements * (2 if info.dtype == "C64" else 1) for _, info in averaged]
-    ends = np.cumsum(counts, dtype=np.int64)
-    total = int(ends[-1]) if averaged else 0
-    if total <= blocks * block:
-        spans = [(0, total)]
-    else:
-        edges = [total * k // blocks for k in range(blocks + 1)]
-        spans = []
-        for k, (low, high) in enumerate(pairwise(edges)):
-            first = low + int((k * GOLDEN) % 1.0 * (high - low - block + 1))
-            spans.append((first, first + block))
-    pieces = []
-    for first, last in spans:
-        at = int(np.searchsorted(ends, first, side="right"))
-        while first < last:
-            name, info = averaged[at]
-            begin = int(ends[at]) - counts[at]
-            stop = min(last, int(ends[at]))
-            dtype = "F32" if info.dtype == "C64" else info.dtype
-            pieces += [
-                _Piece(name, dtype, start - begin, min(block, stop - start))
-                for start in range(first, stop, block)
-            ]
-            first, at = stop, at + 1
-    return pieces
+def _sum_part(
+    part: Part,
+    indexes: Sequence[TensorIndex],
+    bundles: Sequence[Sequence[Piece]],
+    most: int,
+) -> Running:
+    """The sums over a rank's part of the bundles, with their places, `most` elements at a time."""
+    found = []
+    check_there(part, indexes)
+    with _open(indexes) as readers:
+        for at in range(
+            part.size - 1 - part.rank, len(bundles), part.size
+        ):  # rank 0 has more to do
+            sums = _Sums(len(indexes))
+            for group in _groups(bundles[at], most):
+                _add(sums, indexes, readers, group)
+            found.append((at, sums))
+    yield from ()  # there is nothing to agree on
+    return found
 
 
-def _groups(pieces: Sequence[_Piece], most: int) -> list[list[_Piece]]:
+def _groups(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
     """`pieces`, some `most` elements at a time."""
-    groups: list[list[_Piece]] = []
+    groups: list[list[Piece]] = []
     elements = most
     for piece in pieces:
         if elements + piece.count > most:
@@ -214,10 +184,10 @@ _Readers = Mapping[int | Path, Reader]
 
 
 @contextlib.contextmanager
-def _open(snapshots: Sequence[Snapshot]) -> Iterator[_Readers]:
+def _open(wanted: Sequence[TensorIndex]) -> Iterator[_Readers]:
     """The files of the snapshots, by the number of their index or the path of a link."""
     indexes: dict[int | Path, TensorIndex] = {}
-    for index in (snapshot.index for snapshot in snapshots):
+    for index in wanted:
         indexes |= {link.index.path: link.index for link in index.links}
         if not index.links:
             indexes[id(index)] = index
@@ -230,7 +200,7 @@ def _open(snapshots: Sequence[Snapshot]) -> Iterator[_Readers]:
 
 
 def _add(
-    sums: _Sums, snapshots: Sequence[Snapshot], readers: _Readers, pieces: Sequence[_Piece]
+    sums: _Sums, snapshots: Sequence[TensorIndex], readers: _Readers, pieces: Sequence[Piece]
 ) -> None:
     """Add the elements of `pieces` to the sums."""
     elements = sum(piece.count for piece in pieces)
@@ -247,11 +217,11 @@ def _add(
     reading = _Reading(pieces, readers)
 
     def read(row: int, _: object) -> None:
-        values[row], variances = reading.values(snapshots[row].index)
+        values[row], variances = reading.values(snapshots[row])
         rounding[row] = np.add.reduceat(variances, parts)
 
     # Threads wait for the disk, however few processors there are; differences wait for their base.
-    alone = any(snapshot.index.links for snapshot in snapshots)
+    alone = any(index.links for index in snapshots)
     run_workers(iter(range(len(snapshots))), read, object, 1 if alone else MAX_WORKERS)
 
     finite = (np.abs(values) < _HUGE).all(axis=0)
@@ -281,9 +251,9 @@ class _Reading:
     once.
     """
 
-    def __init__(self, pieces: Sequence[_Piece], readers: _Readers) -> None:
+    def __init__(self, pieces: Sequence[Piece], readers: _Readers) -> None:
         self._pieces, self._readers = pieces, readers
-        self._layouts: dict[tuple[int, int], _Layout] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}
         self._known: dict[Path, tuple[FloatArray, FloatArray]] = {}
 
     def values(self, index: TensorIndex) -> tuple[FloatArray, FloatArray]:
@@ -318,12 +288,12 @@ class _Reading:
         index: TensorIndex,
         tensors: Mapping[str, TensorInfo],
         root: Mapping[str, TensorInfo],
-    ) -> tuple[_Layout, FloatArray, FloatArray]:
+    ) -> tuple[Layout, FloatArray, FloatArray]:
         """What one file has of the pieces, whose names are those of `tensors`."""
         key = id(index.tensors), id(tensors)
         if key not in self._layouts:
             own = dict(zip(tensors, root, strict=True)) if tensors is not root else {}
-            self._layouts[key] = _Layout.of(self._pieces, index.tensors, own)
+            self._layouts[key] = Layout.of(self._pieces, index.tensors, own)
         layout = self._layouts[key]
         values, variances = np.empty((2, len(layout.elements)))
         raw = layout.read(self._readers[opened])
@@ -339,78 +309,6 @@ def _replaced(old: FloatArray, at: npt.NDArray[np.intp], new: FloatArray) -> Flo
     copied: FloatArray = old.copy()
     copied[at] = new
     return copied
-
-
-_Run = tuple[str, int, int, int, int]
-_Stretch = tuple[int, int, int]  # where it begins, its bytes, and where they go
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where the pieces lie that a file has: `elements` are their places among those of all.
-
-    `runs` are stretches of one dtype in the pieces' bytes, laid end to end, and `ranges` what is
-    read of the file: where it starts, how long it is, and the stretches of it that are pieces'.
-    """
-
-    pieces: Sequence[_Piece]
-    elements: npt.NDArray[np.intp]
-    runs: Sequence[_Run]
-    ranges: Sequence[tuple[int, int, Sequence[_Stretch]]]
-
-    def read(self, reader: Reader) -> npt.NDArray[np.uint8]:
-        """The bytes of the pieces, one after the other."""
-        raw = np.empty(self.runs[-1][-1] if self.runs else 0, np.uint8)
-        for start, count, held in self.ranges:
-            read = np.empty(count, np.uint8)
-            reader.read(start, read.data)
-            for inside, length, place in held:
-                raw[place : place + length] = read[inside : inside + length]
-        return raw
-
-    @classmethod
-    def of(
-        cls, pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo], own: Mapping[str, str]
-    ) -> _Layout:
-        """`own` are the names in the file of those tensors that are called otherwise."""
-        pieces = [replace(piece, name=own.get(piece.name, piece.name)) for piece in pieces]
-        there = np.repeat(
-            [piece.name in tensors for piece in pieces], [piece.count for piece in pieces]
-        )
-        stored = [piece.stored(tensors) for piece in pieces if piece.name in tensors]
-        return cls(stored, np.flatnonzero(there), _runs(stored), _ranges(stored, tensors))
-
-
-def _runs(pieces: Sequence[_Piece]) -> list[_Run]:
-    """Stretches of one dtype: dtype, first and last element, first and last byte."""
-    runs = []
-    first = start = 0
-    for dtype, group in groupby(pieces, key=lambda piece: piece.dtype):
-        count = sum(piece.count for piece in group)
-        last, end = first + count, start + bytes_of(dtype, count)
-        runs.append((dtype, first, last, start, end))
-        first, start = last, end
-    return runs
-
-
-def _ranges(
-    pieces: Sequence[_Piece], tensors: Mapping[str, TensorInfo]
-) -> list[tuple[int, int, list[_Stretch]]]:
-    """What to read of a file's data section for `pieces`, those joined that lie near."""
-    places = accumulate((piece.bytes for piece in pieces), initial=0)
-    lying = sorted(
-        (piece.start(tensors), piece.bytes, place)
-        for piece, place in zip(pieces, places, strict=False)
-    )
-    ranges: list[tuple[int, int, list[_Stretch]]] = []
-    for start, length, place in lying:
-        first, count, held = ranges.pop() if ranges else (start, 0, [])
-        if start - first - count > _NEAR:
-            ranges.append((first, count, held))
-            first, held = start, []
-        held.append((start - first, length, place))
-        ranges.append((first, start + length - first, held))
-    return ranges
 
 
 class Sample(NamedTuple):

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.snapshots.sampling import GOLDEN
+from posthoc_cli.snapshots.pieces import GOLDEN
 from posthoc_cli.storage import Reader, TensorIndex
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
 from posthoc_cli.storage.ranks import Part as RankPart
-from posthoc_cli.storage.ranks import Running, share
+from posthoc_cli.storage.ranks import Running, check_there, share
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Results
 from posthoc_cli.synthesis.kernels import STRIDE
-from posthoc_cli.synthesis.parts import check_there, part_of
+from posthoc_cli.synthesis.parts import part_of
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 
 BLOCKS = 1024
@@ -314,9 +314,7 @@ def _compare_part(
     """What the comparison of a rank's part found: of all values, unless some are `sampled`."""
     chunks = part_of(plan, part.rank, part.size) if sampled is None else sampled
     check_there(part, [*plan.sources, out])
-    engine = Engine(
-        plan, weights, workers=workers, progress=part.count, other_files=len(out.files)
-    )
+    engine = Engine(plan, weights, workers=workers, progress=part.count, other_files=len(out.files))
     with engine, Reader(out) as there:
         sink = ComparisonSink(engine, weights, there, out)
         engine.sum(sink, chunks)

@@ -15,7 +15,7 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.formats.companions import Companions
 from posthoc_cli.storage import TensorIndex, made_by_posthoc
 from posthoc_cli.storage.atomic import Group, commit_together
-from posthoc_cli.storage.ranks import Part, Running, share
+from posthoc_cli.storage.ranks import Part, Running, check_there, share
 from posthoc_cli.storage.stores import file_status, same_file
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.synthesis.accumulators import Weights
@@ -30,7 +30,7 @@ from posthoc_cli.synthesis.output_files import (
     kept_output,
     output_files,
 )
-from posthoc_cli.synthesis.parts import check_there, part_of, varying
+from posthoc_cli.synthesis.parts import part_of, varying
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 from posthoc_cli.synthesis.products import Factors, Products, Ranks, find_ranks, rounded
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from posthoc_cli.errors import UsageError
-from posthoc_cli.storage import TensorIndex
-from posthoc_cli.storage.ranks import Part
 from posthoc_cli.synthesis.kernels import STRIDE
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
 
@@ -39,12 +35,3 @@ def varying(plan: TensorPlan, flags: Sequence[bytes]) -> Callable[[Segment, int]
     averaged = (segment for segment in plan.segments if segment.averaged)
     known = {id(segment): own for segment, own in zip(averaged, flags, strict=True)}
     return lambda segment, tensor: segment.averaged and bool(known[id(segment)][tensor])
-
-
-def check_there(part: Part, sources: Iterable[TensorIndex]) -> None:
-    """Raise UsageError for a snapshot that another rank than the first doesn't see."""
-    for path in (file.path for source in sources for file in source.files):
-        if part.rank and not os.path.lexists(path):
-            raise UsageError(
-                str(path), f"isn't there for {part}", "put the snapshots where all ranks see them"
-            )

@@ -1,0 +1,276 @@
+"""Ranks that share one call: the same bytes, told once, and what happens when one dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from posthoc_cli.cli.ranks import Place, check_address, find_place
+from posthoc_cli.errors import UsageError
+from posthoc_cli.storage import read_header
+from posthoc_cli.synthesis.parts import part_of
+from posthoc_cli.synthesis.plan import make_plan
+from tests.command import COMMAND, ENVIRONMENT, Posthoc
+from tests.ranked import RankRun, group, run_groups
+from tests.synthesis.test_products import peft
+from tests.synthesis.test_products import write as write_lora
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
+
+TWO = ["--sigma-rel", "0.06,0.09"]
+OUTPUTS = {
+    "one.safetensors": ["synthesize", "run", "--sigma-rel", "0.07"],
+    "blup.safetensors": ["synthesize", "run", "--sigma-rel", "0.07", "--method", "blup"],
+    "several/": ["synthesize", "run", *TWO, "--dtype", "float32"],
+    "shards.safetensors": ["synthesize", "run", "--gamma", "5", "--max-shard-size", "300kB"],
+    "folder": ["synthesize", "run", "--sigma-rel", "0.1", "--layout", "folder"],
+    "for.safetensors": ["synthesize", "run", "--gamma", "9", "--target-for", "*.bias=0.1"],
+    "raw.safetensors": ["synthesize", "raw", "--raw", "--window", "2000"],
+    "deltas.safetensors": ["synthesize", "packed", "--sigma-rel", "0.08"],
+    "lora.safetensors": ["synthesize", "lora", "--raw", "--gamma", "3", "--lora", "exact"],
+}
+Groups = dict[str, list[list[RankRun]]]
+BIG = ["synthesize", "big", "--sigma-rel", "0.07", "-o"]
+
+
+def write_run(folder: Path, *, raw: bool = False, elements: int = 70_001) -> None:
+    """6 snapshots with tensors that never vary, that are no numbers, and that hold NaN."""
+    folder.mkdir()
+    rng = np.random.default_rng(7)
+    walk = rng.standard_normal(elements)
+    fixed = rng.standard_normal(40_000).astype(np.float32)
+    for at in range(6):
+        walk = walk + 0.05 * rng.standard_normal(elements)
+        odd = np.array([1.0, np.nan if at == 2 else 2.0, 3.0], np.float32)
+        tensors = {
+            "body.weight": walk.astype(np.float16),
+            "body.bias": (2 * walk[:33_333]).astype(np.float32),
+            "fixed": fixed,
+            "odd": odd,
+            "steps": np.array(at, np.int64),
+            "tail": walk[::2].astype(np.float16),
+        }
+        said = {"step": str(1000 * (at + 1)), "sigma_rel": ("0.05", "0.10")[at % 2]}
+        if raw:
+            said = {"step": said["step"]}
+        save_file(tensors, folder / f"step{1000 * (at + 1)}.safetensors", said)
+    (folder / "config.json").write_text('{"model_type": "none"}')
+
+
+def _synthesize(size: int) -> list[list[str]]:
+    return [[*command, "-o", f"g{size}/{output}"] for output, command in OUTPUTS.items()]
+
+
+def _commands(size: int) -> list[list[str]]:
+    """What each group runs; its outputs lie below a folder of its own."""
+    return [
+        *_synthesize(size),
+        ["verify", f"g{size}/one.safetensors", "run", "--full", "--json"],
+        ["synthesize", "run", "--sigma-rel", "0.07", "-o", f"g{size}/said.safetensors", "--json"],
+        [*BIG, f"g{size}/big.safetensors"],
+        *FAILING.values(),
+    ]
+
+
+FAILING = {
+    "no such option": ["solve", "run", "--sigmarel", "0.07"],
+    "a file that exists": ["synthesize", "run", "--gamma", "5", "-o", "run/step1000.safetensors"],
+    "strict": ["synthesize", "run", "--gamma", "5", "-o", "never.safetensors", "--strict"],
+    "version": ["--version"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs that are used."""
+    made = tmp_path_factory.mktemp("ranks")
+    write_run(made / "run")
+    write_run(made / "raw", raw=True)
+    write_run(made / "big", elements=600_000)
+    write_lora(made / "lora", peft)
+    pack = [COMMAND, "pack", "run", "packed", "--dtype", "float8_e4m3fn", "-q"]
+    subprocess.run(pack, cwd=made, env=ENVIRONMENT, check=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def groups(folder: Path) -> Groups:
+    """What groups of ranks came to, by name; all run at once."""
+    odd = [
+        [*BIG, "/dev/fd/99/x.safetensors", "-q"],
+        ["solve", "run", "--sigma-rel", "0.0%rank%7"],
+    ]
+    wanted = {
+        "g1": group(1, _commands(1), "g1"),
+        "g2": group(2, _commands(2), "g2"),
+        "g3": group(3, _commands(3), "g3"),
+        "odd": group(2, odd, "odd"),
+        "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
+        "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
+        "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
+    }
+    return dict(zip(wanted, run_groups(folder, *wanted.values()), strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_bytes_are_those_of_one_process(folder: Path, groups: Groups, size: int) -> None:
+    runs = groups[f"g{size}"][: len(OUTPUTS)]
+    assert [[run.code for run in ranks] for ranks in runs] == [[0] * size] * len(OUTPUTS), runs
+    for ranks, alone in zip(runs, groups["g1"], strict=False):
+        assert ranks[0].err.replace(f"g{size}/", "g1/") == alone[0].err
+        assert all(not run.out and not run.err for run in ranks[1:])
+    wanted, found = (_files(folder / f"g{each}") for each in (1, size))
+    assert len(wanted) > len(OUTPUTS)
+    assert {name for name in wanted if found.get(name) != wanted[name]} == set()
+    assert not [name for name in found if name.endswith(".posthoc-tmp")]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_rank_reads_as_much(folder: Path, groups: Groups, size: int) -> None:
+    (ranks,) = [runs for runs in groups[f"g{size}"] if "big.safetensors" in runs[0].out]
+    (alone,) = [runs for runs in groups["g1"] if "big.safetensors" in runs[0].out]
+    share = alone[0].read / size
+    assert all(abs(run.read - share) < 0.1 * share for run in ranks), (share, [run.read for run in ranks])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_told_is_the_same(groups: Groups, size: int) -> None:
+    at = len(OUTPUTS)
+    for own, alone in zip(groups[f"g{size}"][at : at + 2], groups["g1"][at:], strict=False):
+        assert [run.code for run in own] == [0] * size, own
+        told, wanted = (
+            re.sub(rf'g{n}/|"seconds": [0-9.e-]+', "", run.out)
+            for n, run in ((size, own[0]), (1, alone[0]))
+        )
+        assert told == wanted
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_mistake_is_told_once(folder: Path, groups: Groups, size: int) -> None:
+    ours, alone = (groups[name][-len(FAILING) :] for name in (f"g{size}", "g1"))
+    for ranks, (wanted,) in zip(ours, alone, strict=True):
+        assert [run.code for run in ranks] == [wanted.code] * size
+        assert (ranks[0].out, ranks[0].err) == (wanted.out, wanted.err)
+        assert all(not run.out and not run.err for run in ranks[1:])
+    assert [wanted.code for (wanted,) in alone] == [2, 2, 3, 0]
+    assert not (folder / "never.safetensors").exists()
+
+
+def test_other_disks_and_other_arguments(folder: Path, groups: Groups) -> None:
+    disks, arguments = groups["odd"]
+    disks[0].failed(2, r"/dev/fd/99: isn't the same folder for rank 1 \(on .*\): .*; give .*")
+    assert not list((folder / "odd" / "disk0").iterdir())
+    arguments[0].failed(2, "rank 1: was given other arguments than rank 0 .*; .*")
+    assert [(run.code, run.out, run.err) for run in (disks[1], arguments[1])] == [(2, "", "")] * 2
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_dead_rank_ends_the_others(
+    folder: Path, groups: Groups, posthoc_here: Posthoc, dead: int
+) -> None:
+    (ranks,) = groups[f"k{dead}"]
+    left = [run for at, run in enumerate(ranks) if at != dead]
+    assert [run.code for run in left] == [1] * len(left), ranks
+    told = "".join(run.err for run in left)
+    line = f"posthoc: rank {dead}: has ended, or its machine can't be reached; see .*\n"
+    assert re.fullmatch(line, told), told
+    assert all(run.seconds < 30 for run in left)
+    into = folder / f"k{dead}"
+    assert not (into / "x.safetensors").exists()
+    assert bool(list(into.glob(".*.posthoc-tmp"))) == (dead == 0)
+    words = [folder / word if word == "big" else word for word in BIG]
+    again = posthoc_here(*words, into / "x.safetensors", "-q")
+    assert again.code == 0, again
+    assert not list(into.glob(".*.posthoc-tmp"))
+
+
+def test_torchrun(folder: Path, groups: Groups) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "--no-python", COMMAND]
+    done = subprocess.run(
+        [*command, *OUTPUTS["one.safetensors"], "-o", "torchrun.safetensors"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torchrun.safetensors") == 1
+    made = (folder / "torchrun.safetensors").read_bytes()
+    assert made == (folder / "g1" / "one.safetensors").read_bytes()
+
+
+# Which processes are ranks
+
+TORCH = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (TORCH, Place(1, 4, 1)),
+        (TORCH | {"WORLD_SIZE": "1", "RANK": "0"}, None),
+        (STEP, Place(2, 3, 0)),
+        # A batch script has these, though nothing was started by srun.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, None),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+    ],
+)
+def test_find_place(environment: dict[str, str], place: Place | None) -> None:
+    assert find_place(environment) == place
+
+
+def test_variables_that_make_no_sense() -> None:
+    with pytest.raises(UsageError, match="RANK: '-1' is not a whole number"):
+        find_place(TORCH | {"RANK": "-1"})
+    with pytest.raises(UsageError, match="RANK: 4 is none of 4 ranks"):
+        find_place(TORCH | {"RANK": "4"})
+    with pytest.raises(UsageError, match=r"MASTER_ADDR: is not set, and this is one of 3 tasks"):
+        check_address(Place(0, 3, 0), STEP)
+
+
+def test_a_program_that_a_rank_starts_is_alone(posthoc: Posthoc, snapshots: Path) -> None:
+    """As a training script may, all ranks of which share the variables."""
+    code = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, COMMAND, "inspect", str(snapshots)],
+        env=ENVIRONMENT | TORCH,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The parts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64])
+def test_parts_are_all_of_the_plan(folder: Path, size: int) -> None:
+    paths = sorted((folder / "run").glob("*.safetensors"))
+    plan = make_plan([read_header(path) for path in paths], 5)
+    parts = [chunk for rank in range(size) for chunk in part_of(plan, rank, size)]
+    for whole in plan.whole():
+        own = [chunk for chunk in parts if chunk.segment is whole.segment]
+        assert [0, *(each.last for each in own)] == [*(each.first for each in own), whole.elements]
+    read = [sum(map(plan.bytes_of, part_of(plan, rank, size))) for rank in range(size)]
+    assert max(read) - min(read) < 64 * 4 * 6 * len(plan.segments)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """The outputs in a group's folder: nothing that it has told, nor what it printed as JSON."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".jsonl"
+    }

@@ -1,0 +1,142 @@
+"""Groups of ranks that run commands one after the other: torch is imported once, and forked.
+
+`python -m tests.ranked PLAN` reads what to run from a JSON file: a list of groups, each with its
+`size`, the `commands`, the rank that `dies` of SIGKILL in the middle of the last of them (or -1),
+and the folder `into` which each rank writes what came of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.command import ENVIRONMENT, ROOT, Run
+
+OWN_DISK = 99
+"""The number by which each rank has a folder of its own open: /dev/fd/99 is another for each."""
+
+
+@dataclass(frozen=True)
+class RankRun(Run):
+    """What a command came to on one rank: the bytes that it read, and the seconds it took."""
+
+    read: int
+    seconds: float
+
+
+def group(
+    size: int, commands: Sequence[Sequence[str]], into: str, dies: int = -1
+) -> dict[str, Any]:
+    return {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
+
+
+def run_groups(folder: Path, *groups: dict[str, Any]) -> list[list[list[RankRun]]]:
+    """[groups][commands][ranks]: what each came to; a rank that dies has code -9 and no words."""
+    (folder / "plan.json").write_text(json.dumps(groups))
+    command = [sys.executable, "-m", "tests.ranked", str(folder / "plan.json")]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for each in groups:
+        ranks = [
+            (folder / each["into"] / f"{rank}.jsonl").read_text().splitlines()
+            for rank in range(each["size"])
+        ]
+        if each["dies"] >= 0:
+            ranks[each["dies"]].append(json.dumps([-9, "", "", 0, 0.0]))
+        runs = [[RankRun(*json.loads(line)) for line in lines] for lines in ranks]
+        found.append(list(map(list, zip(*runs, strict=True))))
+        assert len(found[-1]) == len(each["commands"]), each
+    return found
+
+
+def main(plan: Path) -> None:
+    from torch.distributed import TCPStore
+
+    import posthoc_cli.cli.app
+    import posthoc_cli.snapshots.sampling
+    import posthoc_cli.synthesis.comparison
+    import posthoc_cli.synthesis.outputs  # noqa: F401
+
+    groups, children = json.loads(plan.read_text()), []
+    for each in groups:
+        Path(each["into"]).mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            each["port"] = free.getsockname()[1]
+        for rank in range(each["size"]):
+            child = os.fork()
+            if not child:
+                _be(rank, each)
+            children.append(child)
+    # As a launcher's, these outlive the calls.
+    stores = [
+        TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
+        for each in groups
+    ]
+    for child in children:
+        os.waitpid(child, 0)
+    del stores
+
+
+def _be(rank: int, each: dict[str, Any]) -> NoReturn:
+    from posthoc_cli.cli import main as run
+    from posthoc_cli.synthesis.engine import Engine
+
+    own = Path(each["into"]) / f"disk{rank}"
+    own.mkdir()
+    os.dup2(os.open(own, os.O_RDONLY), OWN_DISK)
+    leave = os._exit
+    os._exit = _leave  # type: ignore[assignment]
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(each["size"]), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(each["port"])}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    with open(Path(each["into"]) / f"{rank}.jsonl", "w") as told:
+        for at, command in enumerate(each["commands"]):
+            if rank == each["dies"] and at == len(each["commands"]) - 1:
+                Engine.sum = _die  # type: ignore[method-assign]
+            sys.argv = ["posthoc", *(word.replace("%rank%", str(rank)) for word in command)]
+            out, err = io.StringIO(), io.StringIO()
+            begin, before = time.perf_counter(), _read()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    code: Any = run()
+                except SystemExit as left:
+                    code = left.code
+            line = code, out.getvalue(), err.getvalue(), _read() - before
+            told.write(json.dumps([*line, time.perf_counter() - begin]) + "\n")
+            told.flush()
+    leave(0)
+
+
+def _read() -> int:
+    with contextlib.suppress(OSError):
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    raise SystemExit(code)
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
