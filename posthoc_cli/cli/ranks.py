@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 
@@ -44,7 +43,11 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
             )
         found.append(int(text))
     rank, size, local_rank = found
-    if size == 1 or _is_helper(names[0]):
+    if size == 1:
+        return None
+    from posthoc_cli.storage.ranks import is_helper
+
+    if is_helper(names[0]):
         return None
     if not rank < size:
         raise UsageError(
@@ -60,24 +63,6 @@ def check_address(place: Place, environment: Mapping[str, str] = os.environ) -> 
             problem = f"is not set, and this is one of {place.size} tasks that share a call"
             remedy = f"set it to {example}; or start each alone, by env -u SLURM_PROCID -u RANK"
             raise UsageError(name, problem, remedy)
-
-
-def _is_helper(name: str) -> bool:
-    """Whether a program of Python that is a rank itself has started this one, as training scripts
-    do: its variables are not meant for us. Known where there is /proc."""
-    try:
-        pid = os.getppid()
-        while (
-            f"\0{name}="
-            in f"\0{Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace')}"
-        ):
-            if "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe")):
-                return True
-            status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-            pid = int(status.rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    return False
 
 
 def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception], int]) -> int:

@@ -20,12 +20,15 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.header import TensorIndex
 from posthoc_cli.storage.peers import TO_STOP, Left, Peers, Stopped, ignore
+from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.stores import exists
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Part:
 def check_there(part: Part, sources: Iterable[TensorIndex]) -> None:
     """Raise UsageError for a snapshot that another rank than the first doesn't see."""
     for path in (file.path for source in sources for file in source.files):
-        if part.rank and not os.path.lexists(path):
+        if part.rank and not isinstance(path, Url) and not exists(path):
             raise UsageError(
                 str(path), f"isn't there for {part}", "put the snapshots where all ranks see them"
             )
@@ -147,6 +150,24 @@ def leave() -> bool:
         return _group.leave()
     finally:
         _group, workers.shared_by = None, 1
+
+
+def is_helper(name: str) -> bool:
+    """Whether a program of Python that is a rank itself has started this one, as training scripts
+    do: its variables are not meant for us. Known where there is /proc."""
+    try:
+        pid = os.getppid()
+        while (
+            f"\0{name}="
+            in f"\0{Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace')}"
+        ):
+            if "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe")):
+                return True
+            status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            pid = int(status.rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
 
 
 class _Group(Peers):
