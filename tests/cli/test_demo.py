@@ -11,8 +11,8 @@ import torch
 from posthoc_cli.training.demo import TRUE_PROFILES, distance, sample, score, train
 
 
-def test_the_demo_runs_its_own_commands_and_comes_near(posthoc, tmp_path: Path) -> None:
-    run = posthoc("demo", "here", "--steps", "640")
+def test_the_demo_runs_its_own_commands_and_comes_near(posthoc_here, tmp_path: Path) -> None:
+    run = posthoc_here("demo", "here", "--steps", "320")
     assert run.code == 0, run
     snapshots = sorted(path.name for path in (tmp_path / "here" / "snapshots").iterdir())
     assert len(snapshots) == 32
