@@ -207,7 +207,7 @@ def test_a_name_too_long_and_a_working_folder_that_is_gone(
 ) -> None:
     arguments = "synthesize", "snapshots", "--sigma-rel", "0.07", "-o"
     posthoc_here(*arguments, "x" * 300 + ".safetensors").failed(
-        1, r"x+\.safetensors: File name too long; choose a shorter name"
+        1, r"x+\.safetensors: cannot be written \(File name too long\); choose a shorter name"
     )
 
     def gone() -> str:
