@@ -22,7 +22,6 @@ from posthoc_cli.cli.lists import read_numbers
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import MachineError, NoNetworkError, SnapshotError, in_bytes, printable
-from posthoc_cli.storage.places import place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,6 +131,7 @@ def convert(
     options.check_choice("--dtype", dtype, options.dtypes())
 
     from posthoc_cli.snapshots import compile_pattern
+    from posthoc_cli.storage.places import place
     from posthoc_cli.synthesis.conversion import explain
     from posthoc_cli.synthesis.conversion_files import nothing_left
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs

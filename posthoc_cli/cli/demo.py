@@ -14,7 +14,6 @@ import typer
 
 from posthoc_cli.cli.console import note, plain_table, print_table, stderr_console, stdout_console
 from posthoc_cli.errors import MachineError, UsageError, percent
-from posthoc_cli.storage.manifest import is_taken
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +45,8 @@ def demo(
       posthoc demo
       posthoc demo my-demo
     """
+    from posthoc_cli.storage.manifest import is_taken
+
     base = Path(folder)
     if is_taken(base):
         raise UsageError(folder, "exists already", "name a new or an empty folder")

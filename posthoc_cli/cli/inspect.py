@@ -30,8 +30,6 @@ from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.suggestions import suggest
 from posthoc_cli.cli.tables import Column, Columns, shortened
 from posthoc_cli.errors import SnapshotError, UsageError, in_bytes, percent, printable
-from posthoc_cli.storage.places import place
-from posthoc_cli.storage.stores import is_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +73,8 @@ def inspect(
     """
     from posthoc_cli.formats import without_ending
     from posthoc_cli.storage import index_of_shard, is_output
+    from posthoc_cli.storage.places import place
+    from posthoc_cli.storage.stores import is_file
 
     path = place(folder[0])
     if len(folder) == 1 and is_output(path):

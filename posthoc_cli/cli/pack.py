@@ -21,7 +21,6 @@ from posthoc_cli.cli.console import (
     warning_lines,
 )
 from posthoc_cli.errors import SnapshotError, in_bytes, percent, printable
-from posthoc_cli.storage.places import place
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Run
@@ -82,6 +81,7 @@ def pack(
     options.check_choice("--dtype", dtype, _dtypes())
 
     from posthoc_cli.api import open_snapshots
+    from posthoc_cli.storage.places import place
     from posthoc_cli.synthesis.pack import pack as pack_all
     from posthoc_cli.synthesis.pack import plan_pack
 

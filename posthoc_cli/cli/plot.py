@@ -10,8 +10,6 @@ from posthoc_cli.cli import options
 from posthoc_cli.cli.console import counted, note
 from posthoc_cli.cli.solutions import open_and_warn, warn_of_sample
 from posthoc_cli.errors import UsageError
-from posthoc_cli.storage.places import place
-from posthoc_cli.storage.stores import exists
 
 if TYPE_CHECKING:
     from posthoc_cli.solver.targets import Target
@@ -66,6 +64,8 @@ def plot(
     """
     from posthoc_cli import plotting
     from posthoc_cli.storage.atomic import AtomicFile
+    from posthoc_cli.storage.places import place
+    from posthoc_cli.storage.stores import exists
     from posthoc_cli.storage.temporary import clean_up
 
     path = place(output)
