@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from posthoc_cli.storage.places import place
 from posthoc_cli.storage.stores import own_name
 
 if TYPE_CHECKING:
+    from posthoc_cli.api.tuner import Tuned, Tuner
     from posthoc_cli.snapshots.sampling import Sample
     from posthoc_cli.synthesis.plan import TensorPlan
     from posthoc_cli.synthesis.products import Products
@@ -108,6 +109,7 @@ class Run:
     _plans: dict[Any, TensorPlan | Products] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _samples: dict[Any, Sample] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def folder(self) -> Path:
@@ -290,6 +292,69 @@ class Run:
                 raise SnapshotError(str(self.folder), f"no weights give {target}", remedy)
         return solution
 
+    def tuner(self, *, minimize: bool, **search: Any) -> Tuner:
+        """A search for the average that a metric likes best, for a loop of one's own.
+
+        The arguments are those of `tune` from `parameter` on. Ask it for networks with `ask()`, and
+        `tell()` it what was measured.
+        """
+        from posthoc_cli.api.tuner import Tuner
+
+        return Tuner(self, minimize=minimize, **search)
+
+    def tune(
+        self,
+        metric: str | Callable[[Any], float],
+        *,
+        minimize: bool,
+        given: str = "state_dict",
+        output: str | os.PathLike[str] | None = None,
+        force: bool = False,
+        skip_existing: bool = False,
+        workdir: str | os.PathLike[str] | None = None,
+        parallel: int = 1,
+        **search: Any,
+    ) -> Tuned:
+        """Look for the average that `metric` likes best, and write it as `output`.
+
+        Arguments:
+            metric: what measures a network: a function of its tensors by name or, with
+                given="path", of a file; or a command of the shell with `{file}` in it, whose metric
+                is the last number it prints.
+            minimize: whether less is better.
+            output, force, skip_existing: where to write the best, as `save` has them.
+            workdir: where networks lie while they are measured, by default beside the journal.
+            parallel: how many commands to run at once.
+            parameter: what is searched: "sigma_rel", "window", "half_life" or "decay".
+            range: from where to where: "0.02:0.25" or a pair; by default the widest range within
+                `max_error`, the error that is to be expected (0.05).
+            also: "step", to search which step is best as well.
+            step, method, device: those of `solve`; dtype, copy, drop, layout: those of `save`.
+            evaluations: how many networks to measure, 14 by default.
+            tolerance: stop before that when the best is known so well: 0.1 is to about 10 %.
+            journal: a file that keeps each evaluation, so that the same call goes on where an
+                earlier one ended.
+
+        The first seven lengths are evenly spaced in log, all written in one pass over the
+        snapshots; the others are where most is to be learned about the best. Raises what `solve`
+        and `save` do; MachineError when a command fails or prints no number, and what the function
+        raises.
+        """
+        from posthoc_cli.api.tune import tune
+
+        return tune(
+            self,
+            metric,
+            minimize=minimize,
+            given=given,
+            output=output,
+            force=force,
+            skip_existing=skip_existing,
+            workdir=workdir,
+            parallel=parallel,
+            **search,
+        )
+
     def _measure(
         self, snapshots: list[Snapshot], leave_out: Sequence[str], needed: bool
     ) -> tuple[Sample | None, str]:
@@ -305,8 +370,11 @@ class Run:
             if needed:
                 raise UsageError("method=", problem, "use another method, and no max_error=")
             return None, problem
+        key = snapshots[-1].step, len(snapshots), tuple(leave_out)
         try:
-            sampled = fit_snapshots(snapshots, leave_out)
+            if key not in self._samples:
+                self._samples[key] = fit_snapshots(snapshots, leave_out)
+            sampled = self._samples[key]
         except SnapshotError as error:
             if needed:
                 raise

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import math
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Hashable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
 from posthoc_cli.storage.places import File
+from posthoc_cli.storage.aside import remove
 from posthoc_cli.storage.sniffing import where_link_leads
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
@@ -31,6 +34,20 @@ def remove_file(path: Path) -> None:
     """Remove `path` if it is there."""
     with write_errors(path):
         path.unlink(missing_ok=True)
+
+
+def remove_whole(path: Path) -> None:
+    """Remove the file or the whole folder `path`, if it is there."""
+    with write_errors(path):
+        remove(path)
+
+
+def free_bytes(folder: Path) -> float:
+    """What the disk of `folder` has room for; infinite where that can't be told."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
 
 
 def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> None:
