@@ -17,7 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COLUMNS = 80
-COMMANDS = ("inspect", "convert", "pack", "solve", "synthesize", "verify", "plot", "plan", "demo")
+COMMANDS = ("inspect", "convert", "pack", "solve", "synthesize", "tune", "verify")
+COMMANDS += ("plot", "plan", "demo")
 
 
 def posthoc(*arguments: str, cwd: Path = HERE, colour: bool = False) -> str:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posthoc_cli.api.solution import Progress
 from posthoc_cli.api.tuner import Trial, Tuned, Tuner
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.storage.disk import already_exists, free_bytes, make_folder, remove_whole
@@ -47,12 +48,12 @@ def tune(
     workdir: str | os.PathLike[str] | None = None,
     parallel: int = 1,
     report: Report | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     started: Callable[[Tuner], None] | None = None,
     **search: Any,
 ) -> Tuned:
     """What `Run.tune` does. `report` is told of each measurement, `started` of the search itself,
-    `progress` of the bytes read for the output."""
+    `progress` of the bytes that are read for networks."""
     if isinstance(metric, str):
         metric = CommandMetric(metric)
     command = metric if isinstance(metric, CommandMetric) else None
@@ -79,7 +80,7 @@ def tune(
         if command or given == "path":
             place = stack.enter_context(_workplace(tuner.journal.path, workdir))
         measure = _by_command(command, layout) if command else _by_call(metric, given)  # type: ignore[arg-type]
-        loop = _Loop(tuner, measure, place, parallel if command else 0, report)
+        loop = _Loop(tuner, measure, place, parallel if command else 0, report, progress)
         try:
             loop.run()
         except BaseException:
@@ -89,9 +90,9 @@ def tune(
         result = tuner.result()
         if output is None or result.best is None:
             return result
-        how: dict[str, Any] = {"force": force, "skip_existing": skip_existing}
-        tuner.save_best(output, progress=progress, **how)
-        return replace(result, output=Path(output))
+        how: dict[str, Any] = {"force": force, "skip_existing": skip_existing, "layout": layout}
+        saved = result.best.solution.save(output, progress=progress, **how, **tuner.made)
+        return replace(result, output=saved)
 
 
 def _is_there(run: Run, output: str, layout: str) -> bool:
@@ -189,6 +190,7 @@ class _Loop:
     place: Path | None
     parallel: int
     report: Report | None
+    progress: Progress | None
     queue: list[Trial] = field(default_factory=list)
     paths: dict[Trial, Path] = field(default_factory=dict)
     running: dict[Future[list[float]], tuple[Trial, int, float]] = field(default_factory=dict)
@@ -225,7 +227,7 @@ class _Loop:
             return
         size = self.tuner.bytes_of_network() + _MARGIN
         self.queue = self.tuner.ask(max(int(min(count, free_bytes(self.place) // size)), 1))
-        self.paths |= self.tuner.save(self.queue, self.place)
+        self.paths |= self.tuner.save(self.queue, self.place, self.progress)
 
     def _start(self, pool: ThreadPoolExecutor | _Here, trial: Trial, slot: int) -> None:
         if self.report:
@@ -262,9 +264,7 @@ class _Loop:
         """The failure, with what was measured, and what is kept of the rest."""
         if not isinstance(error, MachineError):
             return error
-        kept = len(self.tuner.measured)
-        where = f" ({kept} measured so far, kept in {self.tuner.journal.path})"
-        where = where if self.tuner.journal.path and kept else ""
-        return MachineError(
-            error.subject, f"of {trial.target} {error.problem}", error.remedy + where
-        )
+        kept, path = len(self.tuner.measured), self.tuner.journal.path
+        where = f" ({kept} measured so far, kept in {path})" if path and kept else ""
+        problem = f"{error.problem} at {trial.target}"
+        return MachineError(error.subject, problem, error.remedy + where)

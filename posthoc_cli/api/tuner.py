@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from posthoc_cli.api.lengths import identity, reached, searched_steps
 from posthoc_cli.api.solution import Solution, check_max_error
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.targets import Target, Value, plain_number
+from posthoc_cli.storage import ENDING
 from posthoc_cli.synthesis.plan import TensorPlan
 from posthoc_cli.tuning.axis import Axis, check_parameter, length_of, make_axis, read_axis
 from posthoc_cli.tuning.journal import Evaluation, Journal
@@ -85,7 +86,7 @@ class Best:
     """The best average by all that was measured: the minimum of the curve through it.
 
     `metric` is the curve's value there, `interval` the values of the parameter between which the
-    best lies (95 %), `metric_interval` the same of the metric.
+    best lies with a probability of 0.9, `metric_interval` the same of the metric.
     """
 
     target: Target
@@ -94,6 +95,7 @@ class Best:
     interval: tuple[Target, Target]
     metric_interval: tuple[float, float]
     expected_error: float | None
+    solution: Solution
 
     @property
     def sigma_rel(self) -> float | None:
@@ -103,13 +105,13 @@ class Best:
 @dataclass(frozen=True)
 class Tuned:
     """What came of a search: the `best`, None where nothing was measured; every evaluation, those
-    that failed too; `notes` on what speaks against trusting it."""
+    that failed too; `notes` on what speaks against trusting it; the `output`, if it was saved."""
 
     best: Best | None
     evaluations: list[Evaluation]
     posterior: Posterior | None
     notes: list[str] = field(default_factory=list)
-    output: Path | None = None
+    output: Saved | None = None
 
 
 class Tuner:
@@ -324,8 +326,24 @@ class Tuner:
         if not count:
             return None
         if self._belief is None or self._belief[0] != count:
-            self._belief = count, posterior(self.space, self._observations())
+            self._belief = count, posterior(self.space, self._observations(), self.seed)
         return self._belief[1]
+
+    @property
+    def best(self) -> tuple[Target, int, float] | None:
+        """The best target by all that was told so far, its step and the metric there.
+
+        It is where the curve is best, or, before there are enough for a curve, what was measured.
+        """
+        belief, sign = self.posterior, 1.0 if self.minimize else -1.0
+        if belief is None:
+            return None
+        if len(self.measured) >= _FEWEST:
+            target = self.axis.target(belief.best[0])
+            return target, self._step_of(belief.best), sign * belief.value
+        metric, at = min((sign * (each.metric or 0.0), at) for at, each in enumerate(self.measured))
+        one = self.measured[at]
+        return self.axis.target(one.length), one.step, sign * metric
 
     @property
     def settled(self) -> bool:
@@ -338,19 +356,20 @@ class Tuner:
         """The best by all that was told so far."""
         belief = self.posterior
         evaluations = list(self.journal.evaluations)
-        if belief is None:
+        if belief is None or self.best is None:
             return Tuned(None, evaluations, None)
-        target, step = self.axis.target(belief.best[0]), self._step_of(belief.best)
+        target, step, value = self.best
         sign = 1.0 if self.minimize else -1.0
         values = sorted(sign * each for each in belief.value_interval)
         solution = self._solve([target], step)
         best = Best(
             target,
             step,
-            sign * belief.value,
+            value,
             (self.axis.target(belief.interval[0]), self.axis.target(belief.interval[1])),
             (values[0], values[1]),
             Trial(solution, 0).expected_error,
+            solution,
         )
         doubted = len(self.measured) >= _FEWEST
         notes = list(doubts(self, Trial(solution, 0), belief)) if doubted else []
@@ -363,52 +382,22 @@ class Tuner:
         plan = self.run.plan(self.step, **self.made)
         return plan.bytes_to_write if isinstance(plan, TensorPlan) else 0
 
-    def save(self, trials: Iterable[Trial], folder: Path) -> dict[Trial, Path]:
-        """Write the networks into `folder`, those of one solution in one pass."""
-        ending = "" if self.layout == "folder" else ".safetensors"
-        place = str(folder).replace("{", "{{").replace("}", "}}")
-        paths: dict[Trial, Path] = {}
-        for solution in dict.fromkeys(_Same(trial.solution) for trial in trials):
-            template = os.path.join(place, "{target}-step{step}" + ending)
-            made = solution.one.save(template, layout=self.layout, force=True, **self.made)
-            for trial in trials:
-                if trial.solution is solution.one:
-                    paths[trial] = made[trial.at]
-        return paths
-
-    def save_best(
+    def save(
         self,
-        output: str | os.PathLike[str],
-        *,
-        force: bool = False,
-        skip_existing: bool = False,
+        trials: Sequence[Trial],
+        folder: Path,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Saved | None:
-        """Write the best as `output`; None where nothing was measured. Raises what `save` does."""
-        result = self.result()
-        if result.best is None:
-            return None
-        return self._solve([result.best.target], result.best.step).save(
-            output,
-            layout=self.layout,
-            force=force,
-            skip_existing=skip_existing,
-            progress=progress,
-            **self.made,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """A solution by identity: it has none of its own that can be hashed."""
-
-    one: Solution
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.one is other.one
-
-    def __hash__(self) -> int:
-        return id(self.one)
+    ) -> dict[Trial, Path]:
+        """Write the networks into `folder`, those of one solution in one pass."""
+        ending = "" if self.layout == "folder" else ENDING
+        place = str(folder).replace("{", "{{").replace("}", "}}")
+        template = os.path.join(place, "{target}-step{step}" + ending)
+        how: dict[str, Any] = {"layout": self.layout, "force": True, "progress": progress}
+        paths: dict[Trial, Path] = {}
+        for solution in {id(trial.solution): trial.solution for trial in trials}.values():
+            made = solution.save(template, **how, **self.made)
+            paths |= {each: made[each.at] for each in trials if each.solution is solution}
+        return paths
 
 
 def _given(target: Target) -> Value:

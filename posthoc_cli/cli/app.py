@@ -17,6 +17,7 @@ from posthoc_cli.cli.plan import plan
 from posthoc_cli.cli.plot import plot
 from posthoc_cli.cli.solve import solve
 from posthoc_cli.cli.synthesize import synthesize
+from posthoc_cli.cli.tune import tune
 from posthoc_cli.cli.verify import verify
 from posthoc_cli.errors import UsageError
 
@@ -33,6 +34,7 @@ app.command(cls=Command, short_help="Make snapshots of other tools' checkpoints.
 app.command(cls=Command, short_help="Store snapshots as differences: fewer bytes.")(pack)
 app.command(cls=Command, short_help="Show the weights that give an EMA.")(solve)
 app.command(cls=Command, short_help="Write an EMA, or several.")(synthesize)
+app.command(cls=Command, short_help="Find the EMA that a metric likes best.")(tune)
 app.command(cls=Command, short_help="Check an output against its snapshots.")(verify)
 app.command(cls=Command, short_help="Draw profiles and weights.")(plot)
 app.command(cls=Command, short_help="Show, before training, what it will give.")(plan)

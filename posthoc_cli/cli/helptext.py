@@ -11,7 +11,7 @@ METHODS_HERE = "{methods}"
 help needs."""
 
 _REST = "Other options"
-_HEADINGS = ("Arguments", "Targets", "Output", "Reading the folder")
+_HEADINGS = ("Arguments", "The metric", "The search", "Targets", "Output", "Reading the folder")
 
 
 def _format_options(command: Any, context: Any, formatter: Any, rest: str = _REST) -> None:

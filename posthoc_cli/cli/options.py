@@ -22,6 +22,7 @@ _UNITS: dict[str, int] = {unit: 1000**power for power, unit in enumerate(("", "k
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate(("", "k", "m", "g", "t")) if unit}
 
 READING, TARGETS, OUTPUT = "Reading the folder", "Targets", "Output"
+METRIC, SEARCH = "The metric", "The search"
 """The headings of the help."""
 
 
@@ -114,6 +115,30 @@ DtypeOption = Annotated[
         "Of the tensors written: same, float64, float32, float16 or bfloat16.",
         autocompletion=dtypes,
     ),
+]
+CopyOption = Annotated[
+    list[str] | None,
+    in_panel(
+        OUTPUT,
+        "GLOB",
+        "Tensors to take from the newest snapshot instead of averaging; may be repeated.",
+    ),
+]
+DropOption = Annotated[
+    list[str] | None, in_panel(OUTPUT, "GLOB", "Tensors to leave out; may be repeated.")
+]
+LayoutOption = Annotated[
+    str,
+    in_panel(
+        OUTPUT,
+        "LAYOUT",
+        "What each output is: file; or folder, with the config, tokenizer and other parts that "
+        "lie beside the newest snapshot, as from_pretrained loads it.",
+        autocompletion=lambda: ["file", "folder"],
+    ),
+]
+SkipOption = Annotated[
+    bool, flag("--skip-existing", "Keep outputs that exist, and write the others.", OUTPUT)
 ]
 ForceOption = Annotated[bool, flag("--force", "Replace outputs that exist.", OUTPUT)]
 JsonOption = Annotated[bool, flag("--json", "Print the result as JSON.")]

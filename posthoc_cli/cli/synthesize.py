@@ -68,35 +68,11 @@ def synthesize(
         ),
     ] = None,
     dtype: options.DtypeOption = "same",
-    copy: Annotated[
-        list[str] | None,
-        options.in_panel(
-            options.OUTPUT,
-            "GLOB",
-            "Tensors to take from the newest snapshot instead of averaging; may be repeated.",
-        ),
-    ] = None,
-    drop: Annotated[
-        list[str] | None,
-        options.in_panel(options.OUTPUT, "GLOB", "Tensors to leave out; may be repeated."),
-    ] = None,
+    copy: options.CopyOption = None,
+    drop: options.DropOption = None,
     force: options.ForceOption = False,
-    skip_existing: Annotated[
-        bool,
-        options.flag(
-            "--skip-existing", "Keep outputs that exist, and write the others.", options.OUTPUT
-        ),
-    ] = False,
-    layout: Annotated[
-        str,
-        options.in_panel(
-            options.OUTPUT,
-            "LAYOUT",
-            "What each output is: file; or folder, with the config, tokenizer and other parts that "
-            "lie beside the newest snapshot, as from_pretrained loads it.",
-            autocompletion=lambda: ["file", "folder"],
-        ),
-    ] = "file",
+    skip_existing: options.SkipOption = False,
+    layout: options.LayoutOption = "file",
     max_shard_size: Annotated[
         str | None,
         options.in_panel(

@@ -63,6 +63,10 @@ class LineFile:
         if new:
             flush_folder(self.path.parent)
 
+    def restart(self) -> None:
+        """Forget all lines: the next one is the first."""
+        self.lines, self._size = [], 0
+
     def _cut(self) -> None:
         """Remove what lies after the last whole line; give it its end, if only that is missing."""
         os.ftruncate(self._fd, self._size)

@@ -92,11 +92,13 @@ class Journal:
             raise
 
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Say what the search is of; what is there already has to be of the same."""
+        """Say what the search is of; what was measured already has to be of the same."""
         begun = json.loads(json.dumps({"posthoc_tune": VERSION, "posthoc": __version__, **header}))
-        if not self.header:
+        if all(each.metric is None for each in self.evaluations) and self.header != begun:
+            if self._file:
+                self._file.restart()
             self._append(begun)
-            self.header = begun
+            self.header, self.evaluations = begun, []
             return
         for key, what in KEYS.items():
             was = self.header.get(key)
