@@ -194,7 +194,7 @@ class _Loop:
     queue: list[Trial] = field(default_factory=list)
     paths: dict[Trial, Path] = field(default_factory=dict)
     running: dict[Future[list[float]], tuple[Trial, int, float]] = field(default_factory=dict)
-    failure: Exception | None = None
+    failure: tuple[Exception, Trial] | None = None
 
     def run(self) -> None:
         """Until the search is done. Raises the first failure, when what ran beside it has ended."""
@@ -216,7 +216,7 @@ class _Loop:
             if pool:
                 pool.shutdown(wait=False, cancel_futures=True)
         if self.failure is not None:
-            raise self.failure
+            raise self._said(*self.failure)
 
     def _write(self, slots: int) -> None:
         """Ask for networks and write them: all of the first round in one pass, if the disk has room
@@ -245,7 +245,7 @@ class _Loop:
         except Exception as error:
             why = error.problem if isinstance(error, PosthocError) else repr(error)
             keep = partial(self.tuner.fail, trial, why, seconds=seconds)
-            self.failure = self.failure or self._said(error, trial)
+            self.failure = self.failure or (error, trial)
         path = self.paths.pop(trial, None)
         try:
             evaluation = keep()

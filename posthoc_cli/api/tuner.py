@@ -265,8 +265,8 @@ class Tuner:
         found: list[Trial] = []
         for step in dict.fromkeys(map(self._step_of, points)):
             targets = [self.axis.target(each[0]) for each in points if self._step_of(each) == step]
-            solution = self._solve(list(dict.fromkeys(targets)), step)
-            found += [Trial(solution, at) for at, _ in enumerate(solution.targets)]
+            solution = self._solve(targets, step)  # the same may be worth to be measured twice
+            found += [Trial(solution, solution.targets.index(target)) for target in targets]
         self.pending += found
         return found
 

@@ -175,11 +175,8 @@ def tune(
 
     \b
     Examples:
-      posthoc tune snapshots --metric 'wc -c < {file}' --minimize -o best.safetensors
-      posthoc tune snapshots --metric 'echo fid: {sigma_rel} {file}' --minimize \\
-        --metric-regex 'fid: ([0-9.]+)' --range 0.02:0.25 --evaluations 3 -o least.safetensors
-      posthoc tune snapshots --metric 'wc -c < {file}' --maximize --parallel 2 \\
-        --parameter window --range 10%:50% --evaluations 2 --journal window.jsonl
+      posthoc tune snapshots --metric 'python fid.py {file}' --minimize
+      posthoc tune snapshots --metric 'wc -c <{file}' --maximize -o b.safetensors
     """
     if minimize == maximize:
         problem = "doesn't go with --maximize" if minimize else "neither it nor --maximize is given"
