@@ -19,6 +19,7 @@ from posthoc_cli.api.solution import Progress
 from posthoc_cli.api.tuner import Trial, Tuned, Tuner
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.storage.disk import already_exists, free_bytes, make_folder, remove_whole
+from posthoc_cli.storage.places import place
 from posthoc_cli.tuning.journal import Evaluation
 from posthoc_cli.tuning.metric import CommandMetric
 
@@ -70,17 +71,17 @@ def tune(
         raise UsageError("force=True", "doesn't go with skip_existing=True", "leave one out")
     if output is not None and _is_there(run, os.fspath(output), layout) and not force:
         if not skip_existing:
-            raise already_exists(Path(output))
+            raise already_exists(place(output))
         search["evaluations"] = 0
     search.setdefault("name", {"callable": _name(metric)})
     with Tuner(run, **search) as tuner, contextlib.ExitStack() as stack:
         if started:
             started(tuner)
-        place = None
+        folder = None
         if command or given == "path":
-            place = stack.enter_context(_workplace(tuner.journal.path, workdir))
+            folder = stack.enter_context(_workplace(tuner.journal.path, workdir))
         measure = _by_command(command, layout) if command else _by_call(metric, given)  # type: ignore[arg-type]
-        loop = _Loop(tuner, measure, place, parallel if command else 0, report, progress)
+        loop = _Loop(tuner, measure, folder, parallel if command else 0, report, progress)
         try:
             loop.run()
         except BaseException:

@@ -187,13 +187,14 @@ def tune(
     load_numpy()
     from posthoc_cli.api.tune import tune as search
     from posthoc_cli.cli.watching import watching
+    from posthoc_cli.storage.stores import own_name
     from posthoc_cli.tuning.metric import CommandMetric, read_gpus
 
     devices = read_gpus(gpus) if gpus is not None else []
     command = CommandMetric(metric, metric_regex, metric_json, timeout, repeats, devices)
     reading = dataclasses.replace(reading, copy=copy, drop=drop)
     run = open_and_warn(folder, reading, quiet)
-    place = journal or f"{_stem(output) if output else run.folder.resolve().name}.tune.jsonl"
+    place = journal or f"{_stem(output) if output else own_name(run.folder)}.tune.jsonl"
     parallel = (len(devices) or 1) if parallel is None else parallel
     with watching(command, parallel, quiet) as watch:
         tuned = search(
@@ -236,9 +237,12 @@ def tune(
 
 
 def _stem(output: str) -> str:
-    """The output without its ending, to name the journal beside it."""
+    """The output without its ending, to name the journal beside it: here, where that is a URL."""
+    from posthoc_cli.storage.places import is_url
+
     path = Path(output)
-    return str(path.with_suffix("") if path.suffix == ".safetensors" else path)
+    path = path.with_suffix("") if path.suffix == ".safetensors" else path
+    return path.name if is_url(output) else str(path)
 
 
 def _describe(folder: list[str], tuner: Tuner, tuned: Tuned) -> dict[str, Any]:

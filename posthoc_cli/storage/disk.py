@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
-from posthoc_cli.storage.places import File
 from posthoc_cli.storage.aside import remove
+from posthoc_cli.storage.places import File
 from posthoc_cli.storage.sniffing import where_link_leads
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
