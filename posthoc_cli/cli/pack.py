@@ -88,7 +88,7 @@ def pack(
     run = options.open_folder(folder, reading)
     warn(warning_lines(run.warnings), quiet)
     jobs = plan_pack(run.contents.usable(), place(output), keyframe_every=keyframe_every)
-    total = sum(job.snapshot.bytes for job in jobs)
+    total = (2 if verify else 1) * sum(job.snapshot.bytes for job in jobs)
     with progress_bar(counted(len(jobs), "snapshot"), total, not quiet) as advance:
         packed = pack_all(jobs, dtype, verify=verify, overwrite=force, progress=advance)
     made = open_snapshots([str(job.output) for job in jobs], raw=reading.raw)

@@ -79,6 +79,12 @@ class AtomicFile:
         """Have the file open on `rank` for a `with` block; on this one it is."""
         yield
 
+    @property
+    def temporary(self) -> Path:
+        """Where it lies while it is written."""
+        assert self._temporary is not None
+        return self._temporary
+
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
         _refuse_folder(self.path)
@@ -146,12 +152,11 @@ class AtomicFile:
 
     def place(self, *, overwrite: bool) -> None:
         """The same, without waiting until the name is on the disk."""
-        assert self._temporary is not None
         with write_errors(self.path):
             # Windows renames no open file; elsewhere it stays open, and so locked.
             if not locks_exist():
                 self._close()
-            if _move_into_place(self._temporary, self.path, overwrite):
+            if _move_into_place(self.temporary, self.path, overwrite):
                 self._temporary = None
 
     def identity(self) -> tuple[int, int, int]:
@@ -218,6 +223,27 @@ class JoinedFile(AtomicFile):
             self.finish()
         finally:
             self._close()
+
+
+@contextlib.contextmanager
+def opened(files: Sequence[AtomicFile]) -> Iterator[None]:
+    """Have `files` open for a `with` block that commits one after the other; what it has not
+    committed is removed.
+
+    Raises UsageError and MachineError as AtomicFile does.
+    """
+    try:
+        for folder in {file.path.parent for file in files}:
+            clean_up(folder)
+        for file in files:
+            file.check_absent()
+        check_space(files)
+        for file in files:
+            file.open()
+        yield
+    finally:
+        for file in files:
+            file.discard()
 
 
 @dataclass(frozen=True)

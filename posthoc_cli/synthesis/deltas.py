@@ -1,353 +1,442 @@
-"""Writing a snapshot as a difference to another, in one pass and flat memory.
+"""Writing snapshots as differences to each other, and reading them back: in flat memory, tensor by
+tensor, along the whole chain at once.
 
 What was rounded away of one snapshot is in the difference to the next, so that of a chain only the
-last rounding remains.
+last rounding remains. A tensor's scale depends on its largest difference. Of one that is taken in
+pieces it is guessed by the first; where one of its files shows that to be wrong it is done again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError, printable
-from posthoc_cli.storage import File, Reader, TensorIndex, TensorInfo, fingerprint
-from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.deltas import header_of, links_of, terms
-from posthoc_cli.storage.dtypes import (
-    DTYPES,
-    FLOAT8,
-    FLOATS,
-    FloatArray,
-    bytes_of,
-    decode,
+from posthoc_cli.storage import TensorIndex, TensorInfo, fingerprint, make_header, read_header
+from posthoc_cli.storage.atomic import AtomicFile, opened
+from posthoc_cli.storage.deltas import header_of, links_of
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, FloatArray, bytes_of, decode
+from posthoc_cli.storage.workers import background_flush
+from posthoc_cli.synthesis.bases import (
+    AT_ONCE,
+    Base,
+    Bytes,
+    Value,
+    add,
+    elements,
+    new_buffer,
+    padded,
+    parts,
 )
-from posthoc_cli.storage.header import Link
-from posthoc_cli.synthesis.accumulators import CpuAccumulator
-from posthoc_cli.synthesis.engine import BATCH
-from posthoc_cli.synthesis.kernels import STRIDE, accumulate
+from posthoc_cli.synthesis.engine import Progress
+from posthoc_cli.synthesis.kernels import STRIDE, quantize
 
 DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 """What differences can be stored as."""
 
-_AT_ONCE = 1 << 16
-"""Elements taken at a time."""
+_PIECE_BYTES = 1 << 26
+"""Memory for the pieces of a tensor, in float64, of all that is held of a step's snapshots."""
 
-_HELD = 1 << 22
-"""Differences of a tensor that are held until its scale is known; those of a larger one are made
-twice."""
-
-_NOTHING = np.full((1, _AT_ONCE), -0.0)
-"""What leaves the sign of a zero alone when added."""
+_SAMPLE = 64
+"""Elements by which a tensor is taken to change, or not, when space is reserved."""
 
 _ROOM = 6
 """Powers of two above the first tensor's largest difference that one scale of float16 is good for;
 and 11 below it lose nothing either."""
 
-Bytes = npt.NDArray[np.uint8]
+How = int | str
+"""How a tensor is stored: as a difference with a scale of that exponent, as _WHOLE, or _SAME."""
+
+_WHOLE, _SAME = "whole", "same"
 
 ReadElements = Callable[[str, int, Bytes], None]
 """Fills an array with the bytes of a tensor's elements, by name, from the element on."""
 
 
-class Differences:
-    """What snapshots are more than `base`, in float64; a context manager that has its files open.
+@dataclass(frozen=True, slots=True, eq=False)
+class NewFile:
+    """A snapshot, whose `tensors` are given by `read`, that is to lie at `path`: as the difference
+    to the file `base` beside it, or whole."""
 
-    The sum of the base's chain is that of storage.deltas, in the same order.
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    read: ReadElements
+    metadata: Mapping[str, str]
+    base: Path | None = None
+    overwrite: bool = False
+
+
+class Rounded(NamedTuple):
+    """What differences are rounded to: `stored` elements, and the `sums` that it then comes to."""
+
+    dtype: str
+    exponent: int
+    stored: Bytes
+    sums: FloatArray
+
+
+class _Walk:
+    """Goes along several snapshots, each of which comes after its base, piece by piece.
+
+    `bases` are those that are not among them.
     """
 
-    def __init__(self, base: TensorIndex) -> None:
-        self.base = base
-        self._links = links_of(base)
-        self._sums = CpuAccumulator(8 * _AT_ONCE, _AT_ONCE, 1, BATCH)
+    def __init__(self, files: Sequence[NewFile], bases: Mapping[Path, Base]) -> None:
+        self.files = files
+        self.bases = bases
+        self._last = {each.base: at for at, each in enumerate(files) if each.base is not None}
+        born = {each.path: at for at, each in enumerate(files)}
+        held = [
+            sum(born.get(path, at) <= at <= last for path, last in self._last.items())
+            for at in range(len(files))
+        ]
+        self.piece = max(_PIECE_BYTES // 8 // (max(held) + 1) // AT_ONCE, 1) * AT_ONCE
+        most = max((info.elements for info in files[0].tensors.values()), default=0)
+        self._bytes = 8 * (min(self.piece, most) + STRIDE)
+        self._data = np.empty(self._bytes, np.uint8)
+        self._free: list[Bytes] = []
 
-    def __enter__(self) -> Differences:
-        with ExitStack() as stack:
-            self._readers = [stack.enter_context(Reader(link.index)) for link in self._links]
-            self._opened = stack.pop_all()
-        return self
+    def buffer(self, count: int) -> FloatArray:
+        room = self._free.pop() if self._free else np.empty(self._bytes, np.uint8)
+        return room.view(np.float64)[:count]
 
-    def __exit__(self, *error: object) -> None:
-        self._opened.close()
+    def free(self, sums: FloatArray) -> None:
+        """Give back what `buffer` gave."""
+        self._free.append(cast(Bytes, sums.base))
 
-    def check_unchanged(self) -> None:
-        for reader in self._readers:
-            reader.check_unchanged()
+    def pieces(self, info: TensorInfo) -> list[tuple[int, int]]:
+        """The first element of each piece of a tensor, and how many it has."""
+        every = range(0, info.elements, self.piece)
+        return [(first, min(self.piece, info.elements - first)) for first in every]
 
-    def terms(self, name: str) -> list[tuple[int, int]]:
-        return terms(self._links, name)
+    def go(
+        self, name: str, first: int, count: int, step: Callable[[int, Bytes, Value | None], Value]
+    ) -> None:
+        """Call `step` for each file with a piece of its tensor, and that of its base; it returns
+        what the file comes to."""
+        values: dict[Path, Value] = {}
+        for at, new in enumerate(self.files):
+            data = self._data[: bytes_of(new.tensors[name].dtype, count)]
+            new.read(name, first, data)
+            if new.base is not None and new.base not in values:
+                values[new.base] = self.bases[new.base].value(name, first, count, self.buffer)
+            values[new.path] = step(at, data, values[new.base] if new.base else None)
+            for path in [path for path in values if self._last.get(path, 0) <= at]:
+                gone = values.pop(path)
+                if gone.sums is not None and all(gone is not each for each in values.values()):
+                    self.free(gone.sums)
 
-    def same(self, name: str, first: int, dtype: str, data: Bytes) -> bool:
-        """Whether elements `data` are to the bit what the base holds, not as a sum."""
-        at, *more = (at for at, _ in self.terms(name))
-        if more or self._links[at].index.tensors[name].dtype != dtype:
-            return False
-        return np.array_equal(self.stored(at, name, first, _count(dtype, data))[1], data)
-
-    def stored(self, at: int, name: str, first: int, count: int) -> tuple[str, Bytes]:
-        """The dtype and bytes of elements of a tensor in link `at`."""
-        info = self._links[at].index.tensors[name]
-        data = np.empty(bytes_of(info.dtype, count), np.uint8)
-        self._readers[at].read(info.start + bytes_of(info.dtype, first), data.data)
-        return info.dtype, data
-
-    def of(self, name: str, first: int, count: int, dtype: str, data: Bytes) -> FloatArray:
-        """Elements `data` of a tensor minus those of the base; good until the next call."""
-        sums = self._sums
-        sums.begin(dtype, "F64", count)
-        every = [(self._links[at].index.tensors[name], at, e) for at, e in self.terms(name)]
-        for code, alike in groupby(every, key=lambda term: term[0].dtype):
-            several = list(alike)
-            for begin in range(0, len(several), BATCH):
-                batch = several[begin : begin + BATCH]
-                for row, (info, at, _) in zip(sums.staging(), batch, strict=False):
-                    start = info.start + bytes_of(code, first)
-                    self._readers[at].read(start, row[: bytes_of(code, count)])
-                weights = np.array([[-(2.0**exponent)] for _, _, exponent in batch])
-                sums.add(weights, last=False, dtype=code)
-        sums.staging()[0][: data.size] = data.data
-        sums.add(np.ones((1, 1)), last=True, dtype=dtype)
-        return np.frombuffer(sums.result(0), np.float64)
-
-
-class Held:
-    """What a chain comes to, held in memory: of tensors that are sums in 8 bytes an element.
-
-    It does what Differences does, to the bit, and of a chain that has grown reads only what is new.
-    """
-
-    def __init__(self) -> None:
-        self._files: list[File] = []
-        self._values: dict[str, tuple[str | None, Bytes]] = {}
-
-    def at(self, base: TensorIndex) -> AbstractContextManager[Held]:
-        """Itself, brought to the value of `base`."""
-        links = links_of(base)
-        files = [link.index.files[0] for link in links]
-        known, self._files = self._files, []  # not of what is half read
-        if not known or files[: len(known)] != known:
-            known, self._values = [], {}
-        for link in links[len(known) :]:
-            self._add(link)
-        self._files = files
-        return nullcontext(self)
-
-    def _add(self, link: Link) -> None:
-        with Reader(link.index) as reader:
-            for name, info in link.index.tensors.items():
-                data = np.empty(info.end - info.start, np.uint8)
-                reader.read(info.start, data.data)
-                if (exponent := link.exponent(name)) is None:
-                    self._values[name] = info.dtype, data
-                    continue
-                dtype, before = self._values[name]
-                total = _decoded(dtype or "F64", before)
-                for first in range(0, info.elements, _AT_ONCE):
-                    part = slice(first, min(first + _AT_ONCE, info.elements))
-                    stored = _decoded(info.dtype, _elements(info.dtype, data, part))
-                    total[part] += stored * 2.0**exponent
-                self._values[name] = None, total.view(np.uint8)
-            reader.check_unchanged()
-
-    def same(self, name: str, first: int, dtype: str, data: Bytes) -> bool:
-        known, values = self._values[name]
-        if known != dtype:
-            return False
-        part = slice(first, first + _count(dtype, data))
-        return np.array_equal(_elements(dtype, values, part), data)
-
-    def of(self, name: str, first: int, count: int, dtype: str, data: Bytes) -> FloatArray:
-        known, values = self._values[name]
-        part = slice(first, first + count)
-        base = _decoded(known or "F64", _elements(known or "F64", values, part))
-        with np.errstate(all="ignore"):
-            # As Differences adds it up: the sign of a zero goes by that.
-            difference: FloatArray = (0.0 - base) + _decoded(dtype, data)
-        return difference
+    def difference(
+        self, info: TensorInfo, data: Bytes, base: Value, to: Rounded | None = None
+    ) -> float:
+        """The largest difference of `data` to the base, infinite or NaN if one is. They are rounded
+        `to` what is given."""
+        count = data.size * 8 // DTYPES[info.dtype].bits
+        if to is None and base.same(info.dtype, data, slice(0, count)):
+            return 0.0
+        minus, peak = base.minus(self.buffer, count), 0.0
+        dtype, exponent, stored, sums = to or ("", None, data, minus)
+        # What has stayed as it was is no difference, even if infinite: in pieces of one size.
+        for part in parts(count) if base.dtype == info.dtype else [slice(0, count)]:
+            here = elements(info.dtype, data, part)
+            out = stored if to is None else elements(dtype, stored, part)
+            if not base.same(info.dtype, here, part):
+                there = quantize(info.dtype, here, minus[part], exponent, dtype, out, sums[part])
+                peak = float(np.maximum(peak, there))
+            elif to is not None:
+                out[:] = 0
+                sums[part] = minus[part]
+        return peak
 
     def check_unchanged(self) -> None:
-        """What it was read from was checked then."""
+        for base in self.bases.values():
+            base.check_unchanged()
 
 
-def _elements(dtype: str, data: Bytes, part: slice) -> Bytes:
-    return data[bytes_of(dtype, part.start) : bytes_of(dtype, part.stop)]
+class _Output:
+    """A file that is being written: a tensor's place shows once those before it are written."""
+
+    def __init__(self, new: NewFile, code: str) -> None:
+        self.new = new
+        self._code = code
+        self.differ = {
+            name
+            for name, info in new.tensors.items()
+            if info.dtype in FLOATS and DTYPES[info.dtype].bits > DTYPES[code].bits
+        }
+        self.kinds = {
+            name: code if name in self.differ else info.dtype for name, info in new.tensors.items()
+        }
+        rank = {each: place for place, each in enumerate(DTYPES)}
+        self.names = sorted(new.tensors, key=lambda name: (rank[self.kinds[name]], name))
+        self.usual: int | None = 0 if code == "BF16" else None
+        self._scales: dict[str, int | None] = {}
+        self._position = 0
+        self._places: dict[str, TensorInfo] = {}
+        if new.base is None:
+            shapes = {name: (info.dtype, info.shape) for name, info in new.tensors.items()}
+            self._header, self._places = make_header(shapes, new.metadata)
+            self._room = len(self._header)
+            return
+        # Room for a header that names a scale for each tensor: only the data tell which there are.
+        most = sum(info.end - info.start for info in new.tensors.values())
+        largest = {
+            name: TensorInfo("F8_E4M3FNUZ", new.tensors[name].shape, most, most)
+            for name in self.names
+        }
+        scales = {name: -300 - at for at, name in enumerate(self.names)}
+        self._room = len(header_of(largest, scales, (new.base.name, 32 * "0"), new.metadata))
+
+    def reserve(self, changes: Callable[[str], bool]) -> AtomicFile:
+        """The file, with room for the tensors that change."""
+        size = self._room + sum(
+            bytes_of(self.kinds[name] if self.new.base else info.dtype, info.elements)
+            for name, info in self.new.tensors.items()
+            if self.new.base is None or changes(name)
+        )
+        self.file = AtomicFile(self.new.path, size, overwrite=self.new.overwrite)
+        return self.file
+
+    def how(self, name: str, peak: float) -> How:
+        """How a tensor is to be stored whose largest difference is `peak`."""
+        if peak == 0.0:
+            return _SAME
+        if name not in self.differ or not math.isfinite(peak):
+            return _WHOLE
+        least = max(math.frexp(peak / DTYPES[self._code].largest)[1], -300)
+        if self._code == "BF16":
+            return max(least, 0)
+        if self._code == "F16" and self.usual is None:
+            return least + _ROOM
+        if self.usual is not None and self.usual - 11 <= least + _ROOM <= self.usual + _ROOM:
+            return self.usual
+        return least
+
+    def write(self, name: str, first: int, data: Bytes, dtype: str) -> None:
+        """Write a piece of the tensor that is next, or of any of a whole file."""
+        start = self._places[name].start if self.new.base is None else self._position
+        self.file.write_at(self._room + start + bytes_of(dtype, first), data.data)
+
+    def end(self, name: str, how: How) -> None:
+        """Note how a tensor that has been written is stored."""
+        if how == _SAME:
+            return
+        info, exponent = self.new.tensors[name], how if isinstance(how, int) else None
+        stored = info.dtype if exponent is None else self._code
+        if info.dtype in FLOATS:
+            self._scales[name] = exponent
+        if self._code == "F16" and self.usual is None:
+            self.usual = exponent
+        end = self._position + bytes_of(stored, info.elements)
+        self._places[name] = TensorInfo(stored, info.shape, self._position, end)
+        self._position = end
+
+    def finish(self, base: Path | None) -> None:
+        """Give the file its header, and wait until it is on the disk; so `base`, its base, is."""
+        if self.new.base is None or base is None:
+            self.file.write_at(0, self._header)
+        else:
+            where = self.new.base.name, fingerprint(read_header(base))
+            header = header_of(self._places, self._scales, where, self.new.metadata, self._room)
+            self.file.write_at(0, header)
+            self.file.shrink(self._room + self._position)
+        self.file.finish()
 
 
-def _decoded(dtype: str, data: Bytes) -> FloatArray:
-    with np.errstate(invalid="ignore"):  # of a signalling NaN
-        return decode(dtype, data).astype(np.float64)
-
-
-def _count(dtype: str, data: Bytes) -> int:
-    return data.size * 8 // DTYPES[dtype].bits
-
-
-def write_delta(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    read: ReadElements,
-    base: TensorIndex,
+def write_chain(
+    files: Sequence[NewFile],
     dtype: str,
-    metadata: Mapping[str, str],
+    bases: Mapping[Path, Base],
     *,
-    overwrite: bool = False,
-    held: Held | None = None,
-) -> int:
-    """Write the snapshot that `read` gives as a difference to `base`; returns the file's bytes.
+    progress: Progress | None = None,
+    check: Callable[[Path], None] = lambda first: None,
+) -> None:
+    """Write snapshots of the same tensors, each after its base and as the difference to it.
 
-    `tensors` are its tensors, those of the base; `base` lies in the same folder, as one file.
-    `dtype` is one of DELTA_DTYPES. The base is read from its files, or from what is `held` of them,
-    which is brought up to it. A tensor with NaN or infinity, of another kind than real
-    floating point, or of no more bits than `dtype` has, is written as it is; one that is what it
-    is in the base not at all. The file appears whole or not at all.
+    They lie in one folder, as do those `bases` that are not among them. `dtype` is one of
+    DELTA_DTYPES. A tensor with NaN or infinity, of another kind than real floating point, or of no
+    more bits than `dtype` has, is written as it is; one that is what it is in the base not at all.
+    The files appear one after the other in their order, each whole or not at all. Right before,
+    when all are on the disk, `check` is called with where the first now lies; it may raise what
+    speaks against it. `progress` is told the bytes just read.
 
-    Raises SnapshotError when a file changes meanwhile, UsageError when the file exists and
-    `overwrite` is false, MachineError when the disk fails.
+    Raises SnapshotError when a file changes meanwhile, UsageError when one exists and may not be
+    overwritten, MachineError when the disk fails.
     """
     code = DELTA_DTYPES[dtype]
-    order = {each: place for place, each in enumerate(DTYPES)}
-    differ = {
-        name
-        for name, info in tensors.items()
-        if info.dtype in FLOATS and DTYPES[info.dtype].bits > DTYPES[code].bits
-    }
-    kinds = {name: code if name in differ else info.dtype for name, info in tensors.items()}
-    names = sorted(tensors, key=lambda name: (order[kinds[name]], name))
-    own = links_of(base)[-1].index
-    where = own.files[0].path.name, fingerprint(base)
-    most = sum(info.end - info.start for info in tensors.values())
-    # Room for a header that names a scale for each tensor: only the data tell which there are.
-    room = len(
-        header_of(
-            {name: TensorInfo("F8_E4M3FNUZ", tensors[name].shape, most, most) for name in names},
-            {name: -300 - at for at, name in enumerate(names)},
-            where,
-            metadata,
-        )
-    )
-    file = AtomicFile(path, room + most, overwrite=overwrite)
-    places: dict[str, TensorInfo] = {}
-    scales: dict[str, int | None] = {}
-    position = 0
-    usual: int | None = 0 if code == "BF16" else None
-    with file, Differences(base) if held is None else held.at(base) as differences:
-        for name in names:
-            info = tensors[name]
-            parts: _Pieces = _parts(differences, name, info, read, whole=name not in differ)
-            peak, pieces = _largest(parts, info.elements)
-            if peak == 0.0:
-                continue
-            stored, exponent = info.dtype, None
-            if name in differ and math.isfinite(peak):
-                exponent = _exponent(code, peak, usual)
-                if usual is None and code == "F16":
-                    usual = exponent = exponent + _ROOM
-                stored = code
-            if info.dtype in FLOATS:
-                scales[name] = exponent
-            end = position + bytes_of(stored, info.elements)
-            places[name] = TensorInfo(stored, info.shape, position, end)
-            if pieces is None:
-                pieces = _parts(differences, name, info, read, whole=exponent is None)
-            elif exponent is None:
-                pieces = _parts(differences, name, info, read, whole=True)
-            for data, values in pieces:
-                out = data if exponent is None else _rounded(values, code, exponent)
-                file.write_at(room + position, out.data)
-                position += out.size
-        differences.check_unchanged()
-        file.write_at(0, header_of(places, scales, where, metadata, room))
-        file.shrink(room + position)
-    return file.size
+    outputs = [_Output(each, code) for each in files]
+    walk = _Walk(files, bases)
+    new = [each.reserve(_changes(walk, each.new)) for each in outputs]
+    with opened(new):
+        with background_flush(new):
+            for name in outputs[-1].names:
+                _write_tensor(walk, outputs, name, code, progress)
+        walk.check_unchanged()
+        written = {each.new.path: each.file.temporary for each in outputs}
+        for output in outputs:
+            base = output.new.base
+            output.finish(written.get(base, base) if base else None)
+        check(new[0].temporary)
+        for file in new:
+            file.commit()
 
 
-_Pieces = Iterable[tuple[Bytes, FloatArray]]
-"""The bytes of a tensor, piece by piece, and what they are more than the base's."""
+def _changes(walk: _Walk, new: NewFile) -> Callable[[str], bool]:
+    """Whether a tensor seems to be another than in the base, by a few of its elements."""
+    before = next((each for each in walk.files if each.path == new.base), None)
 
-
-def _parts(
-    differences: Differences | Held, name: str, info: TensorInfo, read: ReadElements, *, whole: bool
-) -> _Pieces:
-    """With `whole`, the differences are 0 where the bytes are the same, else 1."""
-    for first in range(0, info.elements, _AT_ONCE):
-        count = min(_AT_ONCE, info.elements - first)
-        data = np.empty(bytes_of(info.dtype, count), np.uint8)
-        read(name, first, data)
-        if differences.same(name, first, info.dtype, data):
-            yield data, np.zeros(count)
-        elif whole:
-            yield data, np.ones(count)
+    def changes(name: str) -> bool:
+        info = new.tensors[name]
+        if info.elements < AT_ONCE:
+            return True
+        first = info.elements // 2 // _SAMPLE * _SAMPLE
+        count = min(_SAMPLE, info.elements - first)
+        data = padded(info.dtype, count)
+        new.read(name, first, data)
+        if before is None:
+            assert new.base is not None
+            base = walk.bases[new.base].value(name, first, count, new_buffer)
         else:
-            yield data, differences.of(name, first, count, info.dtype, data)
+            dtype = before.tensors[name].dtype
+            base = Value(dtype, padded(dtype, count), None)
+            before.read(name, first, base.data)
+        return not base.same(info.dtype, data, slice(0, count))
+
+    return changes
 
 
-def _largest(parts: _Pieces, elements: int) -> tuple[float, _Pieces | None]:
-    """The largest difference, infinite or NaN if one is; and the pieces, of no large tensor."""
-    held: list[tuple[Bytes, FloatArray]] = []
-    peak = 0.0
-    for data, values in parts:
-        here = float(np.abs(values).max())
-        peak = here if not here <= peak else peak
-        if math.isnan(peak):
-            return peak, None
-        if elements <= _HELD:
-            held.append((data, values.copy()))
-    return peak, held if elements <= _HELD else None
+def _write_tensor(
+    walk: _Walk, outputs: Sequence[_Output], name: str, code: str, progress: Progress | None
+) -> None:
+    peaks: list[float] = []
+    guess: list[How] = []
+
+    def step(at: int, data: Bytes, base: Value | None) -> Value:
+        output = outputs[at]
+        info = output.new.tensors[name]
+        if anew and progress is not None:
+            progress(data.size)
+        if base is None:
+            output.write(name, first, data, info.dtype)
+            return Value(info.dtype, _copy(info.dtype, data, count), None)
+        same, differs = slice(0, count), name in output.differ
+        starts = anew and first == 0
+        how: How | None = output.usual if starts else guess[at]
+        if not differs or (starts and base.same(info.dtype, data, same)):
+            how = None
+        rounded: Rounded | None = None
+
+        def peak_of(how: How | None) -> float:
+            nonlocal rounded
+            if not differs:
+                return 0.0 if base.same(info.dtype, data, same) else 1.0
+            if not isinstance(how, int):
+                return walk.difference(info, data, base)
+            kept = rounded or Rounded(code, how, padded(code, count), walk.buffer(count))
+            rounded = kept._replace(exponent=how)
+            return walk.difference(info, data, base, rounded)
+
+        peak = peak_of(how)
+        peaks[at] = float(np.maximum(peaks[at], peak))
+        if starts:
+            guess[at] = output.how(name, peak)
+            if isinstance(guess[at], int) and guess[at] != how:
+                peak_of(guess[at])
+        if isinstance(guess[at], int):
+            assert rounded is not None
+            if not anew or output.how(name, peaks[at]) == guess[at]:  # or it is done again
+                output.write(name, first, rounded.stored, code)
+            return Value(None, rounded.sums.view(np.uint8), rounded.sums)
+        if rounded is not None:
+            walk.free(rounded.sums)
+        if guess[at] == _SAME:
+            return base
+        output.write(name, first, data, info.dtype)
+        return Value(info.dtype, _copy(info.dtype, data, count), None)
+
+    anew = True
+    right: list[How] = []
+    while anew or guess != right:
+        guess = right or [_SAME] * len(outputs)
+        peaks = [0.0] * len(outputs)
+        for first, count in walk.pieces(outputs[0].new.tensors[name]):
+            walk.go(name, first, count, step)
+        right = [each.how(name, peak) for each, peak in zip(outputs, peaks, strict=True)]
+        anew = False
+    for output, how in zip(outputs, right, strict=True):
+        if output.new.base is not None:
+            output.end(name, how)
 
 
-def _exponent(code: str, peak: float, usual: int | None) -> int:
-    """That of the scale by which the largest difference fits `code`; the usual one if it is good
-    enough."""
-    largest = DTYPES[code].largest
-    least = max(math.frexp(peak / largest)[1], -300)
-    if code == "BF16":
-        return max(least, 0)
-    if usual is not None and usual - 11 <= least + _ROOM <= usual + _ROOM:
-        return usual
-    return least
+def _copy(dtype: str, data: Bytes, count: int) -> Bytes:
+    copy = padded(dtype, count)
+    copy[:] = data
+    return copy
 
 
-def _rounded(values: FloatArray, code: str, exponent: int) -> Bytes:
-    if code in FLOAT8:
-        found: Bytes = (values * 2.0**-exponent).astype(DTYPES[code].numpy()).view(np.uint8)
-        return found
-    padded = values if values.size % STRIDE == 0 else np.pad(values, (0, -values.size % STRIDE))
-    out = np.empty((1, bytes_of(code, padded.size)), np.uint8)
-    address = np.array([padded.ctypes.data], np.uintp)
-    scale = np.full((1, 1), 2.0**-exponent)
-    accumulate("F64", address, scale, _NOTHING, out, code, values.size)
-    rounded: Bytes = out[0, : bytes_of(code, values.size)]
-    return rounded
+def check_chain(
+    made: Sequence[tuple[NewFile, TensorIndex, ReadElements]],
+    bases: Mapping[Path, Base],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Read files that `write_chain` has made back: raise SnapshotError unless each value is, up to
+    the rounding of its own file, that of the snapshot.
 
+    `made` has with each what lies there, and what reads its stored elements; the files that they
+    are differences to are `bases`, or among them.
+    """
+    walk = _Walk([new for new, _, _ in made], bases)
 
-def check_delta(made: TensorIndex, tensors: Mapping[str, TensorInfo], read: ReadElements) -> None:
-    """Read a delta back: raise SnapshotError unless each value is, up to the rounding of its own
-    file, that of the snapshot which `read` gives."""
-    own = made.links[-1]
-    with Differences(made) as differences:
-        for name, info in tensors.items():
-            found = differences.terms(name)
-            for first in range(0, info.elements, _AT_ONCE):
-                count = min(_AT_ONCE, info.elements - first)
-                data = np.empty(bytes_of(info.dtype, count), np.uint8)
-                read(name, first, data)
-                dtype, stored = differences.stored(found[-1][0], name, first, count)
-                same = len(found) == 1 and dtype == info.dtype and np.array_equal(stored, data)
-                here = name in own.index.tensors
-                if same or info.dtype not in FLOATS or (len(found) == 1 and here):
-                    right = same
-                elif not here:  # but for the signs of zeros it is what the base is
-                    right = not differences.of(name, first, count, info.dtype, data).any()
-                else:
-                    values = decode(dtype, stored).astype(np.float64)
-                    bound = DTYPES[dtype].spacing(values) * 2.0 ** found[-1][1] / 2
-                    off = np.abs(differences.of(name, first, count, info.dtype, data))
-                    right = bool((off <= bound * (1 + 1e-6)).all())
-                if not right:
-                    problem = f"tensor '{printable(name)}' is not what it was made of"
-                    raise SnapshotError(str(made.path), problem, "check the disk, and pack it anew")
+    def step(at: int, data: Bytes, base: Value | None) -> Value:
+        new, index, read = made[at]
+        if progress is not None:
+            progress(data.size)
+        info, link = new.tensors[name], links_of(index)[-1]
+        there = link.index.tensors.get(name)
+        value = base
+        if there is None and base is not None:
+            # But for the signs of zeros it is what the base is.
+            right = base.same(info.dtype, data, slice(0, count)) or (
+                info.dtype in FLOATS and walk.difference(info, data, base) == 0
+            )
+        else:
+            assert there is not None
+            stored = padded(there.dtype, count)
+            read(name, first, stored)
+            if base is None or (exponent := link.exponent(name)) is None:
+                right = there.dtype == info.dtype and np.array_equal(stored, data)
+                value = Value(there.dtype, stored, None)
+            else:
+                minus, total = base.minus(walk.buffer, count), walk.buffer(count)
+                right, rest = True, new_buffer(AT_ONCE)
+                for part in parts(count):
+                    here, wanted = (
+                        elements(there.dtype, stored, part),
+                        elements(info.dtype, data, part),
+                    )
+                    add(there.dtype, here, -(2.0**exponent), minus[part], total[part])
+                    off = rest[: part.stop - part.start]
+                    add(info.dtype, wanted, 1.0, total[part], off)
+                    spacing = DTYPES[there.dtype].spacing(decode(there.dtype, here).astype(float))
+                    odd = ~(np.abs(off) <= spacing * 2.0**exponent * (0.5 + 1e-6))
+                    if odd.any():  # an infinity that has stayed where it was is no difference
+                        values = decode(info.dtype, wanted)[odd]
+                        same = np.array_equal(-total[part][odd], values, equal_nan=True)
+                        right = right and same and not np.isfinite(values).any()
+                value = Value(None, total.view(np.uint8), total)
+        if not right:
+            problem = f"tensor '{printable(name)}' is not what it was made of"
+            raise SnapshotError(str(index.path), problem, "check the disk, and pack it anew")
+        assert value is not None
+        return value
+
+    for name, info in made[0][0].tensors.items():
+        for first, count in walk.pieces(info):
+            walk.go(name, first, count, step)
+    walk.check_unchanged()

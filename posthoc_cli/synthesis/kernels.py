@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -48,6 +49,20 @@ _WIDEN = {
     ),
     "F32": ("float", "\n  %d = fpext <V x float> %x to <V x double>"),
     "F64": ("double", "\n  %d = fadd <V x double> %x, splat (double -0.0)"),
+    "F8_E4M3": (  # of numbers alone, as `quantize` makes them: half's upper byte, but for the bias
+        "i8",
+        """
+  %u = zext <V x i8> %x to <V x i16>
+  %sign = and <V x i16> %u, splat (i16 128)
+  %size = and <V x i16> %u, splat (i16 127)
+  %top = shl <V x i16> %sign, splat (i16 8)
+  %low = shl <V x i16> %size, splat (i16 7)
+  %b = or <V x i16> %top, %low
+  %h = bitcast <V x i16> %b to <V x half>
+  %f = fpext <V x half> %h to <V x float>
+  %w = fpext <V x float> %f to <V x double>
+  %d = fmul <V x double> %w, splat (double 256.0)""",
+    ),
 }
 
 # How target T's sums, %sT, become stored elements, %yT, correctly rounded. Half precision and
@@ -89,6 +104,33 @@ _NARROW = {
   %nanT = fcmp uno <V x double> %sT, %sT
   %zT = select <V x i1> %nanT, <V x i32> %quietT, <V x i32> %cutT
   %yT = trunc <V x i32> %zT to <V x i16>""",
+    ),
+    # By way of float, as ml_dtypes does. A number is added so large that of the sum three bits are
+    # left after the first.
+    "F8_E4M3": (
+        "i8",
+        f"""
+  %floatT = fptrunc <V x double> %sT to <V x float>
+  %vT = fpext <V x float> %floatT to <V x double>
+  %iT = bitcast <V x double> %vT to <V x i64>
+  %exponentT = and <V x i64> %iT, splat (i64 {0x7FF << 52})
+  %subnormalT = icmp ult <V x i64> %exponentT, splat (i64 {1017 << 52})
+  %unitT = select <V x i1> %subnormalT, <V x i64> splat (i64 {1017 << 52}), <V x i64> %exponentT
+  %largeT = add <V x i64> %unitT, splat (i64 {(49 << 52) + (1 << 51)})
+  %cT = bitcast <V x i64> %largeT to <V x double>
+  %upT = fadd <V x double> %vT, %cT
+  %downT = fsub <V x double> %upT, %cT
+  %signedT = call <V x double> @llvm.copysign.vVf64(<V x double> %downT, <V x double> %vT)
+  %biasedT = fmul <V x double> %signedT, splat (double 0.00390625)
+  %fT = fptrunc <V x double> %biasedT to <V x float>
+  %hT = fptrunc <V x float> %fT to <V x half>
+  %bT = bitcast <V x half> %hT to <V x i16>
+  %topT = lshr <V x i16> %bT, splat (i16 8)
+  %signT = and <V x i16> %topT, splat (i16 128)
+  %lowT = lshr <V x i16> %bT, splat (i16 7)
+  %sizeT = and <V x i16> %lowT, splat (i16 127)
+  %zT = or <V x i16> %signT, %sizeT
+  %yT = trunc <V x i16> %zT to <V x i8>""",
     ),
 }
 
@@ -184,11 +226,9 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
         lines += [
             f"  %w_p{t} = getelementptr double, ptr %w_p, i64 {t}",
             f"  %w_one{t} = load double, ptr %w_p{t}, align 8",
-            f"  %w_in{t} = insertelement <V x double> poison, double %w_one{t}, i64 0",
-            f"  %w{t} = shufflevector <V x double> %w_in{t}, <V x double> poison,"
-            " <V x i32> zeroinitializer",
+            *_splat(f"w_one{t}", "double"),
             f"  %s{t} = call <V x double> @llvm.fma.vVf64("
-            f"<V x double> %d, <V x double> %w{t}, <V x double> %a{t})",
+            f"<V x double> %d, <V x double> %w_one{t}_v, <V x double> %a{t})",
         ]
     lines += [
         "  %next_i = add i64 %i, 1",
@@ -226,14 +266,114 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
     ]
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, integer, integer, pointer, integer, pointer, integer, integer)
-    return _compile("\n".join(lines), lanes, *arguments)
+    return _compile("\n".join(lines), lanes, ctypes.c_int32, *arguments)
+
+
+def quantize(
+    dtype: str,
+    data: npt.NDArray[np.uint8],
+    minus: npt.NDArray[np.float64],
+    exponent: int | None,
+    out_dtype: str,
+    out: npt.NDArray[np.uint8],
+    sums: npt.NDArray[np.float64],
+) -> float:
+    """Round `data + minus` to multiples of 2^exponent, as `out_dtype` has them, and take `out` from
+    `minus`, into `sums`; without an exponent neither.
+
+    Returns the largest absolute value of `data + minus`, infinite or NaN if one is: where it is too
+    large for `out_dtype`, what is in `out` means nothing. `dtype` is F16, BF16, F32 or F64,
+    `out_dtype` F16, BF16 or F8_E4M3. All have as many elements as `minus`, and room for a multiple
+    of STRIDE.
+    """
+    bits = _quantizer(dtype, None if exponent is None else out_dtype)(
+        data.ctypes.data,
+        minus.ctypes.data,
+        math.ldexp(1.0, -(exponent or 0)),
+        -math.ldexp(1.0, exponent or 0),
+        out.ctypes.data,
+        sums.ctypes.data,
+        minus.size,
+    )
+    return float(np.int64(bits).view(np.float64))
+
+
+@functools.cache
+def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
+    lanes = 32
+    places = ", ".join(f"i64 {at}" for at in range(lanes))
+    stored, widen = _WIDEN[dtype]
+    lines = [
+        "define i64 @kernel(ptr %data, ptr %minus, double %down, double %up, ptr %out, ptr %sums,"
+        " i64 %count) {",
+        "entry:",
+        *_splat("down", "double"),
+        *_splat("up", "double"),
+        "  br label %block",
+        "block:",
+        "  %j = phi i64 [0, %entry], [%next_j, %block]",
+        "  %peak = phi <V x i64> [zeroinitializer, %entry], [%larger, %block]",
+        f"  %x_p = getelementptr {stored}, ptr %data, i64 %j",
+        f"  %x = load <V x {stored}>, ptr %x_p, align 1",
+        widen,
+        "  %minus_p = getelementptr double, ptr %minus, i64 %j",
+        "  %m = load <V x double>, ptr %minus_p, align 8",
+        "  %rest = fadd <V x double> %d, %m",
+        "  %size = call <V x double> @llvm.fabs.vVf64(<V x double> %rest)",
+        "  %all_bits = bitcast <V x double> %size to <V x i64>",
+        # Not of what lies beyond the end. NaN has more bits than infinity.
+        "  %left = sub i64 %count, %j",
+        *_splat("left", "i64"),
+        f"  %inside = icmp ult <V x i64> <{places}>, %left_v",
+        "  %bits = select <V x i1> %inside, <V x i64> %all_bits, <V x i64> zeroinitializer",
+        "  %more = icmp sgt <V x i64> %bits, %peak",
+        "  %larger = select <V x i1> %more, <V x i64> %bits, <V x i64> %peak",
+    ]
+    if out_dtype is not None:
+        out_stored, narrow = _NARROW[out_dtype]
+        lines += [
+            "  %s0 = fmul <V x double> %rest, %down_v",
+            re.sub(r"(%\w+)T\b", r"\g<1>0", narrow).replace("%", "%n_").replace("%n_s0", "%s0"),
+            f"  %out_p = getelementptr {out_stored}, ptr %out, i64 %j",
+            f"  store <V x {out_stored}> %n_y0, ptr %out_p, align 1",
+            f"  %w_x = bitcast <V x {out_stored}> %n_y0 to <V x {out_stored}>",
+            _WIDEN[out_dtype][1].replace("%", "%w_"),
+            "  %sum = call <V x double> @llvm.fma.vVf64("
+            "<V x double> %w_d, <V x double> %up_v, <V x double> %m)",
+            "  %sum_p = getelementptr double, ptr %sums, i64 %j",
+            "  store <V x double> %sum, ptr %sum_p, align 8",
+        ]
+    lines += [
+        "  %next_j = add i64 %j, V",
+        "  %again = icmp ult i64 %next_j, %count",
+        "  br i1 %again, label %block, label %done",
+        "done:",
+        "  %result = call i64 @llvm.vector.reduce.smax.vVi64(<V x i64> %larger)",
+        "  ret i64 %result",
+        "}",
+        "declare i64 @llvm.vector.reduce.smax.vVi64(<V x i64>)",
+        "declare <V x double> @llvm.fma.vVf64(<V x double>, <V x double>, <V x double>)",
+        "declare <V x double> @llvm.copysign.vVf64(<V x double>, <V x double>)",
+        "declare <V x double> @llvm.fabs.vVf64(<V x double>)",
+    ]
+    pointer, real, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
+    arguments = (pointer, pointer, real, real, pointer, pointer, integer)
+    return _compile("\n".join(lines), lanes, integer, *arguments)
+
+
+def _splat(name: str, kind: str) -> list[str]:
+    return [
+        f"  %{name}_in = insertelement <V x {kind}> poison, {kind} %{name}, i64 0",
+        f"  %{name}_v = shufflevector <V x {kind}> %{name}_in, <V x {kind}> poison,"
+        " <V x i32> zeroinitializer",
+    ]
 
 
 _compiling = threading.Lock()
 _engines: list[Any] = []  # the machine code lives as long as its engine
 
 
-def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., int]:
+def _compile(ir: str, lanes: int, result: Any, *arguments: Any) -> Callable[..., int]:
     """Compile `ir`, whose vectors have V lanes, for this processor.
 
     The function is called without the interpreter lock, as ctypes does with every CFUNCTYPE.
@@ -242,6 +382,7 @@ def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., int]:
         ("<V x", f"<{lanes} x"),
         (".vVf64", f".v{lanes}f64"),
         (".vVi1", f".v{lanes}i1"),
+        (".vVi64", f".v{lanes}i64"),
         (" V\n", f" {lanes}\n"),
     ):
         ir = ir.replace(written, actual)
@@ -253,7 +394,7 @@ def _compile(ir: str, lanes: int, *arguments: Any) -> Callable[..., int]:
         engine.finalize_object()
         _engines.append(engine)
         address = engine.get_function_address("kernel")
-    return ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(address)
+    return ctypes.CFUNCTYPE(result, *arguments)(address)
 
 
 def _target_machine() -> Any:

@@ -12,30 +12,36 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from posthoc_cli.errors import PosthocError, SnapshotError, UsageError, either, printable
+from posthoc_cli.errors import PosthocError, UsageError, either, printable
 from posthoc_cli.formats import as_snapshot
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.solver import Average
-from posthoc_cli.storage import ENDING, Cache, Reader, TensorIndex, open_tensors
-from posthoc_cli.storage.deltas import MOST_LINKS
+from posthoc_cli.storage import ENDING, Cache, Reader, TensorIndex, TensorInfo, open_tensors
+from posthoc_cli.storage.deltas import MOST_LINKS, links_of
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import bytes_of
 from posthoc_cli.storage.metadata import BASE, FORMAT, PACKED, STEP, carried_over
+from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
+from posthoc_cli.synthesis.bases import Base, Bytes, Stored
 from posthoc_cli.synthesis.conversion import stated
-from posthoc_cli.synthesis.deltas import DELTA_DTYPES, Bytes, check_delta, write_delta
-from posthoc_cli.synthesis.outputs import write_copy
-from posthoc_cli.synthesis.plan import plan_tensors
+from posthoc_cli.synthesis.deltas import (
+    DELTA_DTYPES,
+    NewFile,
+    ReadElements,
+    check_chain,
+    write_chain,
+)
+from posthoc_cli.synthesis.engine import Progress
 
 KEYFRAME_EVERY = 16
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +137,9 @@ def pack(
 ) -> list[Packed]:
     """Write each snapshot as a difference stored as `dtype`, a key of DELTA_DTYPES.
 
-    One at a time is read once and written, in little memory, and appears whole or not at all; what
-    is there and was made of the same file is kept, with `verify` once it is read back. `progress`
-    is told the bytes of the snapshots just done.
+    Those from one keyframe to the next are read once and written together, in little memory, and
+    appear one after the other, each whole or not at all. What is there and was made of the same
+    file is kept, with `verify` once it is read back. `progress` is told the bytes just done.
 
     Raises UsageError for an unknown dtype or an output that is something else, unless `overwrite`;
     SnapshotError when a file changes meanwhile, or isn't what was written, MachineError when a disk
@@ -146,35 +152,61 @@ def pack(
         return []
     make_folder(jobs[0].output.parent)
     clean_up(jobs[0].output.parent)
-    packed = []
+    packed: list[Packed] = []
     cache: Cache = {}
-    anew: set[Path] = set()
-    for job in jobs:
-        begin = time.perf_counter()
-        entry = _entry(job, dtype)
-        made = None if job.base in anew else _done(job, entry, cache)
-        seconds = None
-        if made is None:
-            if exists(job.output) and not overwrite and job.base not in anew:
-                of = f"'{printable(job.snapshot.file)}'"
-                raise UsageError(
-                    str(job.output),
-                    f"exists already, and is not what this makes of {of}",
-                    "use force=True to replace it, or choose another folder",
-                )
-            again = exists(job.output)
-            _write(job, dtype, entry, cache, again)
-            if again:
-                anew.add(job.output)
-                cache.clear()
-            made = open_tensors(job.output, cache)
-            seconds = time.perf_counter() - begin
+    for segment in _segments(jobs):
+        begun = len(packed)
+        while len(packed) - begun < len(segment):
+            rest = segment[len(packed) - begun :]
+            made = _done(rest[0], _entry(rest[0], dtype), cache)
+            if made is not None:
+                packed.append(Packed(rest[0], made.size, None))
+                if progress is not None:
+                    progress(rest[0].snapshot.bytes)
+                continue
+            packed += _write(_together(rest, overwrite), dtype, cache, progress)
         if verify:
-            _verify(job, made)
-        packed.append(Packed(job, made.size, seconds))
-        if progress is not None:
-            progress(job.snapshot.bytes)
+            _verify(segment, cache, progress)
     return packed
+
+
+def _segments(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs from each keyframe to the next."""
+    segments: list[list[Job]] = []
+    for job in jobs:
+        if job.base is None or not segments:
+            segments.append([])
+        segments[-1].append(job)
+    return segments
+
+
+def _together(jobs: Sequence[Job], overwrite: bool) -> list[Job]:
+    """Those of `jobs`, whose first is to be written, that are written in one pass.
+
+    Raises UsageError when there is something else in its place, unless `overwrite`.
+    """
+    first = jobs[0]
+    again = exists(first.output)
+    if again and not overwrite:
+        raise UsageError(
+            str(first.output),
+            f"exists already, and is not what this makes of '{printable(first.snapshot.file)}'",
+            "use force=True to replace it, or choose another folder",
+        )
+    files, count = 0, 0
+    kinds = _dtypes(first)
+    for job in jobs:
+        files += 1 + len(job.snapshot.index.files)
+        # What builds on a file that is replaced is made anew, whatever there is.
+        there = exists(job.output) and not again
+        if count and (there or not can_open(files) or _dtypes(job) != kinds):
+            break
+        count += 1
+    return list(jobs[:count])
+
+
+def _dtypes(job: Job) -> dict[str, str]:
+    return {name: info.dtype for name, info in job.snapshot.index.tensors.items()}
 
 
 def _entry(job: Job, dtype: str) -> str:
@@ -203,52 +235,70 @@ def _done(job: Job, entry: str, cache: Cache) -> TensorIndex | None:
     return there if same else None
 
 
-def _write(job: Job, dtype: str, entry: str, cache: Cache, overwrite: bool) -> None:
+def _write(
+    jobs: Sequence[Job], dtype: str, cache: Cache, progress: Progress | None
+) -> list[Packed]:
+    begin = time.perf_counter()
+    again = any(exists(job.output) for job in jobs)
+    with ExitStack() as stack:
+        readers = [stack.enter_context(Reader(job.snapshot.index)) for job in jobs]
+        files = [
+            _new_file(job, _metadata(job, dtype), reader)
+            for job, reader in zip(jobs, readers, strict=True)
+        ]
+
+        def check(_: Path) -> None:
+            for reader in readers:
+                reader.check_unchanged()
+
+        bases = _outside(jobs, cache, stack)
+        write_chain(files, dtype, bases, progress=progress, check=check)
+    if again:
+        cache.clear()
+    seconds = (time.perf_counter() - begin) / len(jobs)
+    return [Packed(job, open_tensors(job.output, cache).size, seconds) for job in jobs]
+
+
+def _metadata(job: Job, dtype: str) -> dict[str, str]:
     snapshot = job.snapshot
     metadata = {FORMAT: "pt", **carried_over(snapshot.index.metadata), STEP: str(snapshot.step)}
-    metadata |= stated(snapshot.profile) | {PACKED: entry}
-    if job.base is None:
-        index = snapshot.index
-        plan = plan_tensors([index], 0, index.tensors, set(index.tensors), "same")
-        write_copy(plan, job.output, metadata, overwrite=overwrite)
-        return
-    base = open_tensors(job.base, cache)
-    with Reader(snapshot.index) as reader:
-        write_delta(
-            job.output,
-            snapshot.index.tensors,
-            _elements(reader, snapshot.index),
-            base,
-            dtype,
-            metadata,
-            overwrite=overwrite,
-        )
-        reader.check_unchanged()
+    return metadata | stated(snapshot.profile) | {PACKED: _entry(job, dtype)}
 
 
-def _elements(reader: Reader, index: TensorIndex) -> Callable[[str, int, Bytes], None]:
+def _new_file(job: Job, metadata: Mapping[str, str], reader: Reader) -> NewFile:
+    tensors = job.snapshot.index.tensors
+    read = _elements(reader, tensors)
+    return NewFile(job.output, tensors, read, metadata, job.base, exists(job.output))
+
+
+def _outside(jobs: Sequence[Job], cache: Cache, stack: ExitStack) -> dict[Path, Base]:
+    """The bases that are none of `jobs`, open."""
+    made = {job.output for job in jobs}
+    every = {job.base for job in jobs if job.base is not None} - made
+    return {path: stack.enter_context(Stored(open_tensors(path, cache))) for path in every}
+
+
+def _elements(reader: Reader, tensors: Mapping[str, TensorInfo]) -> ReadElements:
     def read(name: str, first: int, into: Bytes) -> None:
-        info = index.tensors[name]
+        info = tensors[name]
         reader.read(info.start + bytes_of(info.dtype, first), into.data)
 
     return read
 
 
-def _verify(job: Job, made: TensorIndex) -> None:
-    index = job.snapshot.index
-    with Reader(index) as reader:
-        read = _elements(reader, index)
-        if made.links:
-            check_delta(made, index.tensors, read)
-            return
-        with Reader(made) as there:
-            for name, info in index.tensors.items():
-                start, length = made.tensors[name].start, info.end - info.start
-                for at in range(0, length, 1 << 20):
-                    data, same = (bytearray(min(1 << 20, length - at)) for _ in range(2))
-                    reader.read(info.start + at, memoryview(data))
-                    there.read(start + at, memoryview(same))
-                    if data != same:
-                        problem = f"tensor '{printable(name)}' is not what it was made of"
-                        remedy = "check the disk, and pack it anew"
-                        raise SnapshotError(str(made.path), problem, remedy)
+def _verify(jobs: Sequence[Job], cache: Cache, progress: Progress | None) -> None:
+    """Read a segment back; or as much of it at a time as can be open."""
+    while jobs:
+        most = next((n for n in range(len(jobs), 1, -1) if can_open(2 * n)), 1)
+        with ExitStack() as stack:
+            made = []
+            for job in jobs[:most]:
+                index = open_tensors(job.output, cache)
+                own = links_of(index)[-1].index
+                source, there = (
+                    stack.enter_context(Reader(each)) for each in (job.snapshot.index, own)
+                )
+                read = _elements(there, own.tensors)
+                made.append((_new_file(job, {}, source), index, read))
+            check_chain(made, _outside(jobs[:most], cache, stack), progress=progress)
+        jobs = jobs[most:]

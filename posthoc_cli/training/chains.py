@@ -12,7 +12,8 @@ from posthoc_cli.errors import SnapshotError, either
 from posthoc_cli.storage import TensorIndex, open_tensors
 from posthoc_cli.storage.deltas import MOST_LINKS, links_of
 from posthoc_cli.storage.metadata import BASE, DECAY, GAMMA
-from posthoc_cli.synthesis.deltas import DELTA_DTYPES, Held
+from posthoc_cli.synthesis.bases import Held
+from posthoc_cli.synthesis.deltas import DELTA_DTYPES
 
 if TYPE_CHECKING:
     import torch

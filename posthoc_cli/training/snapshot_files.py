@@ -35,7 +35,8 @@ from posthoc_cli.storage.metadata import (
     STEP,
 )
 from posthoc_cli.storage.stores import exists, is_folder, list_folder
-from posthoc_cli.synthesis.deltas import write_delta
+from posthoc_cli.synthesis.bases import Stored
+from posthoc_cli.synthesis.deltas import NewFile, write_chain
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
 from posthoc_cli.training.chains import Chain, Kinds, Profile, chains, profile_of
 
@@ -307,16 +308,17 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) 
         start = bytes_of(places[name].dtype, first)
         into[:] = last[0][1][start : start + into.size]
 
-    write_delta(
+    new = NewFile(
         snapshot.path,
         places,
         read,
-        base,
-        chain.dtype,
         snapshot.metadata,
+        base.files[-1].path,
         overwrite=_is_own(snapshot),
-        held=None if chain.held is None else chain.held[profile_of(snapshot.metadata)],
     )
+    held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
+    with Stored(base) if held is None else held.at(base) as opened:
+        write_chain([new], chain.dtype, {base.files[-1].path: opened})
 
 
 def _flat(tensor: TensorToSave) -> Tensor:

@@ -245,10 +245,10 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
-def test_bytes_do_not_depend_on_what_is_held(
+def test_bytes_do_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """The differences are held or made twice; the last piece is an odd one."""
+    """Of tensors in pieces the scales are guessed, and made right; the last piece is an odd one."""
     made = averages(3)
     draw = np.random.default_rng(0)
     for at, tensors in enumerate(made.values()):
@@ -258,8 +258,8 @@ def test_bytes_do_not_depend_on_what_is_held(
         tensors["broken"][-1] = (1, np.nan, np.inf)[at % 3]
     source = write(tmp_path / "plain", made)
     found = []
-    for at, held in enumerate((1 << 22, 0)):
-        monkeypatch.setattr("posthoc_cli.synthesis.deltas._HELD", held)
+    for at, size in enumerate((1 << 26, 0)):
+        monkeypatch.setattr("posthoc_cli.synthesis.deltas._PIECE_BYTES", size)
         every = packed(source, tmp_path / str(at), dtype, verify=True)
         found.append([one.job.output.read_bytes() for one in every])
     assert found[0] == found[1]
