@@ -154,3 +154,37 @@ def test_not_a_number_and_infinity_survive_rounding(dtype: str) -> None:
     assert np.isnan(out[:2]).all()
     assert list(out[2:4]) == [np.inf, -np.inf]
     assert np.signbit(out[4])
+
+
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("out_dtype", ["F16", "BF16", "F8_E4M3"])
+@pytest.mark.parametrize("exponent", [-30, 0, 7])
+def test_differences_are_rounded_and_taken_off(dtype: str, out_dtype: str, exponent: int) -> None:
+    """All that float8 can be, ties and what is next to them, zeros of both signs; an odd end."""
+    kind = (STORED | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)})[out_dtype]
+    known = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    known = np.sort(known[np.isfinite(known)])
+    wanted = np.concatenate([known, (known[1:] + known[:-1]) / 2, rows_of("F64", 1, 500)[0]])
+    wanted = np.concatenate([wanted, wanted * (1 + 2.0**-40), [1e-9, -1e-9, 0.0, -0.0]])
+    rest = np.ldexp(wanted, exponent)
+    data = rows_of(dtype, 1, len(rest))[0] * 0
+    data[::3] = 2.0**exponent if dtype != "F16" or exponent > -20 else 0
+    minus = rest - data.astype(np.float64)
+    capacity = -(-len(rest) // kernels.STRIDE) * kernels.STRIDE
+    rows, out, sums = padded(data[None]), np.zeros(8 * capacity, np.uint8), np.zeros(capacity)
+    room = np.full(capacity, np.nan)  # what lies beyond the end doesn't count
+    room[: len(rest)] = minus
+    minus, stored = room[: len(rest)], rows.view(np.uint8)[0]
+    peak = kernels.quantize(dtype, stored, minus, exponent, out_dtype, out, sums)
+    rest = data.astype(np.float64) + minus
+    assert peak == np.abs(rest).max()
+    assert kernels.quantize(dtype, stored, minus, None, out_dtype, out, sums) == peak
+    scaled = np.ldexp(rest, -exponent)
+    rounded = scaled.astype(kind) if out_dtype != "BF16" else narrow("BF16", scaled)
+    assert out.view(kind)[: len(rest)].tobytes() == rounded.tobytes()
+    left = minus - np.ldexp(rounded.astype(np.float64), exponent)
+    assert np.array_equal(sums[: len(rest)], left)
+    for odd in (np.inf, np.nan):
+        minus[5] = odd
+        found = kernels.quantize(dtype, stored, minus, exponent, out_dtype, out, sums)
+        assert np.array_equal(found, odd, equal_nan=True)
