@@ -196,7 +196,7 @@ class Solution:
         when an argument doesn't fit or an output exists, SnapshotError when a snapshot changed
         meanwhile, MachineError when the disk or the device fails.
         """
-        from posthoc_cli.storage import fingerprint
+        from posthoc_cli.storage.readers import fingerprints
         from posthoc_cli.synthesis.beside import shard_size, what_lies_beside
         from posthoc_cli.synthesis.outputs import save_outputs
         from posthoc_cli.synthesis.paths import make_folder, output_paths
@@ -221,7 +221,7 @@ class Solution:
 
         def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
             make_folder(os.fspath(output), self.targets, layout)
-            fingerprints = [fingerprint(snapshot.index) for snapshot in self.snapshots]
+            known = fingerprints([snapshot.index for snapshot in self.snapshots])
             return [
                 make_recipe(
                     self.method,
@@ -229,7 +229,7 @@ class Solution:
                     self.step,
                     self.snapshots,
                     self.weights[at].tolist(),
-                    fingerprints,
+                    known,
                     copied=copy,
                     dropped=drop,
                     groups=groups,

@@ -191,6 +191,9 @@ def _read_zip(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
         raise unsupported("a checkpoint of a machine with another byte order")
     root, storages, digest = _unpickled(file, size, entries[pickles[0]], cache)
     swapped, taken = order == b"big", 0
+    if hasattr(file, "will_read"):  # of a store: each of these would be a request
+        wanted = (entries.get(f"{folder}data/{key}") for key in storages)
+        file.will_read([(entry[0], 30) for entry in wanted if entry is not None])
     for key, storage in storages.items():
         entry = entries.get(f"{folder}data/{key}")
         what = f"storage {key}"

@@ -53,7 +53,7 @@ from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex
 from posthoc_cli.storage.disk import is_gone
 from posthoc_cli.storage.metadata import TOOL, read_recipe
-from posthoc_cli.storage.stores import exists, file_status, is_folder
+from posthoc_cli.storage.stores import exists, file_status, is_folder, will_open
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 
@@ -158,6 +158,7 @@ def read_folder(
     failed: dict[str, SnapshotError] = {}
     beside = beside_emas(map(as_snapshot, names))
     broken: list[tuple[str, LinkError]] = []
+    will_open([folder / name for name in names])
     for name in names:
         if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
             reason = "of step 0, where training has not begun and nothing is averaged"

@@ -31,7 +31,7 @@ from posthoc_cli.storage.shards import (
     is_training_state,
     list_networks,
 )
-from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder
+from posthoc_cli.storage.stores import exists, forget, is_file, is_folder, list_folder
 
 MADE_BY_POSTHOC = "made by posthoc: it carries a recipe"
 
@@ -95,6 +95,7 @@ def folder_of(
 
     The second is None for a folder alone. Raises UsageError for a path that isn't there.
     """
+    forget()
     if isinstance(paths, (str, os.PathLike)):
         if not is_distributed(place(paths)):
             return place(paths), None

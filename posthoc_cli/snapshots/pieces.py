@@ -9,6 +9,7 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.storage.readers import reading_ahead
 from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of
 
@@ -95,11 +96,14 @@ class Layout:
     def read(self, reader: Reader) -> npt.NDArray[np.uint8]:
         """The bytes of the pieces, one after the other."""
         raw = np.empty(self.runs[-1][-1] if self.runs else 0, np.uint8)
-        for start, count, held in self.ranges:
-            read = np.empty(count, np.uint8)
-            reader.read(start, read.data)
-            for inside, length, place in held:
-                raw[place : place + length] = read[inside : inside + length]
+        with reading_ahead(
+            [reader], lambda: ((0, reader, start, count) for start, count, _ in self.ranges)
+        ):
+            for start, count, held in self.ranges:
+                read = np.empty(count, np.uint8)
+                reader.read(start, read.data)
+                for inside, length, place in held:
+                    raw[place : place + length] = read[inside : inside + length]
         return raw
 
     @classmethod

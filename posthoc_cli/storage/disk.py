@@ -129,6 +129,8 @@ class InputFile:
     Raises SnapshotError when it has changed, MachineError when it can't be read.
     """
 
+    remote = False
+
     def __init__(self, file: File, *, keep_open: bool = True) -> None:
         self._path = file.path
         self._expected = file

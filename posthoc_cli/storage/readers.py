@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any, TypeVar
 
 from posthoc_cli.storage.header import Part, ReadAt, TensorIndex, spans
 from posthoc_cli.storage.stores import open_input
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 _BLOCKS, _BLOCK = 16, 4096
 """How many blocks of data a fingerprint is made of, and their bytes."""
 
+
+_AT_ONCE = 32
+"""Requests to a store that don't wait for each other."""
 
 _OTHER_FILES = 64
 """Files that a process has open besides those that it counts, at the most."""
@@ -62,6 +69,21 @@ class Reader:
             self._reads(at)(offset, into[:count])
             into = into[count:]
 
+    @property
+    def remote(self) -> int:
+        """How many of its files lie in a store."""
+        return sum(file.remote for file in self._files)
+
+    def places(self, start: int, length: int) -> Iterator[tuple[Any, int, int]]:
+        """Where bytes of the data lie in files of a store: the file, the offset, and how many.
+
+        Not of a content, which reads its files as it likes.
+        """
+        for at, offset, count in spans(self._parts, start, length):
+            part = self._parts[at]
+            if part.content is None and self._files[part.file].remote:
+                yield self._files[part.file], offset, count
+
     def read_file(self, at: int, offset: int, into: memoryview) -> None:
         """Fill `into` with the bytes of file `at` of the index from `offset` on."""
         self._files[at].read(offset, into)
@@ -80,6 +102,54 @@ class Reader:
         """Raise SnapshotError for a file that changed since its header was read."""
         for file in self._files:
             file.check_unchanged()
+
+
+def check_unchanged(readers: Sequence[Reader]) -> None:
+    """Raise SnapshotError for a file that changed since its header was read."""
+    local = [reader for reader in readers if not reader.remote]
+    for reader in local:
+        reader.check_unchanged()
+    if len(local) < len(readers):
+        _at_once(Reader.check_unchanged, [reader for reader in readers if reader.remote])
+
+
+@contextlib.contextmanager
+def reading_ahead(
+    readers: Sequence[Reader], reads: Callable[[], Iterable[tuple[int, Reader, int, int]]]
+) -> Iterator[None]:
+    """Within the block, have a store's files fetched in the order in which they will be read.
+
+    `reads` gives, with a number that grows by one a step, each reader's position and bytes to come.
+    Of local files nothing is fetched, and it isn't called.
+    """
+    files = sum(reader.remote for reader in readers)
+    if not files:
+        yield
+        return
+    from posthoc_cli.storage.fetching import fetching_ahead
+
+    places = (
+        (step, *place)
+        for step, reader, start, length in reads()
+        for place in reader.places(start, length)
+    )
+    with fetching_ahead(places, files):
+        yield
+
+
+def fingerprints(indexes: Sequence[TensorIndex]) -> list[str]:
+    """The fingerprint of each."""
+    if any(open_input(file).remote for index in indexes for file in index.files):
+        return _at_once(fingerprint, indexes)
+    return [fingerprint(index) for index in indexes]
+
+
+def _at_once(ask: Callable[[T], U], of: Sequence[T]) -> list[U]:
+    """What `ask` gives of each, where each is some requests to a store."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="posthoc") as pool:
+        return list(pool.map(ask, of))
 
 
 def fingerprint(index: TensorIndex) -> str:
@@ -102,12 +172,14 @@ def fingerprint(index: TensorIndex) -> str:
     length = sum(part.length for part in parts)
     block = min(_BLOCK, length)
     with Reader(replace(index, parts=tuple(parts))) as reader:
-        for part in parts:
-            header = bytearray(part.data_start)
-            reader.read_file(part.file, 0, memoryview(header))
-            digest.update(header)
-        data = bytearray(block)
-        for start in sorted({(length - block) * at // (_BLOCKS - 1) for at in range(_BLOCKS)}):
-            reader.read(start, memoryview(data))
-            digest.update(data)
+        starts = sorted({(length - block) * at // (_BLOCKS - 1) for at in range(_BLOCKS)})
+        with reading_ahead([reader], lambda: ((0, reader, start, block) for start in starts)):
+            for part in parts:
+                header = bytearray(part.data_start)
+                reader.read_file(part.file, 0, memoryview(header))
+                digest.update(header)
+            data = bytearray(block)
+            for start in starts:
+                reader.read(start, memoryview(data))
+                digest.update(data)
     return digest.hexdigest()[:32]

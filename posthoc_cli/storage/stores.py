@@ -7,7 +7,7 @@ has to do; `disk.Disk` is the local one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -22,6 +22,9 @@ class Input(Protocol):
 
     Raises SnapshotError when it isn't as it was found, MachineError when it can't be read.
     """
+
+    remote: bool
+    """Whether each read may be a request, which `readers.reading_ahead` is for."""
 
     def __enter__(self) -> Input: ...
 
@@ -112,7 +115,9 @@ def store_of(path: Path) -> Store:
     """The store that a path or Url is of. Raises UsageError where what it needs isn't installed."""
     if not isinstance(path, Url):
         return _DISK
-    raise UsageError(str(path), "is a URL, which is not read yet", "copy the files to a disk")
+    from posthoc_cli.storage.remote import remote_store
+
+    return remote_store(path)
 
 
 def list_folder(
@@ -167,6 +172,22 @@ def same_file(one: Path, other: Path) -> bool:
 def identity(path: Path) -> Hashable | None:
     """What all names of the file or folder at `path` have in common; None where there is none."""
     return store_of(path).identity(path)
+
+
+def will_open(paths: Sequence[Path]) -> None:
+    """Say that files and folders are going to be opened, in this order: a store begins with it."""
+    if paths and isinstance(paths[0], Url):
+        from posthoc_cli.storage.remote import remote_store
+
+        remote_store(paths[0]).will_open(paths)
+
+
+def forget() -> None:
+    """Look anew for what lies in the stores: what was listed is as old as the last call."""
+    import sys
+
+    if remote := sys.modules.get("posthoc_cli.storage.remote"):
+        remote.forget()
 
 
 def own_name(folder: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from posthoc_cli.storage import Reader
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of, decode
-from posthoc_cli.storage.readers import can_open
+from posthoc_cli.storage.readers import can_open, check_unchanged, reading_ahead
 from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
     Accumulator,
@@ -163,12 +163,12 @@ class Engine:
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError for a snapshot that is not as it was when its header was read."""
-        for reader in self._readers:
-            reader.check_unchanged()
+        check_unchanged(self._readers)
 
     def sum(self, sink: Sink, chunks: Iterable[Chunk]) -> None:
         """Hand the sums of `chunks` to `sink`, whether their tensors vary or not."""
-        with device_errors(self._device):
+        chunks = list(chunks)
+        with device_errors(self._device), self._ahead(chunks):
             run_workers(
                 self._cut(chunks),
                 lambda chunk, accumulator: self._sum(sink, chunk, accumulator),
@@ -178,9 +178,10 @@ class Engine:
 
     def copy(self, sink: Sink, chunks: Iterable[Chunk]) -> None:
         """Hand those of `chunks` to `sink` whose tensors don't vary, though they were summed."""
-        with device_errors(self._device):
+        constant = list(self._constant_parts(chunks))
+        with device_errors(self._device), self._ahead(constant, copies=True):
             run_workers(
-                self._cut(self._constant_parts(chunks)),
+                self._cut(constant),
                 lambda chunk, accumulator: self._copy(sink, chunk, accumulator),
                 self._accumulator,
                 1,
@@ -196,6 +197,20 @@ class Engine:
         for each in varying:
             for own, theirs in zip(self._varies.values(), each, strict=True):
                 own[:] = bytes(map(operator.or_, own, theirs))
+
+    def _ahead(
+        self, chunks: Iterable[Chunk], *, copies: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Have what the workers will read of `chunks`, or copy of them, fetched from a store."""
+
+        def reads() -> Iterator[tuple[int, Reader, int, int]]:
+            for step, chunk in enumerate(self._cut(chunks)):
+                copied = copies or self._only_copied(chunk)
+                for source in [self.plan.newest] if copied else chunk.segment.sources:
+                    size = bytes_of(self.plan.stored(chunk.segment, source), chunk.elements)
+                    yield step, self._readers[source], self.plan.start_of(chunk, source), size
+
+        return reading_ahead(self._readers, reads)
 
     def varies(self, segment: Segment, tensor: int) -> bool:
         """Whether two snapshots were seen to differ in a tensor; always False of one not
@@ -241,10 +256,13 @@ class Engine:
             return CpuAccumulator(*sizes)
         return TorchAccumulator(*sizes, self._device)
 
+    def _only_copied(self, chunk: Chunk) -> bool:
+        return not chunk.segment.averaged or (self._settled and not self._varies_in(chunk))
+
     def _sum(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Read a chunk from every snapshot, and hand its weighted sums to the sink."""
         segment = chunk.segment
-        if not segment.averaged or (self._settled and not self._varies_in(chunk)):
+        if self._only_copied(chunk):
             self._copy(sink, chunk, accumulator)
             return
         varies, weights = self._varies[id(segment)], self._weights[id(segment)]

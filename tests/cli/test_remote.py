@@ -1,0 +1,384 @@
+"""Snapshots in buckets, on servers and on the hub, read by the command as those on a disk are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.numpy import save_file
+
+from posthoc_cli.storage import remote, sources, stores
+from tests.command import Posthoc, Run
+from tests.packing import averages, write
+from tests.servers.base import unused_url
+from tests.servers.buckets import Buckets
+from tests.servers.faults import Fault, Proxy
+from tests.servers.files import Files
+from tests.servers.hub import Hub
+
+WANTED = ("--sigma-rel", "0.07", "--method", "blup")
+QUICK = {**sources.RETRY, "max_retries": 2}
+
+
+class Servers(NamedTuple):
+    buckets: Buckets
+    proxy: Proxy
+    files: Files
+    hub: Hub
+    folder: Path
+
+    def url(self, kind: str, path: str) -> str:
+        if kind == "http":
+            return f"{self.files.url}/{path}"
+        return f"hf://me/ema/{path}" if kind == "hf" else f"{kind}://bucket/{path}"
+
+    def upload(self, folder: Path) -> None:
+        """Put a folder into all of them, under its name."""
+        shutil.copytree(folder, self.folder / folder.name, dirs_exist_ok=True)
+        for path in folder.rglob("*"):
+            if path.is_file():
+                key = path.relative_to(folder.parent).as_posix()
+                self.buckets.put("bucket", key, path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def all_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("served")
+    with (
+        Buckets("bucket") as buckets,
+        Proxy(buckets.url) as proxy,
+        Files(folder) as files,
+        Hub({"me/ema": folder}) as hub,
+    ):
+        servers = Servers(buckets, proxy, files, hub, folder)
+        servers.upload(write(tmp_path_factory.mktemp("made") / "snapshots", averages(4)))
+        yield servers
+
+
+@pytest.fixture
+def servers(all_servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Servers:
+    environment = all_servers.buckets.environment(all_servers.proxy.url)
+    for name, text in {**environment, **all_servers.hub.environment()}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "none")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", all_servers.hub.url)
+    monkeypatch.setattr(sources, "RETRY", QUICK)
+    all_servers.proxy.clear()
+    all_servers.buckets.deny = None
+    all_servers.hub.token = None
+    return all_servers
+
+
+def same(posthoc: Posthoc, local: Path, url: str, *options: str) -> None:
+    """Inspect, synthesize and verify give for a URL what they do for the folder."""
+    here = posthoc("inspect", local, "--json", *options)
+    there = posthoc("inspect", url, "--json", *options)
+    assert (here.code, there.code, there.err) == (0, 0, here.err)
+    found = json.loads(there.out.replace(url, str(local)))
+    assert found == here.json
+    for place, name in ((local, "here.safetensors"), (url, "there.safetensors")):
+        made = posthoc("synthesize", place, *WANTED, *options, "-q", "-o", name, "--force")
+        assert (made.code, made.err) == (0, "")
+    work = local.parent
+    assert Path("here.safetensors").read_bytes() == Path("there.safetensors").read_bytes(), work
+    checked = posthoc("verify", "here.safetensors", url, "--full")
+    assert (checked.code, checked.err) == (0, "")
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs", "az", "http", "hf"])
+def test_every_store_reads_as_a_disk_does(
+    kind: str, servers: Servers, posthoc_here: Posthoc
+) -> None:
+    same(posthoc_here, servers.folder / "snapshots", servers.url(kind, "snapshots"))
+
+
+# Kinds of snapshots
+
+
+def _shards(folder: Path) -> None:
+    """Step folders with shards and an index, and what lies beside a network."""
+    for (step, width), tensors in averages(3).items():
+        if width != "0.05":
+            continue
+        place = folder / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        names = sorted(tensors)
+        places = {
+            name: f"model-0000{at % 2 + 1}-of-00002.safetensors" for at, name in enumerate(names)
+        }
+        for file in sorted(set(places.values())):
+            inside = {name: tensors[name] for name in names if places[name] == file}
+            save_file(inside, place / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": places}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        (place / "config.json").write_text('{"model_type": "bert"}')
+        (place / "optimizer.pt").write_bytes(b"x")
+
+
+def _torch(folder: Path) -> None:
+    import torch
+
+    folder.mkdir()
+    for (step, width), tensors in averages(3).items():
+        state = {name: torch.from_numpy(value) for name, value in tensors.items()}
+        torch.save({"state_dict": state}, folder / f"ema-{step:04d}-{width}.pt")
+
+
+def _distributed(folder: Path) -> None:
+    import torch
+    from torch.distributed import checkpoint
+
+    for (step, width), tensors in averages(3).items():
+        if width == "0.05":
+            state = {name: torch.from_numpy(tensors[name]) for name in ("a.weight", "b.bias")}
+            with pytest.warns(UserWarning, match="no_dist|single process"):
+                checkpoint.save(state, checkpoint_id=folder / f"step-{step}", no_dist=True)
+
+
+def _packed(folder: Path) -> None:
+    from posthoc_cli import open_snapshots
+    from posthoc_cli.synthesis.pack import pack, plan_pack
+
+    made = write(folder.with_name("plain"), averages(4))
+    pack(plan_pack(open_snapshots(made).snapshots, folder), "float16")
+
+
+@pytest.mark.parametrize("kind", ["s3", "http"])
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (_shards, ("--raw",)),
+        (_torch, ("--pattern", "ema-{step}-{sigma_rel}.pt")),
+        (_distributed, ("--raw",)),
+        (_packed, ()),
+    ],
+)
+def test_every_kind_of_snapshot(
+    make: Callable[[Path], None],
+    options: tuple[str, ...],
+    kind: str,
+    servers: Servers,
+    tmp_path: Path,
+    posthoc_here: Posthoc,
+) -> None:
+    folder = tmp_path / make.__name__.strip("_")
+    make(folder)
+    servers.upload(folder)
+    same(posthoc_here, folder, servers.url(kind, folder.name), *options)
+
+
+def test_only_and_pattern(servers: Servers, posthoc_here: Posthoc) -> None:
+    url = servers.url("s3", "snapshots")
+    few = (
+        "--only",
+        "*-0.05.*",
+        "--exclude",
+        "*0020*",
+        "--pattern",
+        "ema-{step}-{sigma_rel}.safetensors",
+    )
+    same(posthoc_here, servers.folder / "snapshots", url, *few)
+
+
+def test_files_by_name_where_a_server_lists_nothing(
+    servers: Servers, posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    with Files(servers.folder, index=False, etags=False) as files:
+        folder = f"{files.url}/snapshots"
+        names = sorted(path.name for path in (servers.folder / "snapshots").iterdir())
+        done = posthoc_here(
+            "solve", *(f"{folder}/{name}" for name in names), *WANTED, "-q", "--json"
+        )
+        here = posthoc_here("solve", servers.folder / "snapshots", *WANTED, "-q", "--json")
+        assert (done.code, done.err) == (0, "")
+        assert done.json["targets"] == here.json["targets"]
+        one = posthoc_here("inspect", f"{folder}/{names[0]}", "--json")
+        assert [each["file"] for each in one.json["snapshots"]] == names[:1]
+        posthoc_here("inspect", folder).failed(1, f"{folder}: .*: permission denied .403.; .*")
+
+
+def test_plot(servers: Servers, posthoc_here: Posthoc, tmp_path: Path) -> None:
+    done = posthoc_here("plot", servers.url("gs", "snapshots"), *WANTED[:2], "-o", "a.svg")
+    assert done.code == 0
+    assert (tmp_path / "a.svg").stat().st_size > 10_000
+
+
+def test_few_requests(servers: Servers, posthoc_here: Posthoc) -> None:
+    posthoc_here("inspect", servers.url("s3", "snapshots"))
+    asked = [(each.method, "range" in each.headers) for each in servers.buckets.requests]
+    servers.buckets.requests.clear()
+    posthoc_here("inspect", servers.url("s3", "snapshots"))
+    asked = [(each.method, "range" in each.headers) for each in servers.buckets.requests]
+    assert asked.count(("GET", True)) == 8  # the header of each file
+    assert len(asked) <= 12
+
+
+# Failures
+
+
+def outcome(posthoc: Posthoc, url: str) -> Run:
+    done = posthoc("synthesize", url, *WANTED, "-q", "-o", "out.safetensors")
+    assert not list(Path().glob("*out*"))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "line"),
+    [
+        ("s3://bucket/none", 2, "there is no such folder"),
+        ("gs://bucket/none", 2, "there is no such folder"),
+        ("http/none", 2, "there is no such folder"),
+        ("hf://me/ema/none", 2, "there is no such folder"),
+        ("s3://none/run", 1, "there is no such bucket"),
+        ("az://none/run", 1, "there is no such container"),
+        ("hf://me/none/run", 1, "there is no such repository, or it is not yours to read"),
+        ("hf://me/ema@none/run", 1, "there is no such revision"),
+        ("hf://me", 2, "is not a whole URL"),
+        ("ftp://host/run", 2, "ftp:// is not known"),
+        ("https://host/run?key=1", 2, "ends in a query, which is not supported"),
+    ],
+)
+def test_what_is_not_there(
+    url: str, code: int, line: str, servers: Servers, posthoc_here: Posthoc
+) -> None:
+    url = url.replace("http/", f"{servers.files.url}/")
+    outcome(posthoc_here, url).failed(code, f"[^;]*: {line}; .+")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "line"),
+    [
+        (403, "AccessDenied", r"permission denied \(AccessDenied\); set AWS_ACCESS_KEY_ID .+"),
+        (403, "SignatureDoesNotMatch", r"permission denied \(SignatureDoesNotMatch\); .+"),
+        (400, "ExpiredToken", "the credentials have expired; renew them"),
+        (503, "SlowDown", r"the server answers 503 \(SlowDown\); try again.*"),
+    ],
+)
+def test_what_is_refused(
+    status: int, code: str, line: str, servers: Servers, posthoc_here: Posthoc
+) -> None:
+    servers.buckets.deny = lambda request: (status, code)
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(1, f".*: cannot be read: {line}")
+
+
+def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> None:
+    servers.hub.token = "secret"
+    line = ".*: there is no such repository, or it is not yours to read; .*HF_TOKEN"
+    outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, line)
+
+
+def test_nothing_there(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = unused_url()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    line = f".*: no connection to {url[7:]}; check the network and the address"
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(1, line)
+    outcome(posthoc_here, "http://no-such-host.invalid/run").failed(1, ".*no-such-host.invalid; .+")
+
+
+def test_nothing_answers(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "CLIENT", {**sources.CLIENT, "read_timeout": "200ms"})
+    servers.proxy.add(Fault(hang=True, count=-1))
+    line = f".*: {servers.proxy.url[7:]} doesn't answer; check the network and the address"
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(1, line)
+
+
+def test_no_parts_of_files(servers: Servers, posthoc_here: Posthoc) -> None:
+    with Files(servers.folder, ranges=False) as files:
+        line = ".*: is on a server that gives no parts of files; copy the files to a disk"
+        outcome(posthoc_here, f"{files.url}/snapshots").failed(1, line)
+
+
+def test_what_goes_wrong_on_the_way_is_tried_again(
+    servers: Servers, posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    servers.proxy.add(
+        Fault(method="GET", status=500, count=2),
+        Fault(ranged=True, after=100, skip=2, count=2),
+        Fault(ranged=True, after=100, quietly=True, skip=5, count=2),
+        Fault(ranged=True, status=503, skip=20, count=2),
+    )
+    same(posthoc_here, servers.folder / "snapshots", servers.url("s3", "snapshots"))
+
+
+def test_a_changed_object_is_noticed(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One replaced after its header was read, and one that has another etag from then on."""
+    line = r"s3://bucket/changing/ema-.*: changed while it was read; .+"
+    url = "s3://bucket/changing"
+    for path in (servers.folder / "snapshots").iterdir():
+        servers.buckets.put("bucket", f"changing/{path.name}", path.read_bytes())
+    servers.proxy.add(Fault(ranged=True, skip=20, count=-1, etag='"another"'))
+    outcome(posthoc_here, url).failed(3, line)
+    servers.proxy.clear()
+
+    heads = stores.will_open
+
+    def replaced(paths: list[Path]) -> None:
+        heads(paths)
+        store = remote.remote_store(paths[0])
+        for path in paths:
+            with store.open(path, ""):
+                data = servers.buckets.get("bucket", f"changing/{path.name}")
+        servers.buckets.put("bucket", f"changing/{path.name}", data)
+
+    monkeypatch.setattr("posthoc_cli.snapshots.folder.will_open", replaced)
+    outcome(posthoc_here, url).failed(3, line)
+
+
+@pytest.mark.parametrize(
+    ("url", "module"), [("s3://bucket/a", "obstore"), ("hf://me/ema/a", "huggingface_hub")]
+)
+def test_what_is_not_installed(
+    url: str, module: str, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    line = f"{url}: needs {module}, which is not installed; pip install .posthoc-cli.remote.."
+    outcome(posthoc_here, url).failed(2, line)
+
+
+# Credentials
+
+
+def test_profiles(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    keys, config = tmp_path / "credentials", tmp_path / "config"
+    keys.write_text("[mine]\naws_access_key_id = ours\naws_secret_access_key = secret\n")
+    config.write_text(f"[profile mine]\nregion = eu-north-1\nendpoint_url = {servers.proxy.url}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    servers.buckets.requests.clear()
+    assert posthoc_here("inspect", "s3://bucket/snapshots").code == 0
+    signed = servers.buckets.requests[0].headers["authorization"]
+    assert "Credential=ours/" in signed
+    assert "/eu-north-1/s3/" in signed
+    monkeypatch.setenv("AWS_PROFILE", "yours")
+    line = ".*: there is no AWS profile 'yours'; check AWS_PROFILE"
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(2, line)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_local_folders_import_none_of_it(snapshots: Path) -> None:
+    code = (
+        "import sys, posthoc_cli; run = posthoc_cli.open_snapshots('snapshots');"
+        "run.solve(gamma=8).save('out.safetensors');"
+        "print({'obstore', 'huggingface_hub', 'asyncio', 'posthoc_cli.storage.remote'}"
+        " & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=snapshots.parent, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
