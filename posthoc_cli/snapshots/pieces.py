@@ -9,9 +9,9 @@ from itertools import accumulate, groupby, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.storage.readers import reading_ahead
 from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of
+from posthoc_cli.storage.readers import reading_ahead
 
 _NEAR = 1 << 14
 """Bytes between two places that are read along, as that is quicker than to begin anew."""

@@ -20,7 +20,7 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.storage.disk import changed, unreadable
 from posthoc_cli.storage.fetching import RemoteFile, Stream, begin
 from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.sources import Source, source_of
+from posthoc_cli.storage.sources import Bucket, Server, Source
 
 HEAD = 512 << 10
 """Bytes of a file that are fetched when it is opened: the headers of most are shorter."""
@@ -41,8 +41,16 @@ def remote_store(path: Path) -> RemoteStore:
         for known in _STORES:
             if path.is_relative_to(known):
                 return _STORES[known]
-        source = source_of(path)
+        source = _source_of(path)
         return _STORES.setdefault(source.root, RemoteStore(source))
+
+
+def _source_of(url: Url) -> Source:
+    if url.scheme == "hf":
+        from posthoc_cli.storage.hub import repository
+
+        return repository(url)
+    return Server(url) if url.scheme.startswith("http") else Bucket(url)
 
 
 def forget() -> None:

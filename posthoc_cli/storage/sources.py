@@ -65,15 +65,6 @@ class Source(Protocol):
         """The bytes from `start` to before `end`, fewer at the file's end, and the whole file."""
 
 
-def source_of(url: Url) -> Source:
-    """How a URL is read."""
-    if url.scheme == "hf":
-        from posthoc_cli.storage.hub import repository
-
-        return repository(url)
-    return Server(url) if url.scheme.startswith("http") else Bucket(url)
-
-
 def needs(url: Url, module: str) -> UsageError:
     """The error for a URL that needs what isn't installed."""
     problem = f"needs {module}, which is not installed"
