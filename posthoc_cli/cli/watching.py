@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from posthoc_cli.cli.console import counted, note, plain_table, stderr_console
@@ -30,6 +30,7 @@ class Watch:
         self.running: dict[Trial, float] = {}
         self.reading: tuple[int, int] = (0, 0)
         self.best = ""
+        self.refresh: Callable[[], None] = lambda: None
         self._noted = False
 
     def begin(self, tuner: Tuner) -> None:
@@ -47,6 +48,7 @@ class Watch:
     def report(self, tuner: Tuner, trial: Trial, evaluation: Evaluation | None) -> None:
         if evaluation is None:
             self.running[trial] = time.monotonic()
+            self.refresh()
             return
         self.running.pop(trial, None)
         self.best = known(tuner)
@@ -63,6 +65,7 @@ class Watch:
             off = "" if error is None else f"expected error {percent(error)}, "
             told = f"{at}: {evaluation.metric:.6g} ({off}{evaluation.seconds:.1f} s)"
             note(f"{told}; {self.best}", self.quiet)
+        self.refresh()
 
     def draw(self) -> RenderableType:
         """The table: what was measured, what runs, the best so far and the time left."""
@@ -132,7 +135,7 @@ def watching(command: CommandMetric, parallel: int, quiet: bool) -> Iterator[Wat
             if live:
                 from rich.live import Live
 
-                stack.enter_context(
+                shown = stack.enter_context(
                     Live(
                         get_renderable=watch.draw,
                         console=console,
@@ -142,6 +145,7 @@ def watching(command: CommandMetric, parallel: int, quiet: bool) -> Iterator[Wat
                         vertical_overflow="crop",
                     )
                 )
+                watch.refresh = shown.refresh
             yield watch
     except (KeyboardInterrupt, SystemExit):
         if watch.tuner is not None:

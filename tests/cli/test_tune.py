@@ -303,7 +303,7 @@ def test_interrupted_it_says_what_is_known(
 
 
 def test_a_table_on_a_terminal(snapshots: Path) -> None:
-    words = (*WORDS, f"sleep 0.1; {METRIC}", "--minimize", "--evaluations", "4")
+    words = (*WORDS, f"sleep 0.05; {METRIC}", "--minimize", "--evaluations", "4")
     shown = visible(on_terminal(words, snapshots.parent))
     lines = [part for line in shown for part in line.split("\r")]
     assert any("...  " in line for line in lines)
