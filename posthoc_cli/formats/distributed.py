@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,10 +23,10 @@ from posthoc_cli.formats.pickles import corrupt, naming, refused, shown
 from posthoc_cli.formats.sharding import METADATA, Entry, Place, Table, read_sharding, read_table
 from posthoc_cli.formats.tensors import Storage, StoredTensor
 from posthoc_cli.formats.torchfile import read_stream
-from posthoc_cli.storage import Cache, File, Part, TensorIndex, TensorInfo
+from posthoc_cli.storage import Cache, File, Part, TensorIndex, TensorInfo, read_header
 from posthoc_cli.storage.blocks import Block, Blocks, make_parts, whole
 from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
-from posthoc_cli.storage.metadata import FORMAT, TOOL
+from posthoc_cli.storage.metadata import FORMAT, SHARDING, SHARDS, TOOL
 from posthoc_cli.storage.stores import file_status, is_file, is_folder, list_folder, open_file
 
 _ENDING = ".distcp"
@@ -82,6 +82,7 @@ def read_distributed(
     several networks are to choose from, MachineError for what can't be read.
     """
     cache = {} if cache is None else cache
+    stated: dict[str, str] = {}
     if is_file(folder / METADATA):
         with naming(folder / METADATA), open_file(folder / METADATA) as (file, status):
             if status.size > _MAX_METADATA:
@@ -96,11 +97,28 @@ def read_distributed(
                 f"is not finished: it has no {METADATA} yet",
                 "wait until it is written, or leave it out with exclude=",
             )
-        shards = [name for name in names if _SHARD.fullmatch(name)]
-        layout = _laid_out(folder, read_sharding(folder, shards), key, b"")
+        shards = [read_header(folder / name, cache) for name in names if _SHARD.fullmatch(name)]
+        layout = _sharded(folder, shards, key, cache)
+        stated = dict(shards[0].metadata)
     files = tuple(_found(folder / name, least) for name, least in layout.paths)
     values = {FORMAT: "pt", TOOL: "torch"} | _read_values(folder, layout.values)
+    if stated.pop(SHARDS, None) is not None:  # a tracker's, which says all of itself
+        stated.pop(SHARDING, None)
+        values = stated
     return TensorIndex(folder, layout.tensors, values, files, layout.parts, layout.structure)
+
+
+def _sharded(folder: Path, shards: Sequence[TensorIndex], key: str | None, cache: Cache) -> Layout:
+    """The layout that safetensors files say, or that of others before which say the same."""
+    # The cache keeps the tensors, so that no others get their numbers.
+    same = tuple((each.path.name, id(each.tensors), each.metadata.get(SHARDING)) for each in shards)
+    places = tuple((each.metadata.get(SHARDS), each.parts[0].data_start) for each in shards)
+    found: Layout | None = cache.get(("sharded", key, same, places))
+    if found is None:
+        found = _laid_out(folder, read_sharding(folder, shards), key, b"")
+        tensors = cache.setdefault(("sharded", key, same), found.tensors)
+        found = cache["sharded", key, same, places] = replace(found, tensors=tensors)
+    return found
 
 
 def _found(path: Path, least: int) -> File:
@@ -167,7 +185,8 @@ def _fits(folder: Path, layout: Layout) -> bool:
 def _laid_out(folder: Path, table: Table, key: str | None, structure: bytes) -> Layout:
     """The layout of the network that is meant."""
     with naming(folder):
-        chosen = _choose(folder, table, key)
+        one = table.one_network
+        chosen = list(table.entries.items()) if one else _choose(folder, table, key)
     boxes = {id(box): box for _, entry in chosen for box in entry.boxes}
     paths = sorted({box.place.path for box in boxes.values()})
     numbers = {path: number for number, path in enumerate(paths)}

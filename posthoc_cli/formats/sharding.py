@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import IncompleteError, SnapshotError
 from posthoc_cli.formats.checkpoint import is_beside
 from posthoc_cli.formats.inert import inert
 from posthoc_cli.formats.pickles import (
@@ -28,13 +28,11 @@ from posthoc_cli.formats.pickles import (
     unpickle,
 )
 from posthoc_cli.formats.tensors import NAMES
-from posthoc_cli.storage import read_header
+from posthoc_cli.storage import TensorIndex
 from posthoc_cli.storage.dtypes import BY_NAME
+from posthoc_cli.storage.metadata import SHARDING, SHARDS
 
 METADATA = ".metadata"
-
-_SHARDING = "DCP_SHARDING_INFO"
-"""The key of a safetensors file's metadata by which it says where its boxes belong."""
 
 _MAX_DIMENSIONS = 64
 
@@ -69,11 +67,12 @@ class Entry:
 @dataclass(slots=True)
 class Table:
     """What a checkpoint holds: tensors by name, values of other kinds, and where in nested dicts
-    each name belongs."""
+    each name belongs. One of a tracker's holds one network and nothing else."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
     values: dict[str, Place] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    one_network: bool = False
 
 
 def read_table(data: bytes) -> Table:
@@ -174,28 +173,48 @@ def _guessed_path(name: str) -> tuple[str, ...]:
     return (first, rest) if dot and is_beside(first) else (name,)
 
 
-def read_sharding(folder: Path, names: Iterable[str]) -> Table:
-    """What the safetensors files of one checkpoint say of their boxes."""
-    table = Table()
-    for name in names:
-        index = read_header(folder / name)
-        start = index.parts[0].data_start
+def shard_name(at: int) -> str:
+    """What HuggingFaceStorageWriter calls the safetensors file of rank `at`."""
+    return f"shard-{at + 1:05d}-model-00001-of-00001.safetensors"
+
+
+def sharding_metadata(firsts: Mapping[str, Sequence[int]], shards: int) -> dict[str, str]:
+    """The metadata of one of so many files: where in each tensor the box it has begins."""
+    said = {name: {"saved_offsets": list(first)} for name, first in firsts.items()}
+    return {SHARDING: json.dumps(said, separators=(",", ":")), SHARDS: str(shards)}
+
+
+def read_sharding(folder: Path, shards: Sequence[TensorIndex]) -> Table:
+    """What the safetensors files of one checkpoint say of their boxes.
+
+    Raises IncompleteError where they say that there are more of them.
+    """
+    table = Table(one_network=SHARDS in shards[0].metadata)
+    for index in shards:
+        count = index.metadata.get(SHARDS)
+        if count is not None and count != str(len(shards)):
+            raise IncompleteError(
+                str(folder),
+                f"is not whole: {len(shards)} of its {count} files are there",
+                "wait until it is written, copy it again, or leave it out with exclude=",
+            )
+        (file,), start = index.files, index.parts[0].data_start
         try:
-            said = json.loads(index.metadata[_SHARDING])
+            said = json.loads(index.metadata[SHARDING])
             firsts = {
                 tensor: _sizes(tuple(said[tensor]["saved_offsets"])) for tensor in index.tensors
             }
         except (KeyError, TypeError, ValueError, RecursionError, SnapshotError):
             problem = "doesn't say which part of each tensor it has"
-            raise _of_no_checkpoint(folder / name, problem) from None
+            raise _of_no_checkpoint(file.path, problem) from None
         for tensor, info in index.tensors.items():
             first = firsts[tensor]
             shape = tuple(a + size for a, size in zip(first, info.shape, strict=False))
             entry = table.entries.setdefault(tensor, Entry(info.dtype, shape, []))
             if entry.dtype != info.dtype or not len(entry.shape) == len(shape) == len(info.shape):
-                raise _of_no_checkpoint(folder / name, f"has another '{shown(tensor)}' than others")
+                raise _of_no_checkpoint(file.path, f"has another '{shown(tensor)}' than others")
             entry.shape = tuple(map(max, entry.shape, shape))
-            place = Place(name, start + info.start, info.end - info.start)
+            place = Place(file.path.name, start + info.start, info.end - info.start)
             entry.boxes.append(Box(first, info.shape, place, stream=False))
             table.paths[tensor] = (tensor,)
     return table

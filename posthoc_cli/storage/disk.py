@@ -63,6 +63,8 @@ def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> N
         while not replace and os.path.lexists(target):
             target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
         with write_errors(path):
+            if target.is_dir():  # which nothing can be moved onto
+                shutil.rmtree(target)
             os.replace(path, target)
 
 

@@ -63,6 +63,10 @@ PACKED = "packed"
 
 OF_DELTAS = frozenset({ENCODING, BASE, BASE_FINGERPRINT, SCALE, SCALES, PACKED})
 
+SHARDING, SHARDS = "DCP_SHARDING_INFO", "shards"
+"""Of a file that has parts of tensors, as HuggingFaceStorageWriter writes it: where in the whole
+tensor each begins, as JSON. And how many such files there are, which torch doesn't say."""
+
 COUNTS = {STEP: "step", "ss_steps": "step", "ss_epoch": "epoch"}
 """The keys that count training, the most reliable first, each with its unit."""
 
@@ -82,7 +86,7 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
     gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL, COUNTED}
-    gone |= {UPDATE_EVERY, ONE_STEP, *OF_DELTAS}
+    gone |= {UPDATE_EVERY, ONE_STEP, SHARDING, SHARDS, *OF_DELTAS}
     return {
         key: value
         for key, value in metadata.items()

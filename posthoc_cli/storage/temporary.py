@@ -54,7 +54,7 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     kind = ""
     while True:
-        place = path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}")
+        place = temporary_name(path, kind)
         made = False
         try:
             if folder:
@@ -91,6 +91,11 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
                 os.close(fd)
                 with contextlib.suppress(OSError):
                     remove(place)
+
+
+def temporary_name(path: Path, kind: str = "") -> Path:
+    """A name beside `path` that nothing has; what is left under it, `clean_up` removes."""
+    return path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}")
 
 
 def clean_up(folder: Path) -> None:

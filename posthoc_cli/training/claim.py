@@ -46,6 +46,10 @@ class FolderClaim:
     def covers(self, folder: Path) -> bool:
         return self.folder is folder and (self._lock is None or self._lock.held)
 
+    @property
+    def lock_file(self) -> Path | None:
+        return None if self._lock is None else self._lock.path
+
     def look_again(self) -> None:
         """Have everything checked anew, unless the lock is sure and where others look for it."""
         if not self.sure or (self._lock is not None and not self._lock.in_place):

@@ -44,16 +44,17 @@ from posthoc_cli.training.counting import (
     resolve_gamma,
     resolve_profiles,
 )
-from posthoc_cli.training.ranks import agree, heard_by_all
+from posthoc_cli.training.ranks import Ranks, agree, heard_by_all, others
+from posthoc_cli.training.sharded import Parts, check_seen
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
-    SnapshotWriter,
     TensorToSave,
     check_dtypes,
     own_snapshots,
     saved_dtype,
 )
 from posthoc_cli.training.tracked import Averages
+from posthoc_cli.training.writer import SnapshotWriter
 
 
 class PostHocEMA:
@@ -151,6 +152,7 @@ class PostHocEMA:
         self._updated = 0
         self._averages = Averages(model, len(self.gammas), include, roles, device, average_dtype)
         self._lent = False
+        self._met: Path | None = None
         self._claim = FolderClaim()
         chain = Chain(dtype, keyframe_every, memory=delta_memory) if store == "delta" else None
         self._writer = SnapshotWriter(self._claim, chain)
@@ -174,6 +176,7 @@ class PostHocEMA:
         previous, now = self.step, next_step(self.step, step)
         if now == previous:
             return
+        self._meet()
         self._check_can_save()
         if self._writer.failures:
             self._warn_of_failures()
@@ -208,6 +211,29 @@ class PostHocEMA:
         self._writer.wait()
         if not self.step:
             raise ValueError("nothing to save yet: call update() first")
+        self._meet()
+        parts = self._writer.parts
+        if parts is None:
+            snapshots, writes = self._snapshots(), is_first_process()
+            if self.background or any(
+                is_sharded(each.like) for each in snapshots[0].tensors.values()
+            ):
+                snapshots = [snapshot.on_host(hold=writes) for snapshot in snapshots]
+            if not writes:
+                return [snapshot.path for snapshot in snapshots]
+        else:
+            with parts.ranks.raised_in_all():
+                snapshots = self._snapshots()
+            snapshots = parts.of(snapshots)
+            if self.background:
+                snapshots = [snapshot.on_host(hold=True) for snapshot in snapshots]
+        if self.background:
+            self._writer.start(snapshots, self.keep)
+            return [snapshot.path for snapshot in snapshots]
+        return self._writer.write(snapshots, self.keep)
+
+    def _snapshots(self) -> list[SnapshotToSave]:
+        """The snapshot of each average as of now, and with `raw` that of the network."""
         self._claim.look_again()
         self._check_can_save()
         if self._updated < self.step:
@@ -215,17 +241,7 @@ class PostHocEMA:
         self._averages.bind()
         own = named_tensors(self.model)
         averages = [*self._averages.tensors, *([{}] if self.raw else [])]
-        snapshots = [self._snapshot(index, each, own) for index, each in enumerate(averages)]
-        paths = [snapshot.path for snapshot in snapshots]
-        writes, sharded = is_first_process(), any(map(is_sharded, own.values()))
-        if self.background or sharded:
-            snapshots = [snapshot.on_host(hold=writes) for snapshot in snapshots]
-        if not writes:
-            return paths
-        if self.background:
-            self._writer.start(snapshots, self.keep)
-            return paths
-        return self._writer.write(snapshots, self.keep)
+        return [self._snapshot(index, each, own) for index, each in enumerate(averages)]
 
     def wait(self) -> None:
         """Wait until the snapshots that a thread is writing are on disk."""
@@ -262,18 +278,43 @@ class PostHocEMA:
         """
         if self._claim.covers(self.folder):
             return
+        if self._writer.parts is None:
+            self._check_dtypes()
+            self._claim.sure = agree(str(self.folder), self._take_folder)
+        elif is_first_process():
+            self._take_folder()
+        self._claim.folder = self.folder
+
+    def _take_folder(self) -> bool:
+        self._writer.failures += self._claim.take(
+            self.folder, self.run, self.step, overwrite=self.overwrite, later=self.later
+        )
+        return self._claim.sure
+
+    def _check_dtypes(self) -> None:
         for name, tensor in named_tensors(self.model).items():
             if self._averages.included(name):
                 self._saved_dtype(name, tensor)
 
-        def claim() -> bool:
-            self._writer.failures += self._claim.take(
-                self.folder, self.run, self.step, overwrite=self.overwrite, later=self.later
-            )
-            return self._claim.sure
-
-        self._claim.sure = agree(str(self.folder), claim)
-        self._claim.folder = self.folder
+    def _meet(self) -> None:
+        """Where the network is sharded, have all processes agree on folder and run, or raise the
+        same error."""
+        if self._met is self.folder:
+            return
+        sharded = others() and any(map(is_sharded, named_tensors(self.model).values()))
+        if sharded and self._writer.parts is None and self._writer.chain is None:
+            self._writer.parts = Parts(Ranks(str(self.folder)))
+        if self._writer.parts is not None:
+            ranks = self._writer.parts.ranks
+            with ranks.raised_in_all():
+                self._check_dtypes()
+                self._check_can_save()
+            said = ranks.from_first(lambda: (self.run, self._claim.sure, self._claim.lock_file))
+            self.run, self._claim.sure, lock = said
+            with ranks.raised_in_all():
+                if lock is not None:
+                    check_seen(lock, self.folder)
+        self._met = self.folder
 
     def _warn_of_failures(self) -> None:
         """Warn of what went wrong since the last call."""
@@ -318,6 +359,7 @@ class PostHocEMA:
         self.run, self.step, self._updated = state["run"], state["step"], state["updated"]
         self._averages.load(state["averages"])
         self._claim.begin_anew()
+        self._met = None
 
     # Synthesis
 

@@ -6,22 +6,20 @@ A run is one training run, resumed or not.
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, PosthocError
+from posthoc_cli.formats.sharding import shard_name
 from posthoc_cli.snapshots import SAME_WIDTH
-from posthoc_cli.storage import ENDING, TensorIndex, make_header, open_tensors, read_header
+from posthoc_cli.storage import ENDING, TensorIndex, make_header, read_header
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.disk import remove_file
 from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
 from posthoc_cli.storage.metadata import (
     CONVERTED,
@@ -34,14 +32,18 @@ from posthoc_cli.storage.metadata import (
     SIGMA_REL,
     STEP,
 )
+from posthoc_cli.storage.shared import remove_whole
 from posthoc_cli.storage.stores import exists, is_folder, list_folder
 from posthoc_cli.synthesis.bases import Stored
 from posthoc_cli.synthesis.deltas import NewFile, write_chain
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
-from posthoc_cli.training.chains import Chain, Kinds, Profile, chains, profile_of
+from posthoc_cli.training.chains import Chain, Kinds, chains, profile_of
 
 _MADE = {RECIPE, CONVERTED, PACKED}
 """What only files have that were made of snapshots."""
+
+_OURS = re.compile(r"-step(\d{8,})-(?:[\d.]+|raw)$")
+"""What the name of a snapshot ends with that a tracker has written; of a file, before its own."""
 
 SnapshotHeader = tuple[Path, Mapping[str, str]]
 """A file that may be a snapshot, with the metadata in its header."""
@@ -104,6 +106,11 @@ class TensorToSave:
         return whole.to("cpu", self.dtype, copy=copy)
 
 
+def dtype_name(tensor: TensorToSave) -> str:
+    """safetensors' name for the dtype it is saved in."""
+    return safetensors_name(tensor.dtype) or ""
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotToSave:
     """An average as of `step`, to be written to `folder`; of sigma_rel 0 the network itself."""
@@ -115,18 +122,22 @@ class SnapshotToSave:
     gamma: float
     sigma_rel: float
     tensors: Mapping[str, TensorToSave]
+    sharding: Mapping[str, str] = field(default_factory=dict)
+    """Of what is a process' part of one, the metadata that says so."""
 
     @property
     def path(self) -> Path:
+        """Its file, or its folder where it is written in parts."""
+        ending = "" if self.sharding else ENDING
         if self.sigma_rel == 0:
-            return self.folder / f"{self.prefix}-step{self.step:08d}-raw{ENDING}"
+            return self.folder / f"{self.prefix}-step{self.step:08d}-raw{ending}"
         places = 3  # decimals, or as many more as tell two profiles apart
         while (
             abs(round(self.sigma_rel, places) - self.sigma_rel) > SAME_WIDTH / 10 * self.sigma_rel
         ):
             places += 1
         # A name that fits no known convention, so that nobody reads something else into it.
-        name = f"{self.prefix}-step{self.step:08d}-{self.sigma_rel:.{places}f}{ENDING}"
+        name = f"{self.prefix}-step{self.step:08d}-{self.sigma_rel:.{places}f}{ending}"
         return self.folder / name
 
     @property
@@ -137,12 +148,13 @@ class SnapshotToSave:
             STEP: str(self.step),
             **({DECAY: "0"} if self.sigma_rel == 0 else profile),
             RUN: self.run,
+            **self.sharding,
         }
 
     @property
     def kinds(self) -> Kinds:
         return {
-            name: (safetensors_name(tensor.dtype) or "", tuple(tensor.like.shape))
+            name: (dtype_name(tensor), tuple(tensor.like.shape))
             for name, tensor in self.tensors.items()
         }
 
@@ -167,108 +179,9 @@ class SnapshotToSave:
         return replace(self, tensors=tensors)
 
 
-class SnapshotWriter:
-    """Writes the snapshots of a run, in a thread if asked to.
-
-    `failures` has a message for everything that went wrong: training must go on. The `claim` on
-    the folder is held for as long as something is being written.
-    """
-
-    def __init__(self, claim: object, chain: Chain | None = None) -> None:
-        self.claim = claim
-        self.chain = chain
-        self.failures: list[str] = []
-        self._overflowed: set[str] = set()
-        self._thread: threading.Thread | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.wait()  # a thread can't be copied
-        return dict(self.__dict__)
-
-    def wait(self) -> None:
-        """Wait until the thread, if there is one, is done."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def start(self, snapshots: Sequence[SnapshotToSave], keep: int | None) -> None:
-        """Begin to `write` in a thread."""
-
-        def write() -> None:
-            try:
-                self.write(snapshots, keep)
-            except Exception as error:  # nobody would see it in a thread, and training goes on
-                self.failures.append(f"no snapshots of step {snapshots[0].step}: {error!r}")
-
-        self._thread = threading.Thread(target=write, name="posthoc snapshots")
-        self._thread.start()
-
-    def write(self, snapshots: Sequence[SnapshotToSave], keep: int | None) -> list[Path]:
-        """Write the snapshots of one step; returns the paths of those that could be written.
-
-        Unless `keep` is None, snapshots of this run older than its newest `keep` steps are removed;
-        of chains, those that are older as a whole.
-        """
-        written: list[Path] = []
-        bases = self._bases(snapshots[0])
-        for snapshot in snapshots:
-            # Of a chain the others are differences to the first, and nothing without it.
-            leading = self.chain is not None and snapshot is snapshots[0]
-            missing = f"no snapshot{'s' if leading else ''} of step {snapshot.step}"
-            try:
-                base = bases.get(profile_of(snapshot.metadata))
-                if self.chain is not None and base is None and not leading:
-                    base = open_tensors(snapshots[0].path)
-                if self.chain is None or base is None:
-                    overflowing = write_snapshot(snapshot)
-                else:
-                    overflowing = []
-                    write_difference(snapshot, base, self.chain)
-            except (MachineError, SnapshotError, UsageError) as error:
-                problem = str(error)
-                if isinstance(error, UsageError):
-                    problem = (
-                        f"{snapshot.path}: a file that isn't this run's has its place; move it "
-                        "away or choose another folder"
-                    )
-                self.failures.append(f"{missing}: {problem}")
-                if leading:
-                    break
-                continue
-            written.append(snapshot.path)
-            self.failures += [
-                f"tensor {name!r} has values that are not finite in float16, first in "
-                f"{snapshot.path.name}; if they are large, give dtype=torch.bfloat16"
-                for name in overflowing
-                if name not in self._overflowed
-            ]
-            self._overflowed.update(overflowing)
-        if keep is not None and len(written) == len(snapshots):
-            first = snapshots[0]
-            self.failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
-        return written
-
-    def _bases(self, main: SnapshotToSave) -> dict[Profile, TensorIndex]:
-        """What the snapshots of a step, `main` and others, are differences to, by profile."""
-        if self.chain is None:
-            return {}
-        own = own_snapshots(main.folder, main.run)
-        before = [
-            (step, profile_of(_metadata(path)), path) for path, step in own if step < main.step
-        ]
-        try:
-            if any(path == main.path for path, _ in own):  # it is about to be replaced
-                for path, step in own:
-                    if step == main.step and path != main.path:
-                        remove_file(path)
-            return self.chain.bases(before, profile_of(main.metadata), main.kinds)
-        except PosthocError as error:
-            self.failures.append(f"step {main.step} begins a new chain: {error}")
-            return {}
-
-
-def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
-    """Write a snapshot, whole or not at all, replacing only what the same run has written.
+def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[str]:
+    """Write a snapshot, whole or not at all, replacing only what the same run has written; or a
+    part of one, to `place`.
 
     Tensors with several names are written under each, since the format has no shared ones.
     Returns the names of tensors with values that float16, if they are in it, made infinite.
@@ -278,7 +191,9 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
     header, places = make_header(snapshot.kinds, snapshot.metadata)
     size = len(header) + max((info.end for info in places.values()), default=0)
     overflowing = []
-    with AtomicFile(snapshot.path, size, overwrite=_is_own(snapshot)) as file:
+    old = [] if place else own_places(snapshot)
+    path = place or snapshot.path
+    with AtomicFile(path, size, overwrite=path in old) as file:
         file.write_at(0, header)
         for name, info in places.items():
             if not info.elements:
@@ -291,6 +206,9 @@ def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
             ):
                 overflowing.append(name)
             file.write_at(len(header) + info.start, value.view(torch.uint8).numpy().data)
+    for other in old:
+        if other != path:
+            remove_whole(other)
     return overflowing
 
 
@@ -314,7 +232,7 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) 
         read,
         snapshot.metadata,
         base.files[-1].path,
-        overwrite=_is_own(snapshot),
+        overwrite=snapshot.path in own_places(snapshot),
     )
     held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
     with Stored(base) if held is None else held.at(base) as opened:
@@ -325,10 +243,15 @@ def _flat(tensor: TensorToSave) -> Tensor:
     return tensor.on_host().contiguous().view(-1)
 
 
-def _is_own(snapshot: SnapshotToSave) -> bool:
-    """Whether the run has written what lies in a snapshot's place."""
-    path = snapshot.path
-    return exists(path) and own_step(path, _metadata(path), snapshot.run) is not None
+def own_places(snapshot: SnapshotToSave) -> list[Path]:
+    """What the run has written of a snapshot before: as a file, or as a folder of parts."""
+    name = snapshot.path.name.removesuffix(ENDING)
+    places = [snapshot.folder / name, snapshot.folder / (name + ENDING)]
+    return [
+        path
+        for path in places
+        if exists(path) and own_step(path, metadata_of(path), snapshot.run) is not None
+    ]
 
 
 def own_snapshots(folder: Path, run: str) -> list[tuple[Path, int]]:
@@ -346,15 +269,16 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
     if metadata.get(RUN) != run or not metadata.keys().isdisjoint(_MADE):
         return None
     step = metadata.get(STEP, "")
-    written = re.search(r"-step(\d{8,})-(?:[\d.]+|raw)$", path.name.removesuffix(ENDING))
+    written = _OURS.search(path.name.removesuffix(ENDING))
     return int(step) if written and step == str(int(written[1])) else None
 
 
 def headers(folder: Path) -> list[SnapshotHeader]:
-    """The files in a folder that may be snapshots."""
-    names = list_folder(folder) if is_folder(folder) else ()
-    paths = [folder / name for name in names if name.endswith(ENDING) and name[0] != "."]
-    return [(path, _metadata(path)) for path in paths]
+    """The files in a folder that may be snapshots, and the folders that a tracker has made."""
+    names = [name for name in list_folder(folder) if name[0] != "."] if is_folder(folder) else []
+    files = [(folder / name, metadata_of(folder / name)) for name in names if name.endswith(ENDING)]
+    parts = [(folder / name, metadata_of(folder / name)) for name in names if _OURS.search(name)]
+    return [*files, *((path, metadata) for path, metadata in parts if RUN in metadata)]
 
 
 def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list[str]:
@@ -366,20 +290,21 @@ def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list
     steps = {path: step for path, step in own_snapshots(folder, run) if step <= newest}
     kept = sorted(set(steps.values()))[-keep:]
     failures = []
-    for chain in chains([(path, _metadata(path)) for path in steps]):
+    for chain in chains([(path, metadata_of(path)) for path in steps]):
         if max(steps[path] for path in chain) >= kept[0]:
             continue
         for path in chain:
             try:
-                remove_file(path)
+                remove_whole(path)
             except MachineError as error:
                 failures.append(f"{path}: an old snapshot that can't be removed: {error}")
                 break  # it needs the others
     return failures
 
 
-def _metadata(path: Path) -> Mapping[str, str]:
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """What a snapshot says of itself; nothing of what is none."""
     try:
-        return read_header(path).metadata
+        return read_header(path / shard_name(0) if is_folder(path) else path).metadata
     except PosthocError:
         return {}

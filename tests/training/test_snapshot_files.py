@@ -24,7 +24,7 @@ from posthoc_cli.solver.profiles import sigma_rel_to_gamma
 from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import header as tensorfile
 from posthoc_cli.storage.header import read_header
-from posthoc_cli.training import snapshot_files
+from posthoc_cli.training import writer
 from tests.packing import rebuilt
 from tests.training.networks import Tied, folder_bytes, small, train
 
@@ -268,7 +268,7 @@ def test_errors_in_the_thread_come_with_the_next_call(
         returned.wait()
         raise RuntimeError("what nobody thought of")
 
-    monkeypatch.setattr(snapshot_files, "write_snapshot", broken)
+    monkeypatch.setattr(writer, "write_snapshot", broken)
     ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=1, background=True)
     ema.update()
     returned.set()
