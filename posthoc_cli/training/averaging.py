@@ -92,17 +92,57 @@ def is_first_process() -> bool:
     return distributed.get_rank() == 0
 
 
-def gather(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor that is sharded as `like` is; every process must call it."""
+def as_sharded(part: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a tensor as a tensor that is sharded as `like` is."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    sharded = DTensor.from_local(
+    return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
-    return sharded.full_tensor()
+
+
+def gather(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded as `like` is; every process must call it."""
+    whole: Any = as_sharded(part, like)
+    return whole.full_tensor() if is_sharded(like) else part
+
+
+def box_of(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first element and the sizes of what this process holds of a tensor.
+
+    Raises ValueError where that is no box.
+    """
+    sizes = tuple(local(like).shape)
+    if not is_sharded(like):
+        return (0,) * len(sizes), sizes
+    chunks: Any = like.__create_chunk_list__()  # type: ignore[attr-defined]
+    if 0 in sizes:
+        return (0,) * len(sizes), sizes
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != sizes:
+        raise ValueError("a tensor is sharded so that a process' part of it is no box")
+    return tuple(chunks[0].offsets), sizes
+
+
+def part_of(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """What this process shall hold of `value`, which is whole, or its part, or sharded as `like`.
+
+    Raises ValueError when it is sharded in another way.
+    """
+    if is_sharded(value):
+        ways = [getattr(each, "placements", None) for each in (value, like)]
+        if ways[0] != ways[1] or value.device_mesh != like.device_mesh:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the average of {name!r} is sharded in another way than the network is; load the "
+                "state with torch.distributed.checkpoint, which gives each process its part"
+            )
+        return local(value)
+    if is_sharded(like) and value.shape == like.shape:
+        for dim, (first, size) in enumerate(zip(*box_of(like), strict=True)):
+            value = value.narrow(dim, first, size)
+    return value
 
 
 class LiveTensors:
@@ -128,6 +168,11 @@ class LiveTensors:
         self._addresses: list[int] = []
         self.alias: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def whole(self) -> dict[str, Tensor]:
+        """`tensors` as the module has them: sharded ones as what they are."""
+        return dict(zip(self.tensors, self._whole, strict=True))
 
     def refresh(self) -> bool:
         """Bring `tensors` up to date; returns whether any is another tensor than before."""

@@ -15,14 +15,13 @@ import re
 import secrets
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.errors import SnapshotError, printable
+from posthoc_cli.errors import printable
 from posthoc_cli.solver import decay
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.training.averaging import (
@@ -45,12 +44,12 @@ from posthoc_cli.training.counting import (
     resolve_profiles,
 )
 from posthoc_cli.training.ranks import Ranks, agree, heard_by_all, others
+from posthoc_cli.training.reading import read_averages, synthesized
 from posthoc_cli.training.sharded import Parts, check_seen
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
     TensorToSave,
     check_dtypes,
-    own_snapshots,
     saved_dtype,
 )
 from posthoc_cli.training.tracked import Averages
@@ -327,8 +326,9 @@ class PostHocEMA:
         """All that a resumed run needs to go on as if it had never stopped.
 
         Save it with the network's and the optimizer's. As with a network's, the tensors are the
-        live ones. In sharded training each process has its own. Snapshots that are being written
-        are waited for: with the state saved, all up to its step are on disk.
+        live ones, and of a sharded network sharded alike: torch.distributed.checkpoint saves it,
+        and loads it for another number of processes. Snapshots that are being written are waited
+        for: with the state saved, all up to its step are on disk.
         """
         self._writer.wait()
         return {
@@ -355,9 +355,29 @@ class PostHocEMA:
                 f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}; "
                 "make PostHocEMA with the profiles that the run began with"
             )
+        # Before the first update the averages are but places for what is loaded.
+        averages = state["averages"] if state["step"] else []
+        self._go_on(state["run"], state["step"], state["updated"], averages)
+
+    def load_snapshots(self, step: int | None = None) -> int:
+        """Go on from the snapshots in the folder, where no state was saved; returns their step.
+
+        Those of the newest step, or of `step`, that has one of each average. These go on as they
+        were saved: rounded to its dtype. Of a sharded network each process reads its own part,
+        whatever wrote them. Later snapshots are another branch, as with `load_state_dict`.
+
+        Raises SnapshotError when there are none that fit, MachineError when they can't be read.
+        """
+        run, at, averages = read_averages(self.folder, self.gammas, step, self._averages.wanted())
+        self._go_on(run, at, at, averages)
+        return at
+
+    def _go_on(
+        self, run: str, step: int, updated: int, averages: Sequence[Mapping[str, Tensor]]
+    ) -> None:
         self.wait()
-        self.run, self.step, self._updated = state["run"], state["step"], state["updated"]
-        self._averages.load(state["averages"])
+        self.run, self.step, self._updated = run, step, updated
+        self._averages.load(averages)
         self._claim.begin_anew()
         self._met = None
 
@@ -379,25 +399,11 @@ class PostHocEMA:
         Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
         out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
-        from posthoc_cli.api import open_snapshots  # only here: training itself needs none of it
-
         gamma = resolve_gamma(sigma_rel, gamma)
         self.wait()
-        own = [path.name for path, _ in own_snapshots(self.folder, self.run)] if self.step else []
-        if self.step and not own:
-            raise SnapshotError(
-                str(self.folder), "holds no snapshots of this run yet", "call checkpoint() first"
-            )
-        run = open_snapshots(self.folder, only=[escape(name) for name in own])
-        solution = run.solve(gamma=gamma, step=step, method=method)
-        dtypes = {name: tensor.dtype for name, tensor in named_tensors(self.model).items()}
-        exact = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes.values())
-        names = solution.snapshots[-1].index.tensors
-        tensors = solution.state_dict(
-            dtype="float64" if exact else "float32",
-            copy=[escape(name) for name in names if not self._averages.roles.averaged(name)],
-        )
-        return {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
+        run = self.run if self.step else None
+        named, averaged = named_tensors(self.model), self._averages.roles.averaged
+        return synthesized(self.folder, run, named, averaged, gamma, step, method)
 
     @contextlib.contextmanager
     def lend(

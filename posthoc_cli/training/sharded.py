@@ -17,7 +17,7 @@ from posthoc_cli.formats.sharding import shard_name, sharding_metadata
 from posthoc_cli.storage.blocks import Block, whole
 from posthoc_cli.storage.dtypes import bytes_of
 from posthoc_cli.storage.shared import SharedFolder, is_seen
-from posthoc_cli.training.averaging import is_sharded
+from posthoc_cli.training.averaging import box_of, is_sharded
 from posthoc_cli.training.ranks import Ranks
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
@@ -42,19 +42,12 @@ class Piece(NamedTuple):
     sharded: bool
 
 
-def piece_of(name: str, tensor: TensorToSave) -> Piece | None:
-    """What this process has of a tensor, if anything; raises ValueError for a sharding that is no
-    box."""
-    shape, sizes = tuple(tensor.like.shape), tuple(tensor.value.shape)
-    first = (0,) * len(shape)
-    if sharded := is_sharded(tensor.like):
-        chunks: Any = tensor.like.__create_chunk_list__()  # type: ignore[attr-defined]
-        if 0 in sizes and 0 not in shape:
-            return None
-        if len(chunks) != 1 or tuple(chunks[0].sizes) != sizes:
-            raise ValueError(f"tensor {name!r} is sharded so that a process' part of it is no box")
-        first = tuple(chunks[0].offsets)
-    return Piece(dtype_name(tensor), shape, first, sizes, sharded)
+def piece_of(tensor: TensorToSave) -> Piece | None:
+    """What this process has of a tensor, if anything; raises ValueError for what is no box."""
+    shape, (first, sizes) = tuple(tensor.like.shape), box_of(tensor.like)
+    if 0 in sizes and 0 not in shape:
+        return None
+    return Piece(dtype_name(tensor), shape, first, sizes, is_sharded(tensor.like))
 
 
 def share_out(held: Sequence[Mapping[str, Piece]]) -> list[list[str]]:
@@ -77,7 +70,7 @@ def share_out(held: Sequence[Mapping[str, Piece]]) -> list[list[str]]:
     boxes: dict[str, list[Block]] = {name: [] for name in kinds}
     shares: list[list[str]] = [[] for _ in held]
     load = [0] * len(held)
-    for key in sorted(holders, key=lambda key: (-sizes[key], key)):
+    for key in sorted(holders, key=lambda key: (len(holders[key]) > 1, -sizes[key], key)):
         name, piece = key
         ranks = holders[key]
         rank = min(ranks, key=lambda rank: (load[rank], rank)) if piece.sharded else ranks[0]
@@ -110,7 +103,7 @@ class Parts:
         """
         first, ranks = snapshots[0], self.ranks
         with ranks.raised_in_all():
-            found = {name: piece_of(name, each) for name, each in first.tensors.items()}
+            found = {name: piece_of(each) for name, each in first.tensors.items()}
         held = {name: piece for name, piece in found.items() if piece is not None}
         said = ranks.exchange((first.step, held != self._held))
         steps = sorted({step for step, _ in said})

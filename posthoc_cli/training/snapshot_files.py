@@ -165,18 +165,13 @@ class SnapshotToSave:
         no tensors.
         """
         copies: dict[int, TensorToSave] = {}
-        tensors = {}
-        for name, tensor in self.tensors.items():
-            if not (hold or is_sharded(tensor.like)):
-                continue
-            key = id(tensor.value)
-            if key not in copies:
+        for tensor in self.tensors.values():
+            if (hold or is_sharded(tensor.like)) and id(tensor.value) not in copies:
                 value = tensor.on_host(copy=True)
-                if not hold:
-                    continue
-                copies[key] = TensorToSave(value, tensor.dtype, value)
-            tensors[name] = copies[key]
-        return replace(self, tensors=tensors)
+                made = TensorToSave(value, tensor.dtype, value)
+                copies[id(tensor.value)] = made if hold else tensor
+        held = {name: copies[id(each.value)] for name, each in self.tensors.items() if hold}
+        return replace(self, tensors=held)
 
 
 def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[str]:

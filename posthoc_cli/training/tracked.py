@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from posthoc_cli.training.averaging import (
     LiveTensors,
     TensorRoles,
     accumulation_dtype,
+    as_sharded,
     check_same_tensors,
+    is_sharded,
+    part_of,
     unwrap,
 )
 
@@ -67,6 +70,14 @@ class Averages:
                 + (f" with a name that fits include={self._include}" if self._include else "")
             )
         if self.tensors:
+            whole = self._live.whole
+            self.tensors = [
+                {
+                    name: part_of(name, value, whole[name]) if name in whole else value
+                    for name, value in averages.items()
+                }
+                for averages in self.tensors
+            ]
             check_same_tensors(live, self.tensors[0])
         self.tensors = [
             {name: self._placed(value, live[name]) for name, value in averages.items()}
@@ -77,22 +88,51 @@ class Averages:
 
     def _placed(self, value: Tensor, live: Tensor) -> Tensor:
         """`value` as an average of `live`, in its dtype and on its device."""
-        dtype = accumulation_dtype(live.dtype, self._dtype)
-        device = self._device or live.device
+        dtype, device = self._kind(live)
         if value is not live and value.dtype == dtype and value.device == device:
             return value
+        return self._like(live).copy_(value)
+
+    def _like(self, live: Tensor) -> Tensor:
+        """Memory for an average of `live`."""
+        dtype, device = self._kind(live)
         # Strides as those of the live tensor: both are then read in the order they lie in memory.
-        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False).copy_(value)
+        return torch.empty_like(live, dtype=dtype, device=device, requires_grad=False)
+
+    def _kind(self, live: Tensor) -> tuple[torch.dtype, torch.device]:
+        return accumulation_dtype(live.dtype, self._dtype), self._device or live.device
 
     def own(self, name: str) -> str:
         """The name that the tensor called `name`, which may be tied, has in `tensors`, or ""."""
         return self._live.alias.get(name, "")
 
-    def state(self) -> list[dict[str, Tensor]]:
-        """The averages as a state to save; as with a network's, they are the live ones."""
-        return [dict(averages) for averages in self.tensors]
+    def wanted(self) -> dict[str, Tensor]:
+        """The network's tensors of which there are to be averages."""
+        if self._live.refresh():
+            self._update = None
+        return self._live.whole
 
-    def load(self, state: Sequence[dict[str, Tensor]]) -> None:
+    def state(self) -> list[dict[str, Tensor]]:
+        """The averages as a state to save: the live ones, sharded as the network is.
+
+        Before there are any, tensors of their kind: torch.distributed.checkpoint loads into them.
+        """
+        whole = self.wanted()
+        averages = self.tensors or [
+            {name: self._like(live) for name, live in self._live.tensors.items()}
+            for _ in range(self._profiles)
+        ]
+        return [
+            {
+                name: as_sharded(value, whole[name])
+                if name in whole and not is_sharded(value)
+                else value
+                for name, value in each.items()
+            }
+            for each in averages
+        ]
+
+    def load(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on with copies of what `state` returned."""
         self.tensors = [
             {name: value.detach().clone() for name, value in averages.items()} for averages in state

@@ -10,6 +10,7 @@ from typing import Any
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.storage import TensorIndex, open_tensors
 from posthoc_cli.storage.shared import remove_whole
+from posthoc_cli.storage.stores import is_folder
 from posthoc_cli.training.chains import Chain, Profile, profile_of
 from posthoc_cli.training.sharded import Parts
 from posthoc_cli.training.snapshot_files import (
@@ -116,7 +117,7 @@ class SnapshotWriter:
         """What the snapshots of a step, `main` and others, are differences to, by profile."""
         if self.chain is None:
             return {}
-        own = [each for each in own_snapshots(main.folder, main.run) if not each[0].is_dir()]
+        own = [each for each in own_snapshots(main.folder, main.run) if not is_folder(each[0])]
         before = [
             (step, profile_of(metadata_of(path)), path) for path, step in own if step < main.step
         ]

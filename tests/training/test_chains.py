@@ -17,7 +17,7 @@ from posthoc_cli import PostHocEMA, open_snapshots
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import disk, open_tensors
 from posthoc_cli.synthesis.pack import pack, plan_pack
-from posthoc_cli.training import snapshot_files
+from posthoc_cli.training import snapshot_files, writer
 from tests.packing import rebuilt, stored
 from tests.training.networks import Tied, folder_bytes, small, train
 
@@ -84,9 +84,9 @@ def test_killed_between_any_two_files_it_resumes_to_the_same_bytes(
     options: dict[str, Any] = {"keep": 1, "keyframe_every": 2, "delta_memory": True}
     changes = [0, 0]  # how many files came or went, and at which it is killed
     places: list[tuple[Any, str]] = [
-        (snapshot_files, "write_snapshot"),
-        (snapshot_files, "write_difference"),
-        (snapshot_files, "remove_file"),
+        (writer, "write_snapshot"),
+        (writer, "write_difference"),
+        (snapshot_files, "remove_whole"),
         (disk.os, "replace"),
     ]
 
@@ -221,7 +221,7 @@ def test_synthesis_in_training_and_what_cannot_be_written(
         raise MachineError("disk", "No space left on device", "free some")
 
     with monkeypatch.context() as patched:
-        patched.setattr(snapshot_files, "write_difference", full)
+        patched.setattr(writer, "write_difference", full)
         with pytest.warns(RuntimeWarning, match="no snapshots of step 8.*No space") as caught:
             train(ema.model, ema, 2)
         assert len(caught) == 1

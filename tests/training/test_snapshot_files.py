@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +21,6 @@ from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import header as tensorfile
 from posthoc_cli.storage.header import read_header
 from posthoc_cli.training import writer
-from tests.packing import rebuilt
 from tests.training.networks import Tied, folder_bytes, small, train
 
 
@@ -91,68 +86,6 @@ def test_wrapped_networks_give_the_bare_names(wrap: str, tmp_path: Path) -> None
     ema_model = KarrasEMA(model, sigma_rel=0.1)
     ema_model.update()
     assert torch.equal(ema_model(torch.ones(3)), bare(torch.ones(3)))
-
-
-DISTRIBUTED = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch import nn
-from posthoc_cli import PostHocEMA
-
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-torch.manual_seed(0)
-ema = {}
-plain, sharded = (nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)) for _ in range(2))
-sharded.load_state_dict(plain.state_dict())
-ddp = nn.parallel.DistributedDataParallel(plain)
-fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-for name, model in (("ddp", ddp), ("fsdp", sharded)):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ema = PostHocEMA(model, folder=folder / name, checkpoint_every=3, dtype=torch.float32,
-                     background=name == "fsdp")
-    delta = PostHocEMA(model, folder=folder / f"{name} delta", checkpoint_every=3, store="delta",
-                       background=name == "fsdp")
-    for step in range(6):
-        torch.manual_seed(100 * step + rank)
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
-        delta.update()
-    ema.wait()
-    delta.wait()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.skipif(sys.platform == "win32", reason="file:// rendezvous")
-def test_ddp_and_sharded_networks_give_whole_snapshots(tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", DISTRIBUTED, str(tmp_path), str(rank)],
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    snapshots = {name: read_folder(tmp_path / name).usable() for name in ("ddp", "fsdp")}
-    assert [len(each) for each in snapshots.values()] == [4, 4]
-    for one, other in zip(*snapshots.values(), strict=True):
-        whole, gathered = load_file(one.index.path), load_file(other.index.path)
-        small().load_state_dict(gathered, strict=True)
-        for name in whole:
-            torch.testing.assert_close(whole[name], gathered[name])
-        for folder in ("ddp delta", "fsdp delta"):
-            for name, value in rebuilt(tmp_path / folder / one.index.path.name).items():
-                np.testing.assert_allclose(value, gathered[name], rtol=0, atol=1e-4)
 
 
 def test_include_takes_a_part_of_the_network(tmp_path: Path) -> None:

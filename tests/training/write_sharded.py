@@ -3,21 +3,21 @@
     python -m tests.training.write_sharded FOLDER
 
 makes a folder of snapshots for each way of sharding, and `plain`, of one process that trained the
-same. What the processes said is in `said.json`.
+same. What process R of N was told is in `said-N-R.json`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import errno
 import json
 import os
 import signal
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from torch.distributed.tensor.parallel import (
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.storage import atomic
+from posthoc_cli.training import ranks, sharded
+from posthoc_cli.training.averaging import is_sharded
 
-STEPS = 6
-EVERY = 2
+EVERY, STEPS, LAST = 2, 6, 10
 
 
 class Network(nn.Module):
@@ -120,29 +121,190 @@ def tracker(model: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
     return PostHocEMA(model, folder=folder, **options)
 
 
-def four(rank: int, folder: Path) -> None:
-    join(rank, 4, folder)
+# Four processes
+
+
+def four(folder: Path, said: dict[str, Any]) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("row", "column"))
-    if rank == 0:
+    if dist.get_rank() == 0:
         plain = tracker(network(), folder / "plain")
-        walk(plain, STEPS)
+        walk(plain, LAST)
+        plain.close()
     for way, shard in WAYS.items():
         ema = tracker(shard(network(), mesh), folder / way, background=way != "fsdp")
         walk(ema, STEPS)
+        if way == "fsdp":
+            save(ema, folder / "state")
+        if way in ("fsdp", "replicated"):
+            model, options = shard(network(), mesh), {"store": "delta", "dtype": torch.float16}
+            delta = tracker(model, folder / f"{way} delta", background=way == "fsdp", **options)
+            walk(delta, STEPS)
+            delta.close()
+        walk(ema, LAST)
         ema.close()
-    dist.destroy_process_group()
+    # By four the run goes on to step 6, with two of its steps kept.
+    kept = tracker(fsdp(network(), mesh), folder / "kept", keep=2, prefix="my")
+    walk(kept, STEPS)
+    kept.close()
+    said["full disk"] = full_disk(folder, mesh)
+    said["refused"] = {name: message(scene, folder / name, mesh) for name, scene in REFUSED.items()}
 
 
-def join(rank: int, size: int, folder: Path) -> None:
+def save(ema: PostHocEMA, place: Path) -> None:
+    dcp.save({"model": ema.model.state_dict(), "ema": ema}, checkpoint_id=place)
+
+
+def full_disk(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """The disk of process 2 is full at step 2, then that of process 0, in a thread, at step 4."""
+    written = atomic.AtomicFile.write_at
+    found: dict[str, Any] = {}
+    for full, background in ((2, False), (0, True)):
+
+        def write_at(file: atomic.AtomicFile, offset: int, data: Any, full: int = full) -> None:
+            if offset and dist.get_rank() == full and "0.100" in str(file.path):
+                with atomic.write_errors(file.path):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            written(file, offset, data)
+
+        atomic.AtomicFile.write_at = write_at  # type: ignore[method-assign]
+        place = folder / f"full-{full}"
+        ema = tracker(fsdp(network(), mesh), place, background=background)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            walk(ema, 2)
+            ema.wait()
+        atomic.AtomicFile.write_at = written  # type: ignore[method-assign]
+        found[place.name] = [str(each.message) for each in caught]
+        walk(ema, 4)
+        ema.close()
+    return found
+
+
+def message(scene: Callable[[Path, DeviceMesh], None], folder: Path, mesh: DeviceMesh) -> list[Any]:
+    """What this process is told, and after how many seconds."""
+    began, text = time.monotonic(), ""
+    try:
+        scene(folder, mesh)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - began
+    dist.barrier()
+    return [text, seconds]
+
+
+def another_run(folder: Path, mesh: DeviceMesh) -> None:
+    if dist.get_rank() == 0:
+        other = tracker(network(), folder)
+        walk(other, EVERY)
+        other.close()
+    dist.barrier()
+    walk(tracker(fsdp(network(), mesh), folder), 1)
+
+
+def not_shared(folder: Path, mesh: DeviceMesh) -> None:
+    seen = sharded.is_seen
+    sharded.is_seen = lambda path: dist.get_rank() != 3
+    try:
+        walk(tracker(fsdp(network(), mesh), folder), 1)
+    finally:
+        sharded.is_seen = seen
+
+
+def one_without(folder: Path, mesh: DeviceMesh) -> None:
+    model = fsdp(network(), mesh)
+    ranks._PATIENCE = timedelta(seconds=1)
+    if dist.get_rank() != 3:
+        walk(tracker(model, folder), 1)
+
+
+def other_steps(folder: Path, mesh: DeviceMesh) -> None:
+    ema = tracker(fsdp(network(), mesh), folder)
+    walk(ema, 1)
+    ema.step += dist.get_rank() == 1
+    ema.checkpoint()
+
+
+def another_network(folder: Path, mesh: DeviceMesh) -> None:
+    model = network()
+    ema = tracker(fsdp(model, mesh), folder, checkpoint_every=None)
+    walk(ema, 1)
+    if dist.get_rank() == 2:
+        model.scale = nn.Parameter(torch.ones(3))
+    ema.checkpoint()
+
+
+REFUSED = {
+    "another run": another_run,
+    "not shared": not_shared,
+    "one without": one_without,
+    "other steps": other_steps,
+    "another network": another_network,
+}
+
+
+# Two processes
+
+
+def two(folder: Path, said: dict[str, Any]) -> None:
+    """Go on with what four have saved; and lose one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = tensor_of_two(network(), mesh)
+    ema = tracker(model, folder / "resumed")
+    state = {"model": model.state_dict(), "ema": ema}
+    dcp.load(state, checkpoint_id=folder / "state")
+    model.load_state_dict(state["model"])
+    walk(ema, LAST)
+    ema.close()
+    model = fsdp(network(), mesh)
+    read = tracker(model, folder / "both")
+    said["read step"] = read.load_snapshots(STEPS)
+    for average in read.state_dict()["averages"]:
+        whole = {n: each.full_tensor() if is_sharded(each) else each for n, each in average.items()}
+        said.setdefault("read", []).append({name: each.tolist() for name, each in whole.items()})
+    lost = tracker(model, folder / "lost")
+    walk(lost, 1)
+    if dist.get_rank() == 1:
+        atomic.AtomicFile.write_at = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+    said["lost"] = []
+    try:
+        walk(lost, EVERY)
+    except RuntimeError as error:
+        said["lost"] = [type(error).__name__]
+
+
+def tensor_of_two(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    plan = {"up": RowwiseParallel(), "down": ColwiseParallel()}
+    parallelize_module(model, mesh, plan)
+    model.head.weight = model.down.weight
+    return model
+
+
+def run(rank: int, size: int, folder: Path, work: Callable[[Path, dict[str, Any]], None]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     store = f"file://{folder / f'store{size}'}"
     dist.init_process_group("gloo", rank=rank, world_size=size, init_method=store)
+    said: dict[str, Any] = {}
+    try:
+        work(folder, said)
+    except Exception:
+        said["failed"] = traceback.format_exc()
+    (folder / f"said-{size}-{rank}.json").write_text(json.dumps(said))
+    os._exit("failed" in said)
 
 
 def main(folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.multiprocessing.start_processes(four, (folder,), nprocs=4, start_method="fork")
+    context = torch.multiprocessing.get_context("fork")
+    for size, work in ((4, four), (2, two)):
+        processes = [
+            context.Process(target=run, args=(rank, size, folder, work)) for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(100)
+            process.kill()
 
 
 if __name__ == "__main__":
