@@ -95,7 +95,7 @@ def test_each_process_writes_a_part_and_copies_are_written_once(trained: Path) -
         sizes = [read_header(folder / name).parts[0].length for name in names(folder)]
         whole = read_header(trained / "plain" / "ema-step00000002-0.050.safetensors")
         assert sum(sizes) == whole.parts[0].length
-        assert max(sizes) < 0.4 * sum(sizes), way
+        assert max(sizes) < 0.45 * sum(sizes), way
 
 
 def test_torch_reads_them_too(trained: Path) -> None:
