@@ -6,7 +6,7 @@ A run is one training run, resumed or not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,6 +41,9 @@ from posthoc_cli.training.chains import Chain, Kinds, chains, profile_of
 
 _MADE = {RECIPE, CONVERTED, PACKED}
 """What only files have that were made of snapshots."""
+
+_PIECE = 1 << 20
+"""Elements that are converted and written at a time."""
 
 _OURS = re.compile(r"-step(\d{8,})-(?:[\d.]+|raw)$")
 """What the name of a snapshot ends with that a tracker has written; of a file, before its own."""
@@ -185,7 +188,7 @@ def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[
     """
     header, places = make_header(snapshot.kinds, snapshot.metadata)
     size = len(header) + max((info.end for info in places.values()), default=0)
-    overflowing = []
+    overflowing: dict[str, None] = {}
     old = [] if place else own_places(snapshot)
     path = place or snapshot.path
     with AtomicFile(path, size, overwrite=path in old) as file:
@@ -193,18 +196,20 @@ def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[
         for name, info in places.items():
             if not info.elements:
                 continue
-            value = _flat(snapshot.tensors[name])
-            # All exponent bits set: infinite or not a number. Torch's isfinite takes ten times
-            # as long as the write.
-            if value.dtype == torch.float16 and np.any(
-                (value.view(torch.int16).numpy() & 0x7C00) == 0x7C00
-            ):
-                overflowing.append(name)
-            file.write_at(len(header) + info.start, value.view(torch.uint8).numpy().data)
+            at = len(header) + info.start
+            for value in _pieces(snapshot.tensors[name]):
+                # All exponent bits set: infinite or not a number. Torch's isfinite takes ten times
+                # as long as the write.
+                if value.dtype == torch.float16 and np.any(
+                    (value.view(torch.int16).numpy() & 0x7C00) == 0x7C00
+                ):
+                    overflowing[name] = None
+                file.write_at(at, value.view(torch.uint8).numpy().data)
+                at += value.nbytes
     for other in old:
         if other != path:
             remove_whole(other)
-    return overflowing
+    return list(overflowing)
 
 
 def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) -> None:
@@ -236,6 +241,16 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) 
 
 def _flat(tensor: TensorToSave) -> Tensor:
     return tensor.on_host().contiguous().view(-1)
+
+
+def _pieces(tensor: TensorToSave) -> Iterator[Tensor]:
+    """The same piece by piece where memory allows it."""
+    value = tensor.value.detach()
+    if is_sharded(tensor.like) or not value.is_contiguous():
+        yield _flat(tensor)
+        return
+    for piece in value.view(-1).split(_PIECE):
+        yield piece.to("cpu", tensor.dtype)
 
 
 def own_places(snapshot: SnapshotToSave) -> list[Path]:

@@ -5,7 +5,7 @@
 For 1, 2 and 4 processes (fully_shard, gloo): what a process holds of the network; by how much its
 memory grows at most while it saves, in the caller's thread and in the background, beside its
 largest part of a tensor; the seconds of a checkpoint of two averages, and of gathering the two in
-the first process and saving them there. Then what it takes to read them: the seconds of one
+the first process and saving them there. Then what it takes to read them: the processor time of a
 synthesis from the folder that four have written, relative to that from plain files.
 """
 
@@ -116,9 +116,9 @@ def gathered(ema: PostHocEMA, folder: Path) -> None:
 
 
 def synthesis(run: Path, out: Path) -> float:
-    begin = time.perf_counter()
+    begin = time.process_time()
     open_snapshots(run).solve(sigma_rel=0.07).save(out, force=True)
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def main() -> None:
