@@ -249,7 +249,7 @@ def _pieces(tensor: TensorToSave) -> Iterator[Tensor]:
     if is_sharded(tensor.like) or not value.is_contiguous():
         yield _flat(tensor)
         return
-    for piece in value.view(-1).split(_PIECE):
+    for piece in torch.split(value.view(-1), _PIECE):
         yield piece.to("cpu", tensor.dtype)
 
 
