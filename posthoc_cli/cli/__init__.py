@@ -26,6 +26,21 @@ _MOST_FILES = 1 << 16
 
 def main() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
+    program = sys._getframe(1).f_globals.get("__name__") == "__main__"
+    try:
+        code = _main()
+    except SystemExit as left:
+        if not isinstance(left.code, int):
+            raise
+        code = left.code
+    if program and "obstore" in sys.modules:
+        # Its threads may still hold what Python takes away at its end, and would crash.
+        _finish_stdout()
+        os._exit(code)
+    return code
+
+
+def _main() -> int:
     _open_what_is_closed()
     with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
         # A name that the terminal's encoding lacks is escaped, and stops nothing.
@@ -38,8 +53,8 @@ def main() -> int:
         if place is None:
             return _run()
         code = run_as(place, _run, _fail)
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
     except Exception as error:
         return _fail(error)
     _finish_stdout()
@@ -57,17 +72,17 @@ def _run() -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         _finish_stdout()
         return 0
-    except KeyboardInterrupt:
-        return _interrupted()
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
     except Exception as error:
         return _fail(error)
 
 
-def _interrupted() -> int:
+def _interrupted(error: KeyboardInterrupt) -> int:
     _finish_stdout()
     if lost := trouble():
         return _fail(lost)
-    _say("posthoc: interrupted")
+    _say("; ".join(["posthoc: interrupted", *map(str, error.args)]))  # and what it left behind
     return 130
 
 

@@ -63,10 +63,10 @@ def plot(
       posthoc plot checkpoints --raw --sigma-rel 0.10,0.20 -o shares.png
     """
     from posthoc_cli import plotting
-    from posthoc_cli.storage.atomic import AtomicFile
     from posthoc_cli.storage.places import place
     from posthoc_cli.storage.stores import exists
     from posthoc_cli.storage.temporary import clean_up
+    from posthoc_cli.storage.writing import make_output
 
     path = place(output)
     if path.suffix.lower() not in plotting.FORMATS:
@@ -74,7 +74,7 @@ def plot(
     clean_up(path.parent)
     if exists(path) and not force:
         raise UsageError(str(path), "exists already", "use --force to replace it")
-    AtomicFile(path, 0, overwrite=force).check_absent()
+    make_output(path, 0, overwrite=force).check_absent()
     plotting.check_matplotlib()
     wanted = targets.read()
     if (count := sum(map(len, wanted.values()))) > MOST:
@@ -94,7 +94,7 @@ def plot(
         solution.method,
         path.suffix.lower(),
     )
-    with AtomicFile(path, len(picture), overwrite=force) as file:
+    with make_output(path, len(picture), overwrite=force) as file:
         file.write_at(0, picture)
     note(f"{path}: {counted(count, 'target')} drawn", quiet)
 

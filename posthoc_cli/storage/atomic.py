@@ -9,12 +9,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli.errors import MachineError, UsageError, in_bytes
 from posthoc_cli.storage.aside import Aside, flush_folder, identity, identity_at
 from posthoc_cli.storage.disk import already_exists, unsupported_is_fine, write_errors
+from posthoc_cli.storage.outputs import Group, Output, refuse_folder
 from posthoc_cli.storage.temporary import (
     aside_name,
     busy,
@@ -44,6 +44,8 @@ class AtomicFile:
     the permission is missing. `commit_together` does the same for several files.
     """
 
+    in_order = False
+    by_ranks = True
     at_once = True
     """Whether one rename replaces what is in its place."""
 
@@ -87,7 +89,7 @@ class AtomicFile:
 
     def check_absent(self) -> None:
         """Raise UsageError when there is something that must not be replaced."""
-        _refuse_folder(self.path)
+        refuse_folder(self.path)
         if not self.overwrite and self.taken():
             raise already_exists(self.path)
 
@@ -246,43 +248,6 @@ def opened(files: Sequence[AtomicFile]) -> Iterator[None]:
             file.discard()
 
 
-@dataclass(frozen=True)
-class Group:
-    """Files of one folder that are one output; readers see it by the last, such as an index.
-
-    `old` gives the files that they replace, those first by which readers see the old output; or
-    raises what speaks against it. By default they are what is in the files' places.
-    """
-
-    files: Sequence[AtomicFile]
-    old: Callable[[], Sequence[Path]] | None = None
-    output: Path | None = None
-    """The output's own name, if that isn't its last file's."""
-
-    @property
-    def path(self) -> Path:
-        return self.output or self.files[-1].path
-
-    def replaced(self) -> list[Path]:
-        """The files that go; raises UsageError when one must not."""
-        found = list(self.old()) if self.old else []
-        folders = [file.path for file in self.files if not file.at_once]
-        for path in found:
-            if path not in folders:
-                _refuse_folder(path)
-        for file in self.files:
-            if file.path not in found:
-                file.check_absent()
-                if file.taken():
-                    found.append(file.path)
-        return found
-
-
-def _refuse_folder(path: Path) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        raise UsageError(str(path), "is a folder", "move it or choose another output")
-
-
 @contextlib.contextmanager
 def commit_together(groups: Sequence[Group]) -> Iterator[None]:
     """Open the files of all groups for a `with` block, at the end of which all appear, or none.
@@ -392,9 +357,9 @@ def _end(asides: Mapping[Path, Aside], how: Callable[[Aside], None]) -> None:
             how(aside)
 
 
-def check_space(files: Sequence[AtomicFile]) -> None:
+def check_space(files: Sequence[Output]) -> None:
     """Raise MachineError, with how much is missing, when a disk can't hold its `files`."""
-    needed: dict[int, tuple[int, AtomicFile]] = {}
+    needed: dict[int, tuple[int, Output]] = {}
     for file in files:
         with contextlib.suppress(OSError):  # a folder that isn't there is told when it is written
             device = os.stat(file.path.parent).st_dev

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
 from posthoc_cli.storage.aside import remove
-from posthoc_cli.storage.places import File
+from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.sniffing import where_link_leads
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0)
@@ -25,7 +25,9 @@ _FLAGS |= getattr(os, "O_NONBLOCK", 0)  # never wait for a pipe that has taken a
 
 
 def make_folder(folder: Path, *, parents: bool = False) -> None:
-    """Make `folder` unless it is there; with `parents`, also those it lies in."""
+    """Make `folder` unless it is there; with `parents`, also those it lies in. Stores need none."""
+    if isinstance(folder, Url):
+        return
     with write_errors(folder):
         folder.mkdir(parents=parents, exist_ok=True)
 

@@ -15,8 +15,10 @@ from posthoc_cli.storage.disk import already_exists, write_errors
 from posthoc_cli.storage.header import File
 from posthoc_cli.storage.manifest import is_taken, read_manifest
 from posthoc_cli.storage.metadata import MANIFEST
+from posthoc_cli.storage.outputs import Output
+from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.shards import is_output, shards_of
-from posthoc_cli.storage.stores import open_input
+from posthoc_cli.storage.stores import is_folder, list_folder, open_input
 from posthoc_cli.storage.temporary import locks_exist, make_temporary
 
 _AT_ONCE = 1 << 26
@@ -35,7 +37,7 @@ def own_manifest(path: Path, *, linked: bool = False) -> dict[str, Any]:
     what, remedy = "a file", "choose another output"
     if os.path.islink(path):
         what = "a link"
-    elif os.path.isdir(path):
+    elif is_folder(path):
         what, remedy = "a folder", f"name a new one, such as '{path / 'ema'}'"
     raise UsageError(str(path), f"{what} that posthoc didn't make is in its place", remedy)
 
@@ -43,28 +45,31 @@ def own_manifest(path: Path, *, linked: bool = False) -> dict[str, Any]:
 def replaced_folder(path: Path, overwrite: bool) -> list[Path]:
     """What goes when an output folder is written to `path`: the one that is there, if one is.
 
-    That is one that posthoc made, with nothing else in it. Raises UsageError for any other, and
-    when `overwrite` is false.
+    That is one that posthoc made, with nothing else in it; of a bucket, its objects. Raises
+    UsageError for any other, and when `overwrite` is false.
     """
     if not is_taken(path):
         return []
     manifest = own_manifest(path)
     if not overwrite:
         raise already_exists(path)
+    inside = _inside(path)
     own = {MANIFEST, manifest["weights"], *(each["file"] for each in manifest["copied"])}
     own |= {each.relative_to(path).as_posix() for each in shards_of(path / manifest["weights"])}
-    if lost := [name for name in _inside(path) if name not in own]:
+    if lost := [name for name in inside if name not in own]:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise UsageError(
             str(path),
             f"'{lost[0]}'{more}, which posthoc didn't put there, would be lost with it",
             "move that elsewhere, or choose another output",
         )
-    return [path]
+    return [path / name for name in inside] if isinstance(path, Url) else [path]
 
 
 def _inside(folder: Path) -> list[str]:
     """The paths of all files in `folder`; not what systems put there by themselves."""
+    if isinstance(folder, Url):
+        return _objects_below(folder)
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name.lower() not in _NOBODYS)
@@ -75,6 +80,16 @@ def _inside(folder: Path) -> list[str]:
             for name in sorted([*names, *links])
             if name.lower() not in _NOBODYS
         ]
+    return found
+
+
+def _objects_below(folder: Path) -> list[str]:
+    found = []
+    for name in list_folder(folder):
+        if is_folder(folder / name):
+            found += [f"{name}/{each}" for each in _objects_below(folder / name)]
+        else:
+            found.append(name)
     return found
 
 
@@ -91,20 +106,25 @@ class AtomicFolder(AtomicFile):
     def __init__(
         self,
         path: Path,
-        files: Sequence[AtomicFile],
+        files: Sequence[Output],
         copied: Mapping[str, File],
         texts: Mapping[str, bytes],
         *,
         overwrite: bool = False,
     ) -> None:
         self._texts = [(AtomicFile(path / name, len(text)), text) for name, text in texts.items()]
-        self._files = [*files, *(file for file, _ in self._texts)]
+        self._files: list[Output] = [*files, *(file for file, _ in self._texts)]
         self._names = [file.path.relative_to(path) for file in self._files]
         self._copied = {name: file for name, file in copied.items() if name not in texts}
         self._hidden = path
         size = sum(file.size for file in self._files)
         size += sum(file.size for file in self._copied.values())
         super().__init__(path, size, overwrite=overwrite)
+
+    @property
+    def members(self) -> list[Output]:
+        """What is put in its place: the folder as a whole."""
+        return [self]
 
     def check_absent(self) -> None:
         if self.taken():
@@ -139,7 +159,7 @@ class AtomicFolder(AtomicFile):
             target = AtomicFile(place, source.size)
             try:
                 target.open()
-                _copy(source, target, progress)
+                copy_file(source, target, progress)
                 target.finish()
                 target.place(overwrite=True)
             finally:
@@ -150,10 +170,10 @@ class AtomicFolder(AtomicFile):
         assert self._temporary is not None
         for file, text in self._texts:
             file.write_at(0, text)
-        for file in self._files:
-            file.finish()
-            file.place(overwrite=True)  # by one call: nothing else is there
-            file.discard()
+        for each in self._files:
+            each.finish()
+            each.place(overwrite=True)  # by one call: nothing else is there
+            each.discard()
         for place, _, _ in os.walk(self._temporary, topdown=False):
             flush_folder(Path(place))
 
@@ -200,7 +220,7 @@ class AtomicFolder(AtomicFile):
                     remove(self._hidden)
 
 
-def _copy(source: File, target: AtomicFile, progress: Callable[[int], None]) -> None:
+def copy_file(source: File, target: Output, progress: Callable[[int], None]) -> None:
     """Copy a whole file, by the system where it can: it may share the blocks, or a server's."""
     buffer = memoryview(bytearray(min(source.size, 1 << 20)))
     with open_input(source) as file:

@@ -242,9 +242,10 @@ def errors(path: Path) -> Iterator[None]:
         raise told(path, str(error)) from error
 
 
-def told(path: Path, text: str) -> MachineError:
-    """The error that a store's own text stands for."""
-    problem, remedy = "cannot be read", "try again, or copy the files to a disk"
+def told(path: Path, text: str, doing: str = "read") -> MachineError:
+    """The error that a store's own text stands for, met when the object was read or "written"."""
+    remedy = "try again" if doing == "written" else "try again, or copy the files to a disk"
+    problem = f"cannot be {doing}"
     status = _status(text)
     code = (re.search(r"<Code>(\w+)</Code>", text) or ("", ""))[1]
     kind = (re.search(r"kind: (\w+)", text) or ("", ""))[1]

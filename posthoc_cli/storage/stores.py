@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from posthoc_cli.errors import MachineError, UsageError
-from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.disk import Disk, reason
 from posthoc_cli.storage.places import File, Url
 
@@ -38,48 +37,6 @@ class Input(Protocol):
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError if it is not as it was."""
-
-
-class Output(Protocol):
-    """A file or object of `size` bytes that appears at `path` whole, or not at all.
-
-    `atomic.AtomicFile` is the local one and says what each method does; `commit_together` puts
-    several in their places. Any thread may call `write_at`.
-    """
-
-    path: Path
-    size: int
-    at_once: bool
-
-    def __enter__(self) -> Output: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
-
-    def check_absent(self) -> None: ...
-
-    def taken(self) -> bool: ...
-
-    def open(self) -> None: ...
-
-    def write_at(self, offset: int, data: bytes | memoryview) -> None: ...
-
-    def copy_from(self, fd: int, offset: int, start: int, count: int) -> int: ...
-
-    def shrink(self, size: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def commit(self) -> None: ...
-
-    def place(self, *, overwrite: bool) -> None: ...
-
-    def identity(self) -> tuple[int, int, int]: ...
-
-    def discard(self) -> None: ...
-
-    def rollback(self) -> None: ...
 
 
 class Store(Protocol):
@@ -212,10 +169,3 @@ def open_input(file: File, *, keep_open: bool = True) -> Input:
     It must still be as it was found. With `keep_open` false each read opens it anew.
     """
     return store_of(file.path).input(file, keep_open)
-
-
-def make_output(path: Path, size: int, *, overwrite: bool = False) -> Output:
-    """A file or object to be written: see `atomic.AtomicFile`."""
-    if isinstance(path, Url):
-        raise UsageError(str(path), "is a URL, which is not written yet", "write to a disk")
-    return AtomicFile(path, size, overwrite=overwrite)

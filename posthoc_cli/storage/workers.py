@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from posthoc_cli.storage.atomic import AtomicFile
+from posthoc_cli.storage.outputs import Output
 
 FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
@@ -68,7 +68,7 @@ def run_workers(
 
 
 @contextlib.contextmanager
-def background_flush(files: Sequence[AtomicFile]) -> Iterator[None]:
+def background_flush(files: Sequence[Output]) -> Iterator[None]:
     """Flush what is written to disk while the work goes on.
 
     Left to itself the system gathers gigabytes, and the flush at the end waits for all of them

@@ -143,23 +143,22 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    def run(self, sink: Sink, chunks: Sequence[Chunk] | None = None, *, once: bool = False) -> None:
+    def run(self, sink: Sink, chunks: Sequence[Chunk] | None = None) -> None:
         """Hand all sums to `sink`, or those of `chunks`; then the tensors that never vary.
 
         Weights that sum to one give the latter back only up to rounding, and `algorithm3`'s not
-        even that: they come again, as copies. With `once` they come as copies alone, and so all
-        is in the outputs' order: for that the tensors in which no difference is seen at first are
-        read before.
+        even that: they come again, as copies.
         """
         chunks = self.plan.whole() if chunks is None else chunks
-        if once:
-            self._settle(chunks)
-            self.sum(sink, self._alike(chunks))
-            self.check_unchanged()
-            return
         self.sum(sink, chunks)
         self.copy(sink, chunks)
         self.check_unchanged()
+
+    def sum_in_order(self, sink: Sink, chunks: Sequence[Chunk]) -> None:
+        """The same in the outputs' order, all bytes once, when it is known which tensors vary: by
+        `settle`, of these chunks, and `note_all`."""
+        self._settled = True
+        self.sum(sink, self._alike(chunks))
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError for a snapshot that is not as it was when its header was read."""
@@ -324,18 +323,17 @@ class Engine:
 
     # Which tensors vary, before anything is summed
 
-    def _settle(self, chunks: Sequence[Chunk]) -> None:
+    def settle(self, chunks: Sequence[Chunk]) -> None:
         """Find out which tensors of `chunks` vary: most by their beginnings in two snapshots."""
         parts = [part for part in self._constant_parts(chunks) if part.elements]
         run_workers(iter(parts), self._look_at_beginning, tuple, _PROBES)
-        left = self._cut(part for part in parts if not self._varies_in(part))
+        left = [part for part in parts if not self._varies_in(part)]
         report, progress = self._report, self.progress
         self._report = self.progress = None  # it is all read again
         try:
-            self.sum(_Nothing(), (piece for piece in left if not self._varies_in(piece)))
+            self.sum(_Nothing(), left)
         finally:
             self._report, self.progress = report, progress
-        self._settled = True
 
     def _look_at_beginning(self, tensor: Chunk, _: object) -> None:
         segment, part = tensor.segment, next(tensor.cut(_BEGINNING))

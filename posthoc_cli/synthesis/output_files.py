@@ -24,11 +24,12 @@ from posthoc_cli.storage import (
     spans,
     split,
 )
-from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.folders import AtomicFolder, own_manifest, replaced_folder
+from posthoc_cli.storage.folders import own_manifest, replaced_folder
 from posthoc_cli.storage.manifest import existing_folder
 from posthoc_cli.storage.metadata import FORMAT, MANIFEST, RECIPE, carried_over
+from posthoc_cli.storage.outputs import Output as FileOutput
 from posthoc_cli.storage.stores import is_folder, size_of
+from posthoc_cli.storage.writing import OutputFolder, make_output, make_output_folder
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 from posthoc_cli.synthesis.products import Products
 
@@ -58,13 +59,13 @@ class OutputFiles:
     """
 
     path: Path
-    files: Sequence[AtomicFile]
+    files: Sequence[FileOutput]
     contents: Sequence[bytes]
     parts: Sequence[FilePart]
     places: Mapping[str, TensorInfo]
     moved: bool
     replaced: Callable[[], list[Path]]
-    folder: AtomicFolder | None = None
+    folder: OutputFolder | None = None
     manifest: Mapping[str, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,13 +144,13 @@ def output_files(
         header, _ = make_header({tensor: tensors[tensor] for tensor in names}, metadata)
         first, last = places[names[0]].start, places[names[-1]].end
         size = len(header) + last - first
-        files.append(AtomicFile(name, size, overwrite=over))
+        files.append(make_output(name, size, overwrite=over, in_order=products is None))
         contents.append(header)
         parts.append(FilePart(first, last - first, len(header)))
     if len(shards) > 1:
         total = max(info.end for info in places.values())
         index = make_index(list(zip(paths, shards, strict=True)), total)
-        files.append(AtomicFile(index_path(weights), len(index), overwrite=over))
+        files.append(make_output(index_path(weights), len(index), overwrite=over))
         contents.append(index)
     folder = manifest = None
     if beside:
@@ -157,7 +158,7 @@ def output_files(
         texts = _changed(beside, rank)
         manifest = _manifest(beside, files[-1].path.relative_to(path), texts)
         text = json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
-        folder = AtomicFolder(path, files, beside.copied, texts | {MANIFEST: text})
+        folder = make_output_folder(path, files, beside.copied, texts | {MANIFEST: text})
     moved = products is not None
     return OutputFiles(path, files, contents, parts, places, moved, replaced, folder, manifest)
 

@@ -14,10 +14,11 @@ import numpy as np
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.formats.companions import Companions
 from posthoc_cli.storage import TensorIndex, made_by_posthoc
-from posthoc_cli.storage.atomic import Group, commit_together
+from posthoc_cli.storage.outputs import Group
 from posthoc_cli.storage.ranks import Part, Running, check_there, share
 from posthoc_cli.storage.stores import file_status, same_file
 from posthoc_cli.storage.workers import background_flush
+from posthoc_cli.storage.writing import commit_together
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Progress, Results
 from posthoc_cli.synthesis.engine import Part as TensorPart
@@ -151,11 +152,13 @@ def write_outputs(
     report = NonfiniteReport(plan, weights)
     how: dict[str, Any] = {"device": device, "workers": workers, "row_bytes": row_bytes}
     with _opened(plan, outputs, progress):
+        files = [file for output in outputs for file in output.files]
+        how["once"] = any(file.in_order for file in files)
         # The factors of products lie among the sums: they are written by one rank.
         done = share(
             *(_sum_part, plan, weights, outputs, how),
             progress=progress,
-            together=products is None,
+            together=products is None and all(file.by_ranks for file in files),
         )
         for counts, _ in done:
             report.add(counts)
@@ -180,6 +183,7 @@ def _sum_part(
     chunks = part_of(plan, part.rank, part.size)
     report = NonfiniteReport(plan, weights)
     files = [file for output in outputs for file in output.files]
+    once = how.pop("once")
     more = how | {"device": part.device(how["device"]), "other_files": len(files)}
     check_there(part, plan.sources)
     with contextlib.ExitStack() as opened:
@@ -191,9 +195,15 @@ def _sum_part(
             opened.enter_context(background_flush(files))
         yield None  # before anything is written, all can
         sink = FileSink(outputs)
-        engine.sum(sink, chunks)
+        if once:
+            engine.settle(chunks)
+        else:
+            engine.sum(sink, chunks)
         engine.note_all((yield engine.varying))
-        engine.copy(sink, chunks)
+        if once:
+            engine.sum_in_order(sink, chunks)
+        else:
+            engine.copy(sink, chunks)
         engine.check_unchanged()
     return report.counts, engine.varying
 
@@ -274,7 +284,7 @@ def _opened(
             _refuse_inputs(plan.sources, {*new, *replaced}, beside)
             return replaced
 
-        return Group([output.folder] if output.folder else output.files, old, output.path)
+        return Group(output.folder.members if output.folder else output.files, old, output.path)
 
     files = [file for output in outputs for file in output.files]
     with commit_together([group(output) for output in outputs]):

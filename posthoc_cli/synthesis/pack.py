@@ -27,6 +27,7 @@ from posthoc_cli.storage.deltas import MOST_LINKS, links_of
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import bytes_of
 from posthoc_cli.storage.metadata import BASE, FORMAT, PACKED, STEP, carried_over
+from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
@@ -118,6 +119,9 @@ def _name(snapshot: Snapshot) -> str:
 
 
 def _check_folder(snapshots: Sequence[Snapshot], folder: Path) -> None:
+    if isinstance(folder, Url):
+        problem = "is a URL, and what is packed is read back before it appears"
+        raise UsageError(str(folder), problem, "pack to a folder, and copy that")
     if file_status(folder) is None:
         return
     if not is_folder(folder):

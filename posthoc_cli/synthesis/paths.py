@@ -12,7 +12,8 @@ from posthoc_cli.errors import UsageError, either
 from posthoc_cli.solver.targets import Target
 from posthoc_cli.storage import ENDING, disk, stores
 from posthoc_cli.storage.manifest import read_manifest
-from posthoc_cli.storage.places import place
+from posthoc_cli.storage.places import Url, place
+from posthoc_cli.storage.writing import check_writable
 
 LAYOUTS = ("file", "folder")
 """What an output may be."""
@@ -37,6 +38,7 @@ def output_paths(
     """
     if layout not in LAYOUTS:
         raise UsageError("layout=", f"'{layout}' is not known", f"choose {either(LAYOUTS)}")
+    check_writable(place(output))
     folders = layout == "folder"
     gathered = collects(output, targets, layout)
     if gathered:
@@ -57,7 +59,7 @@ def output_paths(
         if stores.is_folder(path):
             raise UsageError("output=", f"'{path}' is a folder", "give a file name within it")
     for parent in {place(output).parent} if gathered else {path.parent for path in paths}:
-        if not stores.is_folder(parent):
+        if not isinstance(parent, Url) and not stores.is_folder(parent):  # a store needs none
             raise UsageError("output=", f"there is no folder '{parent}'", "create it first")
     _check_distinct(output, targets, paths)
     return paths

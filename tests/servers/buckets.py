@@ -119,9 +119,9 @@ class BucketHandler(Handler):
     def _put_azure(self, request: Request, bucket: str, key: str, body: bytes) -> None:
         owner, query = self.server.owner, request.query
         assert isinstance(owner, Buckets)
-        blocks = owner.blocks.setdefault((bucket, key), {})
+        blocks = owner.blocks.get((bucket, key), {})
         if query.get("comp") == "block":
-            blocks[query["blockid"]] = body
+            owner.blocks.setdefault((bucket, key), {})[query["blockid"]] = body
             self.send(201)
         elif query.get("comp") == "blocklist":
             names = re.findall(r"<(?:Uncommitted|Latest)>(.*?)</", body.decode())
@@ -130,7 +130,7 @@ class BucketHandler(Handler):
                 return
             data = b"".join(blocks[unescape(name)] for name in names)
             if self._store(request, bucket, key, data, status=201):
-                del owner.blocks[bucket, key]
+                owner.blocks.pop((bucket, key), None)
         else:
             self._store(request, bucket, key, body, status=201)
 
@@ -303,23 +303,7 @@ class Buckets(Server):
 
     def environment(self, url: str | None = None) -> dict[str, str]:
         """Variables by which `s3://`, `gs://` and `az://` lead here, or to a proxy at `url`."""
-        url = url or self.url
-        account = {
-            "gcs_base_url": url,
-            "disable_oauth": True,
-            "client_email": "",
-            "private_key": "",
-        }
-        return {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account | {"private_key_id": ""}),
-            "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
-            "AZURE_STORAGE_ACCOUNT_KEY": KEY,
-            "AZURE_STORAGE_ENDPOINT": f"{url}/{ACCOUNT}",
-        }
+        return environment(url or self.url)
 
     def s3(self, url: str | None = None) -> dict[str, Any]:
         """What obstore's S3Store needs besides the bucket's name."""
@@ -330,3 +314,18 @@ class Buckets(Server):
             "region": "us-east-1",
             "client_options": {"allow_http": True},
         }
+
+
+def environment(url: str) -> dict[str, str]:
+    """Variables by which `s3://`, `gs://` and `az://` lead to `url`."""
+    account = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": ""}
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account | {"private_key_id": ""}),
+        "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
+        "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+        "AZURE_STORAGE_ENDPOINT": f"{url}/{ACCOUNT}",
+    }

@@ -1,0 +1,240 @@
+"""Objects of a bucket appear whole or not at all, whatever the network does."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from posthoc_cli.errors import MachineError, PosthocError, UsageError
+from posthoc_cli.storage import uploads
+from posthoc_cli.storage.outputs import Group
+from posthoc_cli.storage.places import place
+from posthoc_cli.storage.uploads import ObjectFile
+from posthoc_cli.storage.writing import commit_together
+from tests.servers.buckets import Buckets
+from tests.servers.faults import Fault, Proxy
+
+pytest.importorskip("obstore")
+
+PART = 5 << 20
+DATA = random.Random(0).randbytes(7 * PART + 3)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Buckets]:
+    with Buckets("bucket") as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """In front of an empty bucket; parts are small."""
+    server.buckets["bucket"].clear()
+    server.uploads.clear()
+    for name in ("PART", "HELD"):
+        monkeypatch.setattr(uploads, name, PART)
+    monkeypatch.setattr(uploads, "AT_ONCE", 2)
+    with Proxy(server.url) as proxy:
+        for name, value in server.environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def url(name: str = "out", scheme: str = "s3") -> Path:
+    return place(f"{scheme}://bucket/{name}")
+
+
+def write(file: ObjectFile, data: bytes, *, chunk: int = 1 << 19, shuffled: bool = False) -> None:
+    """Write `data` by four threads, each taking the next chunk."""
+    offsets = list(range(0, len(data), chunk))
+    if shuffled:
+        random.Random(1).shuffle(offsets)
+    left, lock, errors = iter(offsets), threading.Lock(), []
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    offset = next(left, None)
+                if offset is None:
+                    return
+                file.write_at(offset, data[offset : offset + chunk])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+@pytest.mark.parametrize("size", [0, 100, PART, PART + 1, len(DATA)])
+def test_sizes(server: Buckets, proxy: Proxy, scheme: str, size: int) -> None:
+    with ObjectFile(url(scheme=scheme), size) as file:
+        write(file, DATA[:size])
+        assert server.keys("bucket") == []
+    assert server.get("bucket", "out") == DATA[:size]
+    assert not server.uploads
+    assert not server.blocks
+
+
+def test_any_order(server: Buckets, proxy: Proxy) -> None:
+    with ObjectFile(url(), len(DATA), in_order=False) as file:
+        assert not file.in_order
+        file.write_at(0, bytes(1000))
+        write(file, DATA, shuffled=True)
+    assert server.get("bucket", "out") == DATA
+
+
+def test_far_ahead(server: Buckets, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that waits for those before it doesn't wait for ever."""
+    monkeypatch.setattr(uploads, "LONGEST_LEAD", 0.01)
+    with ObjectFile(url(), len(DATA)) as file:
+        for offset in reversed(range(0, len(DATA), 1 << 20)):
+            file.write_at(offset, DATA[offset : offset + (1 << 20)])
+    assert server.get("bucket", "out") == DATA
+
+
+@pytest.mark.parametrize("size", [100, len(DATA)])
+def test_what_is_there_stays(server: Buckets, proxy: Proxy, size: int) -> None:
+    server.put("bucket", "out", b"old")
+    with pytest.raises(UsageError, match="exists"), ObjectFile(url(), size):
+        raise AssertionError
+    with ObjectFile(url(), size, overwrite=True) as file:
+        write(file, DATA[:size])
+    assert server.get("bucket", "out") == DATA[:size]
+    server.buckets["bucket"].clear()
+    with pytest.raises(UsageError, match="exists"), ObjectFile(url(), size) as file:
+        write(file, DATA[:size])
+        server.put("bucket", "out", b"newer")  # another run was faster
+    assert server.get("bucket", "out") == b"newer"
+    assert not server.uploads
+
+
+def test_a_condition_is_the_stores_business(server: Buckets, proxy: Proxy) -> None:
+    """Between the look and the request another object may appear: of one request the store sees."""
+    with pytest.raises(UsageError, match="exists"), ObjectFile(url(), 100) as file:
+        write(file, DATA[:100])
+        server.put("bucket", "out", b"newer")
+        proxy.add(Fault(method="HEAD", status=404))
+    assert server.get("bucket", "out") == b"newer"
+
+
+PASSING = [
+    Fault(method="POST", path="uploads", status=503),
+    Fault(method="PUT", status=500, count=3),
+    Fault(method="PUT", upload=10_000),
+    Fault(method="PUT", lost=True),
+    Fault(method="POST", path="uploadId", status=503),
+    Fault(method="POST", path="uploadId", lost=True),
+]
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=str)
+def test_a_fault_passes(server: Buckets, proxy: Proxy, fault: Fault) -> None:
+    proxy.add(Fault(**vars(fault)))
+    with ObjectFile(url(), len(DATA)) as file:
+        write(file, DATA)
+    assert server.get("bucket", "out") == DATA
+    assert not server.uploads
+
+
+def test_the_answer_of_one_request_is_lost(server: Buckets, proxy: Proxy) -> None:
+    proxy.add(Fault(method="PUT", lost=True))
+    with ObjectFile(url(), 100) as file:
+        write(file, DATA[:100])
+    assert server.get("bucket", "out") == DATA[:100]
+
+
+LASTING = [
+    Fault(method="POST", path="uploads", status=403, count=-1),
+    Fault(method="PUT", path="partNumber=1&", status=403, count=-1),
+    Fault(method="PUT", path="partNumber=7", status=403, count=-1),
+    Fault(method="PUT", path="partNumber=8", status=403, count=-1),  # of the few bytes at the end
+    Fault(method="POST", path="uploadId", status=403, count=-1),
+]
+
+
+@pytest.mark.parametrize("fault", LASTING, ids=str)
+def test_a_fault_lasts(server: Buckets, proxy: Proxy, fault: Fault) -> None:
+    proxy.add(Fault(**vars(fault)))
+    with (
+        pytest.raises(MachineError, match="s3://bucket/out: "),
+        ObjectFile(url(), len(DATA)) as file,
+    ):
+        write(file, DATA)
+    assert server.keys("bucket") == []
+    assert not server.uploads
+    assert threading.active_count() < 20
+
+
+def test_an_exception_aborts(server: Buckets, proxy: Proxy) -> None:
+    with pytest.raises(KeyboardInterrupt), ObjectFile(url(), len(DATA)) as file:
+        write(file, DATA[: 5 * PART])
+        while not server.uploads:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert not server.uploads
+    assert server.keys("bucket") == []
+
+
+# Several together
+
+
+def together(files: Sequence[ObjectFile], data: Sequence[bytes]) -> None:
+    with commit_together([Group([file]) for file in files]):
+        for file, each in zip(files, data, strict=True):
+            write(file, each)
+
+
+@pytest.mark.parametrize("sizes", [(100, len(DATA), 50), (len(DATA), PART, len(DATA) - 5)])
+def test_all_appear_or_none(server: Buckets, proxy: Proxy, sizes: tuple[int, ...]) -> None:
+    names = ["a", "b", "c"]
+    data = [DATA[:size] for size in sizes]
+
+    def files() -> list[ObjectFile]:
+        return [ObjectFile(url(name), size) for name, size in zip(names, sizes, strict=True)]
+
+    # The second part of the second, the completion of the last.
+    for fault in (
+        Fault(method="PUT", path="/b?partNumber=1&" if sizes[0] == 100 else "/a?part", status=403),
+        Fault(
+            method="POST" if sizes[2] > 100 else "PUT", path="/c", status=403, skip=sizes[2] > 100
+        ),
+    ):
+        proxy.add(fault)
+        with pytest.raises(MachineError):
+            together(files(), data)
+        assert fault.count == 0
+        assert server.keys("bucket") == []
+        assert not server.uploads
+    together(files(), data)
+    assert [server.get("bucket", name) for name in names] == data
+
+
+def test_what_could_not_be_undone_is_told(server: Buckets, proxy: Proxy) -> None:
+    server.put("bucket", "a", b"old")
+    files = [ObjectFile(url(name), 100, overwrite=True) for name in ("a", "b", "c")]
+    proxy.add(
+        Fault(method="PUT", path="/c", status=403), Fault(method="POST", status=403, count=-1)
+    )
+    with pytest.raises(PosthocError) as found:
+        together(files, [DATA[:100]] * 3)
+    assert "s3://bucket/b couldn't be removed again" in str(found.value)
+    assert "s3://bucket/a was replaced already" in str(found.value)
+    proxy.clear()
+    proxy.add(Fault(method="DELETE", status=403, count=-1))
+    with pytest.raises(KeyboardInterrupt, match="parts of s3://bucket/d may be left"):
+        file = ObjectFile(url("d"), len(DATA))
+        with commit_together([Group([file])]):
+            write(file, DATA[: 5 * PART])
+            raise KeyboardInterrupt
