@@ -142,6 +142,7 @@ def read_folder(
     deep = any("/" in each for each in (pattern or "", *only))
     choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
     names = choice.names
+    will_open([folder / name for name in names])
     written = _clock(folder)
     doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
     contents = FolderContents(folder, reading.how, skipped=choice.left_out)
@@ -158,7 +159,6 @@ def read_folder(
     failed: dict[str, SnapshotError] = {}
     beside = beside_emas(map(as_snapshot, names))
     broken: list[tuple[str, LinkError]] = []
-    will_open([folder / name for name in names])
     for name in names:
         if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
             reason = "of step 0, where training has not begun and nothing is averaged"

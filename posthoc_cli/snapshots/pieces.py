@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from posthoc_cli.storage import Reader, TensorInfo
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of
-from posthoc_cli.storage.readers import reading_ahead
 
 _NEAR = 1 << 14
 """Bytes between two places that are read along, as that is quicker than to begin anew."""
@@ -96,14 +95,11 @@ class Layout:
     def read(self, reader: Reader) -> npt.NDArray[np.uint8]:
         """The bytes of the pieces, one after the other."""
         raw = np.empty(self.runs[-1][-1] if self.runs else 0, np.uint8)
-        with reading_ahead(
-            [reader], lambda: ((0, reader, start, count) for start, count, _ in self.ranges)
-        ):
-            for start, count, held in self.ranges:
-                read = np.empty(count, np.uint8)
-                reader.read(start, read.data)
-                for inside, length, place in held:
-                    raw[place : place + length] = read[inside : inside + length]
+        for start, count, held in self.ranges:
+            read = np.empty(count, np.uint8)
+            reader.read(start, read.data)
+            for inside, length, place in held:
+                raw[place : place + length] = read[inside : inside + length]
         return raw
 
     @classmethod

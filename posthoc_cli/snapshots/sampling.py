@@ -12,6 +12,7 @@ import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +29,7 @@ from posthoc_cli.storage.dtypes import (
     rounding_variances,
 )
 from posthoc_cli.storage.ranks import Part, Running, check_there, share
-from posthoc_cli.storage.readers import can_open
+from posthoc_cli.storage.readers import can_open, reading_ahead
 from posthoc_cli.storage.workers import MAX_WORKERS, run_workers
 
 if TYPE_CHECKING:
@@ -155,12 +156,12 @@ def _sum_part(
     """The sums over a rank's part of the bundles, with their places, `most` elements at a time."""
     found = []
     check_there(part, indexes)
-    with _open(indexes) as readers:
-        for at in range(
-            part.size - 1 - part.rank, len(bundles), part.size
-        ):  # rank 0 has more to do
+    own = range(part.size - 1 - part.rank, len(bundles), part.size)  # rank 0 has more to do
+    groups = {at: _groups(bundles[at], most) for at in own}
+    with _open(indexes) as readers, _ahead(indexes, readers, [*chain(*groups.values())]):
+        for at in own:
             sums = _Sums(len(indexes))
-            for group in _groups(bundles[at], most):
+            for group in groups[at]:
                 _add(sums, indexes, readers, group)
             found.append((at, sums))
     yield from ()  # there is nothing to agree on
@@ -197,6 +198,21 @@ def _open(wanted: Sequence[TensorIndex]) -> Iterator[_Readers]:
             key: opened.enter_context(Reader(index, keep_open=keep_open))
             for key, index in indexes.items()
         }
+
+
+def _ahead(
+    indexes: Sequence[TensorIndex], readers: _Readers, groups: Sequence[Sequence[Piece]]
+) -> contextlib.AbstractContextManager[None]:
+    """Have what will be read of each group, of all snapshots, fetched from a store."""
+
+    def reads() -> Iterator[tuple[int, Reader, int, int]]:
+        for step, group in enumerate(groups):
+            reading = _Reading(group, readers)
+            for opened, layout in dict(chain(*map(reading.layouts, indexes))).items():
+                for start, count, _ in layout.ranges:
+                    yield step, readers[opened], start, count
+
+    return reading_ahead(list(readers.values()), reads)
 
 
 def _add(
@@ -282,6 +298,27 @@ class _Reading:
             known = self._known[path]
         return known
 
+    def layouts(self, index: TensorIndex) -> Iterator[tuple[int | Path, Layout]]:
+        """Where the pieces lie in each file that `values` reads, by what it is opened as."""
+        if not index.links:
+            yield id(index), self._layout(index, index.tensors, index.tensors)
+        for link in index.links:
+            root = index.links[0].index.tensors
+            yield link.index.path, self._layout(link.index, index.tensors, root)
+
+    def _layout(
+        self,
+        index: TensorIndex,
+        tensors: Mapping[str, TensorInfo],
+        root: Mapping[str, TensorInfo],
+    ) -> Layout:
+        """Where the pieces lie in a file, whose names are those of `tensors`."""
+        key = id(index.tensors), id(tensors)
+        if key not in self._layouts:
+            own = dict(zip(tensors, root, strict=True)) if tensors is not root else {}
+            self._layouts[key] = Layout.of(self._pieces, index.tensors, own)
+        return self._layouts[key]
+
     def _own(
         self,
         opened: int | Path,
@@ -290,11 +327,7 @@ class _Reading:
         root: Mapping[str, TensorInfo],
     ) -> tuple[Layout, FloatArray, FloatArray]:
         """What one file has of the pieces, whose names are those of `tensors`."""
-        key = id(index.tensors), id(tensors)
-        if key not in self._layouts:
-            own = dict(zip(tensors, root, strict=True)) if tensors is not root else {}
-            self._layouts[key] = Layout.of(self._pieces, index.tensors, own)
-        layout = self._layouts[key]
+        layout = self._layout(index, tensors, root)
         values, variances = np.empty((2, len(layout.elements)))
         raw = layout.read(self._readers[opened])
         for dtype, first, last, start, end in layout.runs:

@@ -129,7 +129,8 @@ class RemoteStore:
             if known is not None:
                 return known
         with contextlib.suppress(FileNotFoundError):
-            found = self._source.head(path)
+            begun = self._heads.get(key)
+            found = begun.result()[0] if begun else self._source.head(path)
             with self._lock:
                 if key in self._files:
                     self._files[key] = found
