@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,8 +45,11 @@ def demo(
       posthoc demo my-demo
     """
     from posthoc_cli.storage.manifest import is_taken
+    from posthoc_cli.storage.places import Url, place
 
-    base = Path(folder)
+    base = place(folder)
+    if isinstance(base, Url):
+        raise UsageError(folder, "is a URL", "name a new folder of this machine")
     if is_taken(base):
         raise UsageError(folder, "exists already", "name a new or an empty folder")
     try:

@@ -192,6 +192,8 @@ def test_other_commands(
 ) -> None:
     done = posthoc_here("pack", "snapshots", "s3://bucket/packed")
     done.failed(2, r"s3://bucket/packed: is a URL, .*; pack to a folder, and copy that")
+    done = posthoc_here("demo", "s3://bucket/demo")
+    done.failed(2, r"s3://bucket/demo: is a URL; name a new folder of this machine")
     done = posthoc_here("plot", "snapshots", *TARGET, "-o", "s3://bucket/figure.svg")
     assert done.code == 0, done.err
     assert b"<svg" in server.get("bucket", "figure.svg")
