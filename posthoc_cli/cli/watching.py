@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ class Watch:
         self.best = ""
         self.refresh: Callable[[], None] = lambda: None
         self._noted = False
+        self._lock = threading.Lock()
 
     def begin(self, tuner: Tuner) -> None:
         self.tuner = tuner
@@ -42,8 +44,11 @@ class Watch:
             low, high = tuner.axis.low, tuner.axis.high
             note(f"searching {low} to {high.text}", self.quiet)
 
-    def progress(self, read: int, total: int) -> None:
-        self.reading = read, total
+    def progress(self, count: int, total: int) -> None:
+        """Called from any thread with the bytes just read, and those of this pass."""
+        with self._lock:
+            read, of = self.reading
+            self.reading = (count if read >= of else read + count), total
 
     def report(self, tuner: Tuner, trial: Trial, evaluation: Evaluation | None) -> None:
         if evaluation is None:

@@ -22,6 +22,10 @@ FIELDS = ("file", "folder", "sigma_rel", "step", "target")
 
 _FIELD = re.compile(r"\{(" + "|".join(FIELDS) + r")\}")
 
+_RANKS = re.compile(
+    "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
+
 _KEPT = 4 << 20
 """Bytes of what a command prints that are kept: the last ones."""
 
@@ -120,7 +124,7 @@ class CommandMetric:
 
     def _run(self, command: str, slot: int) -> tuple[int | None, str, str]:
         """Exit code, or None after the timeout, and the end of what it printed on both streams."""
-        environment = dict(os.environ)
+        environment = _environment()
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         with self._lock:
@@ -158,6 +162,16 @@ class CommandMetric:
             self._stopped = True
             running = list(self._running)
         end(running)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what torchrun says to its ranks: a command is a program of its own,
+    and would wait for ranks that never come."""
+    environment = dict(os.environ)
+    if environment.get("WORLD_SIZE", "1") != "1":
+        for name in [name for name in environment if _RANKS.fullmatch(name)]:
+            del environment[name]
+    return environment
 
 
 class _Tail:

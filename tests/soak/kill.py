@@ -64,7 +64,7 @@ def interrupt(
     rng = random.Random(f"interrupt/{seed}")
     slowest, running = 0.0, 0
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with _none_ignored(), tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
+    with none_ignored(), tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         for scene in islice(scenes(Path(scratch), megabytes, seed), most):
             for number in range(rounds):
                 losses, seconds = _interrupt(scene, rng, numbers[number % 3], number % 2 == 0)
@@ -77,7 +77,7 @@ def interrupt(
 
 
 @contextlib.contextmanager
-def _none_ignored() -> Iterator[None]:
+def none_ignored() -> Iterator[None]:
     """What is started now shall heed signals, also below nohup or in a shell's background."""
     before = {
         number: signal.signal(number, signal.SIG_DFL)

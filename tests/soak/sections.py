@@ -17,6 +17,7 @@ from tests.soak.races import races
 from tests.soak.special import special
 from tests.soak.tally import Tally
 from tests.soak.trackers import trackers
+from tests.soak.tuning import tuning
 from tests.soak.values import values
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
@@ -27,6 +28,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "calls": calls,
     "changing": changing,
     "disk": disk,
+    "tuning": tuning,
     "races": races,
     "big": big,
     "special": special,

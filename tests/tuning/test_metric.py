@@ -128,6 +128,13 @@ def ended(pid: int) -> bool:
     return False
 
 
+def test_a_command_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MINE": "5"}.items():
+        monkeypatch.setenv(name, value)
+    metric = CommandMetric("echo {file}; echo 1$RANK$WORLD_SIZE$LOCAL_RANK$MINE")
+    assert metric.measure(HERE) == [15]
+
+
 def test_it_doesnt_read_the_terminal() -> None:
     assert CommandMetric("cat; echo {file}; echo 1").measure(HERE) == [1]
 
