@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import tempfile
 import time
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.api.solution import Progress
 from posthoc_cli.api.tuner import Trial, Tuned, Tuner
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
-from posthoc_cli.storage.disk import already_exists, free_bytes, make_folder, remove_whole
+from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder, remove_whole
 from posthoc_cli.storage.places import place
 from posthoc_cli.tuning.journal import Evaluation
 from posthoc_cli.tuning.metric import CommandMetric
+from posthoc_cli.tuning.reading import NoMetric, finite
 
 if TYPE_CHECKING:
     from posthoc_cli.api.run import Run
@@ -137,10 +137,10 @@ def _by_command(command: CommandMetric, layout: str) -> Measure:
 
 def _by_call(metric: Callable[[Any], float], given: str) -> Measure:
     def measure(trial: Trial, path: Path | None, slot: int) -> list[float]:
-        value = float(metric(trial.state_dict() if path is None else path))
-        if not math.isfinite(value):
-            raise MachineError("metric=", f"it is {value}", "see what went wrong")
-        return [value]
+        try:
+            return [finite(float(metric(trial.state_dict() if path is None else path)))]
+        except NoMetric as error:
+            raise MachineError("metric=", str(error), "see what went wrong") from None
 
     return measure
 
@@ -227,8 +227,17 @@ class _Loop:
             self.queue = self.tuner.ask(1)
             return
         size = self.tuner.bytes_of_network() + _MARGIN
-        self.queue = self.tuner.ask(max(int(min(count, free_bytes(self.place) // size)), 1))
-        self.paths |= self.tuner.save(self.queue, self.place, self.progress)
+        count = max(int(min(count, free_bytes(self.place) // size)), 1)
+        while True:
+            self.queue = self.tuner.ask(count)
+            try:
+                self.paths |= self.tuner.save(self.queue, self.place, self.progress)
+                return
+            except MachineError as error:  # as by a quota, which free_bytes doesn't know
+                count = len(self.queue) // 2
+                if not count or not is_full(error):
+                    raise
+                self.tuner.forget(self.queue)
 
     def _start(self, pool: ThreadPoolExecutor | _Here, trial: Trial, slot: int) -> None:
         if self.report:

@@ -18,6 +18,7 @@ from posthoc_cli.storage import ENDING
 from posthoc_cli.synthesis.plan import TensorPlan
 from posthoc_cli.tuning.axis import Axis, check_parameter, length_of, make_axis, read_axis
 from posthoc_cli.tuning.journal import Evaluation, Journal
+from posthoc_cli.tuning.reading import MOST
 from posthoc_cli.tuning.search import (
     Observation,
     Point,
@@ -284,7 +285,7 @@ class Tuner:
         """
         values = [metric] if isinstance(metric, (int, float)) else list(metric)
         values = [float(each) for each in values]
-        if not values or not all(map(math.isfinite, values)):
+        if not values or not all(abs(each) < MOST for each in values):
             raise UsageError("metric=", f"{metric} is no finite number", "see what went wrong")
         return self._end(trial, metric=math.fsum(values) / len(values), values=tuple(values),
                          seconds=seconds)  # fmt: skip
@@ -292,6 +293,10 @@ class Tuner:
     def fail(self, trial: Trial, why: str, *, seconds: float = 0.0) -> Evaluation:
         """A network that was asked for could not be measured; it may be asked for again."""
         return self._end(trial, metric=None, failed=why, seconds=seconds)
+
+    def forget(self, trials: Sequence[Trial]) -> None:
+        """Networks that were asked for will not be measured; they may be asked for again."""
+        self.pending = [each for each in self.pending if each not in trials]
 
     def _end(self, trial: Trial, **outcome: Any) -> Evaluation:
         evaluation = Evaluation(
@@ -303,7 +308,7 @@ class Tuner:
             **outcome,
         )
         self.journal.add(evaluation)
-        self.pending = [each for each in self.pending if each is not trial]
+        self.forget([trial])
         return evaluation
 
     # What is known

@@ -52,6 +52,15 @@ def free_bytes(folder: Path) -> float:
         return math.inf
 
 
+def is_full(error: Exception) -> bool:
+    """Whether something couldn't be written because a disk, or a quota, has no room for it."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _FULL
+
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
 def set_aside(paths: Sequence[Path], place: Path, *, replace: bool = False) -> None:
     """Move files into the folder `place`, which is made, on the same disk.
 

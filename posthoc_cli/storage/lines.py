@@ -28,7 +28,8 @@ class LineFile:
         self.path = path
         self._fd = -1
         with write_errors(path):
-            lock = take_lock(path.with_name(f".{path.name}.lock"))
+            real = Path(os.path.realpath(path))  # a link to it is the same journal
+            lock = take_lock(real.with_name(f".{real.name}.lock"))
         if lock is None:
             raise busy(path)
         self._lock = lock

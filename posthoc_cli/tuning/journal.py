@@ -107,6 +107,8 @@ class Journal:
                 shown = f" ({in_line(str(was))})" if told else ""
                 problem = f"a journal of {what}{shown}"
                 remedy = "name another with journal=, or remove it to begin anew"
+                if key == "snapshots" and self.header.get("step") != begun["step"]:
+                    remedy = f"give step={in_line(str(self.header.get('step')))}, or {remedy}"
                 raise UsageError(str(self.path), problem, remedy)
 
     def add(self, evaluation: Evaluation) -> None:

@@ -150,8 +150,13 @@ def _at(document: Any, key: str) -> Any:
     return None
 
 
+MOST = 1e150
+"""No metric is so large: its square, which the search takes, is no number."""
+
+
 def finite(value: float) -> float:
     """`value`; raises NoMetric unless it is a finite number."""
-    if not math.isfinite(value):
-        raise NoMetric(f"the metric is {'NaN' if math.isnan(value) else 'infinite'}")
+    if not abs(value) < MOST:
+        kind = "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else "too large"
+        raise NoMetric(f"the metric is {kind}")
     return value

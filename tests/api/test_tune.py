@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Callable
@@ -204,8 +205,10 @@ def test_the_same_call_goes_on(walk: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a journal of another goal"):
         run.tuner(**{**options, "minimize": False})
     other = posthoc_cli.open_snapshots(walk, exclude=["*-0.05.*"])
-    with pytest.raises(UsageError, match="a journal of other snapshots"):
+    with pytest.raises(UsageError, match=r"a journal of other snapshots, .*; name another"):
         other.tuner(**options)
+    with pytest.raises(UsageError, match=r"other snapshots, .*; give step=1000, or name another"):
+        run.tuner(step=900, **options)
 
 
 @pytest.mark.parametrize("parameter", ["window", "half_life", "decay"])
@@ -262,7 +265,7 @@ def test_a_function_that_fails(walk: Path, tmp_path: Path) -> None:
     journal = tmp_path / "x.jsonl"
     options: dict[str, Any] = {"minimize": True, "range": "0.02:0.25", "journal": journal}
     values = iter([1.0, 2.0, math.nan])
-    with pytest.raises(MachineError, match=r"it is nan at sigma_rel .* \(2 measured so far, kept"):
+    with pytest.raises(MachineError, match=r"is NaN at sigma_rel .* \(2 measured so far, kept"):
         run.tune(lambda tensors: next(values), **options, name="x")
     with pytest.raises(ZeroDivisionError):
         run.tune(lambda tensors: 1 / 0, **options, name="x")
@@ -292,6 +295,25 @@ def test_a_disk_without_room_for_seven(walk: Path, monkeypatch: pytest.MonkeyPat
     assert most == 3
     assert not place[0].exists()
     assert disk.free_bytes(walk) > 0
+
+
+def test_a_quota_that_nobody_told_of(walk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where seven can't be written fewer are."""
+    passes: list[int] = []
+    save = posthoc_cli.Solution.save
+
+    def limited(self: posthoc_cli.Solution, *given: Any, **more: Any) -> Any:
+        passes.append(len(self.targets))
+        if passes[-1] > 2:
+            no_room = OSError(errno.ENOSPC, "No space left on device")
+            raise MachineError("x", "cannot be written", "free some") from no_room
+        return save(self, *given, **more)
+
+    monkeypatch.setattr(posthoc_cli.Solution, "save", limited)
+    run = posthoc_cli.open_snapshots(walk)
+    options: dict[str, Any] = {"minimize": True, "range": "0.02:0.25", "evaluations": 7}
+    assert len(run.tune(lambda path: 1.0, given="path", **options).evaluations) == 7
+    assert passes == [7, 3, 1, 6, 3, 1, 5, 2, 3, 1, 2]
 
 
 def test_a_full_disk_loses_no_evaluation(
