@@ -31,14 +31,17 @@ class Accumulator(Protocol):
     def begin(self, dtype: str, out_dtype: str, elements: int) -> None:
         """Start the sums of `elements` elements stored as `dtype`, to be rounded to `out_dtype`."""
 
-    def staging(self) -> list[memoryview]:
-        """Rows to read the next snapshots into, as bytes, each long enough for the chunk."""
+    def staging(self, dtype: str | None = None) -> list[memoryview]:
+        """Rows to read the next snapshots into, as bytes, each long enough for the chunk.
 
-    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
+        `dtype` is theirs, if it isn't the one that `begin` was told. Of one with so many bytes that
+        the chunk doesn't fit in a row there are fewer.
+        """
+
+    def add(self, weights: Weights, *, last: bool) -> None:
         """Add the rows last staged; `weights` is [rows, targets], C-contiguous.
 
-        `dtype` is theirs, if it isn't the one that `begin` was told, of which they have no more
-        bytes. `last` tells that these are the last, after which `result` may be called.
+        `last` tells that these are the last, after which `result` may be called.
         """
 
     def result(self, target: int) -> memoryview:
@@ -49,6 +52,16 @@ class Accumulator(Protocol):
         """Whether a result may be infinite or not a number; if not, none of them is."""
 
 
+def rows_for(rows: Any, dtype: str, elements: int) -> Any:
+    """`rows` [rows, bytes], of NumPy or torch, or fewer and longer ones in their place, in which so
+    many elements of `dtype` fit."""
+    size = bytes_of(dtype, -(-elements // kernels.STRIDE) * kernels.STRIDE)
+    if size <= rows.shape[1]:
+        return rows
+    count = rows.shape[0] * rows.shape[1] // size
+    return rows.reshape(-1)[: count * size].reshape(count, size)
+
+
 class CpuAccumulator:
     """Sums on the CPU, by the kernels compiled for it.
 
@@ -56,13 +69,11 @@ class CpuAccumulator:
     """
 
     def __init__(self, row_bytes: int, capacity: int, targets: int, batch: int) -> None:
-        self._rows = np.zeros((batch, row_bytes), np.uint8)
-        self._views = [row.data for row in self._rows]
-        self._addresses = np.array([row.ctypes.data for row in self._rows], np.uintp)
+        self._all_rows = self._rows = np.zeros((batch, row_bytes), np.uint8)
         self._sums = np.zeros((targets, capacity))
         self._out = np.zeros((targets, capacity * 8), np.uint8)
         self._wide = np.zeros((0, 0), np.float32)
-        self._dtype = self._out_dtype = self._table_of = ""
+        self._dtype = self._row_dtype = self._out_dtype = self._table_of = ""
         self._elements = 0
         self._begun = False
         self.maybe_nonfinite = False
@@ -71,19 +82,24 @@ class CpuAccumulator:
         self._dtype, self._out_dtype, self._elements = dtype, out_dtype, elements
         self._begun = False
 
-    def staging(self) -> list[memoryview]:
-        return self._views
+    def staging(self, dtype: str | None = None) -> list[memoryview]:
+        self._row_dtype = dtype or self._dtype
+        self._rows = rows_for(self._all_rows, self._row_dtype, self._elements)
+        return [row.data for row in self._rows]
 
-    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
-        dtype, addresses = dtype or self._dtype, self._addresses
-        if dtype in FLOAT8:
+    def add(self, weights: Weights, *, last: bool) -> None:
+        rows: npt.NDArray[Any] = self._rows
+        dtype = self._row_dtype
+        if dtype not in kernels.WIDENED:
             if dtype != self._table_of:
                 self._table_of, self._table = dtype, float8_values(dtype)
-                self._wide = np.zeros(self._rows.shape, np.float32)
-                self._wide_addresses = np.array([row.ctypes.data for row in self._wide], np.uintp)
+                self._wide = np.zeros(self._all_rows.shape, np.float32)
             for stored, wide in zip(self._rows[: len(weights)], self._wide, strict=False):
                 np.take(self._table, stored[: self._elements], out=wide[: self._elements])
-            dtype, addresses = "F32", self._wide_addresses
+            dtype, rows = "F32", self._wide
+        addresses = np.uintp(rows.ctypes.data) + np.uintp(rows.strides[0]) * np.arange(
+            len(rows), dtype=np.uintp
+        )
         before = self._sums if self._begun else None
         out, out_dtype = self._sums.view(np.uint8), "F64"
         if last and self._out_dtype not in FLOAT8:
@@ -130,7 +146,7 @@ class TorchAccumulator:
         self._received = torch.empty(batch, row_bytes, dtype=torch.uint8, **on_device)
         self._sums = torch.empty(targets, capacity, dtype=torch.float64, **on_device)
         self._out = torch.empty(capacity * 8, **on_host)
-        self._dtype = self._out_dtype = ""
+        self._dtype = self._row_dtype = self._out_dtype = ""
         self._elements = 0
         self.maybe_nonfinite = False
 
@@ -140,18 +156,23 @@ class TorchAccumulator:
         with self._on_stream():
             self._sums[:, :elements] = 0.0
 
-    def staging(self) -> list[memoryview]:
+    def staging(self, dtype: str | None = None) -> list[memoryview]:
+        self._row_dtype = dtype or self._dtype
         self._turn = 1 - self._turn
         if self._free[self._turn] is not None:
             self._free[self._turn].synchronize()
-        return [row.data for row in self._buffers[self._turn].numpy()]
+        return [row.data for row in self._rows_of(self._buffers[self._turn]).numpy()]
 
-    def add(self, weights: Weights, *, last: bool, dtype: str | None = None) -> None:
-        rows, dtype = len(weights), dtype or self._dtype
+    def _rows_of(self, buffer: Any) -> Any:
+        return rows_for(buffer, self._row_dtype, self._elements)
+
+    def add(self, weights: Weights, *, last: bool) -> None:
+        rows, dtype = len(weights), self._row_dtype
         size = bytes_of(dtype, self._elements)
         with self._on_stream():
-            received = self._received[:rows, :size]
-            received.copy_(self._buffers[self._turn][:rows, :size], non_blocking=True)
+            received = self._rows_of(self._received)[:rows, :size]
+            staged = self._rows_of(self._buffers[self._turn])[:rows, :size]
+            received.copy_(staged, non_blocking=True)
             if self._cuda:
                 self._free[self._turn] = self._torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._free[self._turn].record(self._stream)

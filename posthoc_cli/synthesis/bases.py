@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from posthoc_cli.storage import File, Reader, TensorIndex
 from posthoc_cli.storage.deltas import links_of, terms
-from posthoc_cli.storage.dtypes import FLOAT8, FloatArray, bytes_of, float8_values
+from posthoc_cli.storage.dtypes import FloatArray, bytes_of, float8_values
 from posthoc_cli.storage.header import Link
 from posthoc_cli.synthesis.accumulators import CpuAccumulator
 from posthoc_cli.synthesis.engine import BATCH
-from posthoc_cli.synthesis.kernels import STRIDE, accumulate
+from posthoc_cli.synthesis.kernels import STRIDE, WIDENED, accumulate
 
 AT_ONCE = 1 << 16
 """Elements summed at a time: what is done with them stays in the processor's cache."""
@@ -74,7 +74,7 @@ def add(
 ) -> None:
     """into = before + weight * data, rounded once; all have room for a multiple of STRIDE."""
     count = into.size
-    if dtype in FLOAT8:
+    if dtype not in WIDENED:
         wide = padded("F32", count)
         np.take(float8_values(dtype), data, out=wide.view(np.float32))
         dtype, data = "F32", wide
@@ -120,11 +120,12 @@ class Stored:
                 several = list(alike)
                 for begin in range(0, len(several), BATCH):
                     batch = several[begin : begin + BATCH]
-                    for row, (info, at, _) in zip(self._sums.staging(), batch, strict=False):
+                    rows = self._sums.staging(code)
+                    for row, (info, at, _) in zip(rows, batch, strict=False):
                         start = info.start + bytes_of(code, first + part.start)
                         self._readers[at].read(start, row[: bytes_of(code, size)])
                     weights = np.array([[-(2.0**exponent)] for _, _, exponent in batch])
-                    self._sums.add(weights, last=batch[-1] is every[-1], dtype=code)
+                    self._sums.add(weights, last=batch[-1] is every[-1])
             total[part] = np.frombuffer(self._sums.result(0), np.float64)
         return Value(None, total.view(np.uint8), total)
 

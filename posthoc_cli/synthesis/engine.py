@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
@@ -26,7 +27,7 @@ from posthoc_cli.synthesis.accumulators import (
     Weights,
     device_errors,
 )
-from posthoc_cli.synthesis.kernels import STRIDE
+from posthoc_cli.synthesis.kernels import STRIDE, WIDENED
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
 from posthoc_cli.synthesis.rounding import round_to
@@ -116,7 +117,8 @@ class Engine:
         where = "cpu" if device == "cpu" else "device"
         self._row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
         self._worker_bytes = WORKER_BYTES[where]
-        self._batch = min(BATCH, len(plan.sources))
+        several = any(segment.exponents for segment in plan.segments)
+        self._batch = BATCH if several else min(BATCH, len(plan.sources))
         self._targets = int(weights.shape[1])
         self._report = report
         self.progress = progress
@@ -236,13 +238,19 @@ class Engine:
     def _elements(self, segment: Segment) -> int:
         """Elements of a chunk: as many as fit in a row, and in all that a worker may take."""
         stored, result = (
-            DTYPES[code].bits // 8 or 1 for code in (segment.dtype, segment.out_dtype)
+            DTYPES[code].bits // 8 or 1 for code in (self._usual(segment), segment.out_dtype)
         )
         several = self._batch < len(self.plan.sources) or bool(segment.exponents)
         with_sums = several or self._device != "cpu"
         sums = 8 * self._targets if with_sums else 0
         most = self._worker_bytes // (self._batch * stored + sums + self._targets * result)
         return max(min(self._row_bytes // stored, most) // STRIDE, 1) * STRIDE
+
+    def _usual(self, segment: Segment) -> str:
+        """The dtype that most of a segment's sources have, if they are summed as they are."""
+        codes = Counter(self.plan.stored(segment, source) for source in segment.sources)
+        usual = max(codes, key=lambda code: codes[code], default=segment.dtype)
+        return usual if segment.exponents and usual in WIDENED else segment.dtype
 
     def _cut(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         for chunk in chunks:
@@ -268,9 +276,12 @@ class Engine:
         unsettled = [part for part in chunk.parts() if not varies[part[0]]]
         reference = b""
         accumulator.begin(segment.dtype, segment.out_dtype, chunk.elements)
-        for dtype, first, batch in self._batches(segment):
+        first = 0
+        while first < len(segment.sources):
+            dtype, alike = self._alike_sources(segment, first)
             size = bytes_of(dtype, chunk.elements)
-            rows = accumulator.staging()
+            rows = accumulator.staging(dtype)
+            batch = alike[: len(rows)]
             for row, source in zip(rows, batch, strict=False):
                 self.read(chunk, source, row[:size], as_stored=bool(segment.exponents))
             if unsettled:
@@ -278,32 +289,31 @@ class Engine:
                 self._note_differences(chunk, unsettled, reference, rows[: len(batch)])
             end = first + len(batch)
             last = end == len(segment.sources)
-            accumulator.add(weights[first:end], last=last, dtype=dtype)
+            accumulator.add(weights[first:end], last=last)
             self._count(len(batch) * size)
+            first = end
         unsettled = [part for part in unsettled if not varies[part[0]]]
         sink.take_sums(chunk, accumulator.result, unsettled)
         if self._report is not None and accumulator.maybe_nonfinite:
             results = [np.array(accumulator.result(t), np.uint8) for t in range(self._targets)]
             self._report.look(chunk, results, self.read)
 
-    def _batches(self, segment: Segment) -> Iterator[tuple[str, int, Sequence[int]]]:
-        """What is read and summed together, of one dtype: that, the first's place, the sources.
+    def _alike_sources(self, segment: Segment, first: int) -> tuple[str, Sequence[int]]:
+        """The sources from `first` on that are read and summed as one dtype, and that.
 
         Differences are summed as they are stored, which is in order of their dtypes.
         """
-        sources, first = segment.sources, 0
-        while first < len(sources):
-            end, dtype = min(first + BATCH, len(sources)), segment.dtype
-            if segment.exponents:
-                dtype = self.plan.stored(segment, sources[first])
-                alike = (self.plan.stored(segment, each) == dtype for each in sources[first:end])
-                end = first + sum(itertools.takewhile(bool, alike))
-            yield dtype, first, sources[first:end]
-            first = end
+        sources = segment.sources[first:]
+        if not segment.exponents:
+            return segment.dtype, sources
+        dtype = self.plan.stored(segment, sources[0])
+        alike = (self.plan.stored(segment, each) == dtype for each in sources)
+        return dtype, sources[: sum(itertools.takewhile(bool, alike))]
 
     def _copy(self, sink: Sink, chunk: Chunk, accumulator: Accumulator) -> None:
         """Hand a chunk of the newest snapshot to the sink, in the dtype of the output."""
         segment, size = chunk.segment, chunk.bytes_each
+        accumulator.begin(segment.dtype, segment.out_dtype, chunk.elements)
         row = accumulator.staging()[0][:size]
         self.read(chunk, self.plan.newest, row)
         copied = np.asarray(row)

@@ -49,7 +49,7 @@ _WIDEN = {
     ),
     "F32": ("float", "\n  %d = fpext <V x float> %x to <V x double>"),
     "F64": ("double", "\n  %d = fadd <V x double> %x, splat (double -0.0)"),
-    "F8_E4M3": (  # of numbers alone, as `quantize` makes them: half's upper byte, but for the bias
+    "F8_E4M3": (  # the upper bits of a half, but for the bias; NaN is a number there
         "i8",
         """
   %u = zext <V x i8> %x to <V x i16>
@@ -61,9 +61,14 @@ _WIDEN = {
   %h = bitcast <V x i16> %b to <V x half>
   %f = fpext <V x half> %h to <V x float>
   %w = fpext <V x float> %f to <V x double>
-  %d = fmul <V x double> %w, splat (double 256.0)""",
+  %nan = icmp eq <V x i16> %size, splat (i16 127)
+  %no = select <V x i1> %nan, <V x double> splat (double 0x7FF8000000000000), <V x double> %w
+  %d = fmul <V x double> %no, splat (double 256.0)""",
     ),
 }
+
+WIDENED = frozenset(_WIDEN)
+"""The dtypes of rows that `accumulate` takes."""
 
 # How target T's sums, %sT, become stored elements, %yT, correctly rounded. Half precision and
 # bfloat16 go by way of a float "rounded to odd" (%oT): towards zero, with the last bit set if
@@ -154,10 +159,10 @@ def accumulate(
 ) -> bool:
     """Round `sums[t, :count] + weights[:, t] @ snapshots` to `out_dtype`, into `out[t]`.
 
-    `rows` [snapshots] holds the address of each snapshot's elements, of `dtype` F16, BF16, F32 or
-    F64; `weights` is [snapshots, targets], C-contiguous; `sums` [targets, capacity] are those of
-    the snapshots before, None when there are none. `out` [targets, bytes] gets elements of one of
-    the same dtypes, rounded to nearest, ties to even; as F64 they are sums to go on from, and
+    `rows` [snapshots] holds the address of each snapshot's elements, of a `dtype` in WIDENED;
+    `weights` is [snapshots, targets], C-contiguous; `sums` [targets, capacity] are those of
+    the snapshots before, None when there are none. `out` [targets, bytes] gets elements of F16,
+    BF16, F32 or F64, rounded to nearest, ties to even; as F64 they are sums to go on from, and
     `out` may lie where `sums` does. Every row holds a multiple of STRIDE elements, at least
     `count`, which is at least 1; those between `count` and the next multiple are overwritten.
 
@@ -282,8 +287,8 @@ def quantize(
     `minus`, into `sums`; without an exponent neither.
 
     Returns the largest absolute value of `data + minus`, infinite or NaN if one is: where it is too
-    large for `out_dtype`, what is in `out` means nothing. `dtype` is F16, BF16, F32 or F64,
-    `out_dtype` F16, BF16 or F8_E4M3. All have as many elements as `minus`, and room for a multiple
+    large for `out_dtype`, what is in `out` means nothing. `dtype` is in WIDENED, `out_dtype` F16,
+    BF16 or F8_E4M3. All have as many elements as `minus`, and room for a multiple
     of STRIDE.
     """
     bits = _quantizer(dtype, None if exponent is None else out_dtype)(

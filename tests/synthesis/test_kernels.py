@@ -73,6 +73,15 @@ def test_every_16_bit_pattern_is_widened_exactly() -> None:
             assert np.array_equal(sums, stored.astype(np.float64), equal_nan=True)
 
 
+def test_every_float8_is_widened_exactly() -> None:
+    patterns = np.arange(256, dtype=np.uint8)
+    rows, out = padded(patterns[None]), np.zeros((1, 2048), np.uint8)
+    addresses = np.array([rows.ctypes.data], np.uintp)
+    kernels.accumulate("F8_E4M3", addresses, np.ones((1, 1)), None, out, "F64", 256)
+    wanted = patterns.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert np.array_equal(out[0].view(np.float64), wanted, equal_nan=True)
+
+
 def test_a_sum_does_not_depend_on_its_position_or_on_other_targets() -> None:
     rows = rows_of("F16", 16, 640)
     weights = np.random.default_rng(1).standard_normal((16, 11)) * 1e3
