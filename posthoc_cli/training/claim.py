@@ -189,8 +189,12 @@ def _check_later(
             "load_state_dict() a state of that step, or give later='set aside'",
         )
     place = place_for(folder, run)
-    last_first = [path for chain in chains(found) for path in chain if path in paths]
-    set_aside(last_first, place, replace=True)  # killed meanwhile, it leaves none without its base
+    last_first, along = [], []
+    for chain in chains(found):
+        later_ones = [path for path in chain if path in paths]
+        last_first += later_ones  # killed meanwhile, it leaves none without its base
+        along += [path for path in chain if path not in paths] if later_ones else []
+    set_aside(last_first, place, replace=True, along=along)
     return [
         f"{folder}: {problem}, and it resumes at step {step}; the {len(paths)} after that are now "
         f"in {place}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.formats.sharding import shard_name
 from posthoc_cli.snapshots import SAME_WIDTH
-from posthoc_cli.storage import ENDING, TensorIndex, make_header, read_header
+from posthoc_cli.storage import ENDING, TensorIndex, fingerprint, make_header, read_header
 from posthoc_cli.storage.atomic import AtomicFile
-from posthoc_cli.storage.dtypes import BY_NAME, bytes_of
+from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
 from posthoc_cli.storage.metadata import (
+    BASE,
+    BASE_FINGERPRINT,
     CONVERTED,
     DECAY,
     FORMAT,
@@ -34,7 +37,7 @@ from posthoc_cli.storage.metadata import (
 )
 from posthoc_cli.storage.shared import remove_whole
 from posthoc_cli.storage.stores import exists, is_folder, list_folder
-from posthoc_cli.synthesis.bases import Stored
+from posthoc_cli.synthesis.bases import Base, Stored
 from posthoc_cli.synthesis.deltas import NewFile, write_chain
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
 from posthoc_cli.training.chains import Chain, Kinds, chains, profile_of
@@ -212,31 +215,47 @@ def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[
     return list(overflowing)
 
 
-def write_difference(snapshot: SnapshotToSave, base: TensorIndex, chain: Chain) -> None:
+def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: Chain) -> None:
     """Write a snapshot as the difference to `base`, whole or not at all, as write_snapshot does.
 
-    Raises SnapshotError too, when a file of the base's changes meanwhile.
+    Without a base it begins a chain. What is a difference to another file that was in its place is
+    removed. Raises SnapshotError too, when a file of the base's changes meanwhile.
     """
     places = make_header(snapshot.kinds, {})[1]
-    last: list[tuple[str, npt.NDArray[np.uint8]]] = []
+    last: list[tuple[str, Tensor]] = []
 
     def read(name: str, first: int, into: npt.NDArray[np.uint8]) -> None:
-        if not last or last[0][0] != name:
-            last[:] = [(name, _flat(snapshot.tensors[name]).view(torch.uint8).numpy())]
-        start = bytes_of(places[name].dtype, first)
-        into[:] = last[0][1][start : start + into.size]
+        tensor = snapshot.tensors[name]
+        if last and last[0][0] == name:
+            value = last[0][1]
+        elif is_sharded(tensor.like) or not tensor.value.is_contiguous():
+            value = _flat(tensor)
+            last[:] = [(name, value)]
+        else:
+            value = tensor.value.detach().view(-1)
+        part = value[first : first + into.size * 8 // DTYPES[places[name].dtype].bits]
+        into[:] = part.to("cpu", tensor.dtype).view(torch.uint8).numpy()
 
-    new = NewFile(
-        snapshot.path,
-        places,
-        read,
-        snapshot.metadata,
-        base.files[-1].path,
-        overwrite=snapshot.path in own_places(snapshot),
-    )
+    old = own_places(snapshot)
+
+    def remove_unfit(written: Path) -> None:
+        known = fingerprint(read_header(written)) if old else ""
+        for path, _ in own_snapshots(snapshot.folder, snapshot.run) if old else ():
+            metadata = metadata_of(path)
+            if metadata.get(BASE) == snapshot.path.name and metadata[BASE_FINGERPRINT] != known:
+                remove_whole(path)
+
+    place = None if base is None else base.files[-1].path
+    new = NewFile(snapshot.path, places, read, snapshot.metadata, place, snapshot.path in old)
     held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
-    with Stored(base) if held is None else held.at(base) as opened:
-        write_chain([new], chain.dtype, {base.files[-1].path: opened})
+    with ExitStack() as stack:
+        bases: dict[Path, Base] = {}
+        if base is not None and place is not None:
+            bases[place] = stack.enter_context(Stored(base) if held is None else held.at(base))
+        write_chain([new], chain.dtype, bases, check=remove_unfit)
+    for other in old:
+        if other != snapshot.path:
+            remove_whole(other)
 
 
 def _flat(tensor: TensorToSave) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.storage import TensorIndex, open_tensors
-from posthoc_cli.storage.shared import remove_whole
 from posthoc_cli.storage.stores import is_folder
 from posthoc_cli.training.chains import Chain, Profile, profile_of
 from posthoc_cli.training.sharded import Parts
@@ -81,10 +80,10 @@ class SnapshotWriter:
                 base = bases.get(profile_of(snapshot.metadata))
                 if self.chain is not None and base is None and not leading:
                     base = open_tensors(snapshots[0].path)
-                if self.chain is None or base is None:
+                infinite = []
+                if self.chain is None:
                     infinite = write_snapshot(snapshot)
                 else:
-                    infinite = []
                     write_difference(snapshot, base, self.chain)
             except (MachineError, SnapshotError, UsageError) as error:
                 problem = str(error)
@@ -122,10 +121,6 @@ class SnapshotWriter:
             (step, profile_of(metadata_of(path)), path) for path, step in own if step < main.step
         ]
         try:
-            if any(path == main.path for path, _ in own):  # it is about to be replaced
-                for path, step in own:
-                    if step == main.step and path != main.path:
-                        remove_whole(path)
             return self.chain.bases(before, profile_of(main.metadata), main.kinds)
         except PosthocError as error:
             self.failures.append(f"step {main.step} begins a new chain: {error}")
