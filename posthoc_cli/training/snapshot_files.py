@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -248,10 +248,11 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: 
     place = None if base is None else base.files[-1].path
     new = NewFile(snapshot.path, places, read, snapshot.metadata, place, snapshot.path in old)
     held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
-    with ExitStack() as stack:
-        bases: dict[Path, Base] = {}
-        if base is not None and place is not None:
-            bases[place] = stack.enter_context(Stored(base) if held is None else held.at(base))
+    opened: AbstractContextManager[Base | None] = nullcontext()
+    if base is not None:
+        opened = Stored(base) if held is None else held.at(base)
+    with opened as there:
+        bases = {place: there} if place and there else {}
         write_chain([new], chain.dtype, bases, check=remove_unfit)
     for other in old:
         if other != snapshot.path:

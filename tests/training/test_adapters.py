@@ -41,6 +41,35 @@ def test_the_documented_imports_work(library: str) -> None:
     assert module.PostHocEMACallback((0.05, 0.10)).ema is None
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_a_chain_of_differences_is_resumed_to_the_bit(library: str, tmp_path: Path) -> None:
+    """In its folder, where what came after the state is set aside, with what it builds on."""
+    pytest.importorskip("lightning.pytorch" if library == "lightning" else library)
+    adapter = importlib.import_module(f"posthoc_cli.training.adapters.{library}")
+    options: dict[str, Any] = {"store": "delta", "keyframe_every": 2, "later": "set aside"}
+
+    def fit(**resumed: Any) -> dict[str, bytes]:
+        callback = adapter.PostHocEMACallback(
+            (0.05, 0.1), folder=tmp_path / "run", checkpoint_every=4, **options
+        )
+        if library == "lightning":
+            lightning_fit(tmp_path, callback, 12, **resumed)
+        else:
+            trainer(tmp_path, callback).train(**resumed)
+        return folder_bytes(tmp_path / "run")
+
+    whole = fit()
+    assert {len(each.chain) for each in read_folder(tmp_path / "run").usable()} == {0, 2, 3}
+    if library == "lightning":
+        (checkpoint,) = (tmp_path / "checkpoints").glob("*step=6*")
+        assert fit(ckpt_path=checkpoint) == whole
+    else:
+        assert fit(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6")) == whole
+    (aside,) = (tmp_path / "run" / "other-runs").iterdir()
+    assert folder_bytes(aside) == whole
+
+
 # Lightning
 
 

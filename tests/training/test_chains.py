@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -201,11 +202,67 @@ def test_whole_snapshots_become_a_chain_of_exact_ones(tmp_path: Path) -> None:
     assert not open_snapshots(tmp_path).contents.problems
 
 
-def test_a_checkpoint_at_the_same_step_replaces_it(tmp_path: Path) -> None:
-    ema = tracked(tmp_path, 4)
+def test_a_checkpoint_at_the_same_step_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of the renames it has lost nothing; nor, of other values, broken any."""
+    ema = tracked(tmp_path, 8)
     before = folder_bytes(tmp_path)
     ema.checkpoint()
     assert folder_bytes(tmp_path) == before
+    replace, calls = os.replace, []
+
+    def killed(*paths: Any) -> None:
+        calls.append(paths)
+        if len(calls) == at:
+            raise Killed
+        replace(*paths)
+
+    for changed in (False, True):
+        if changed:
+            for average in ema.state_dict()["averages"]:
+                average["0.weight"] += 1
+        for at in (1, 2):
+            calls.clear()
+            with monkeypatch.context() as patched, pytest.raises(Killed):
+                patched.setattr(os, "replace", killed)
+                ema.checkpoint()
+            assert not open_snapshots(tmp_path).contents.problems
+            if not changed:
+                assert folder_bytes(tmp_path) == before
+    assert links(tmp_path) == {2: 1, 4: 2, 6: 3, 8: 1}
+    ema.checkpoint()
+    values = rebuilt(tmp_path / "ema-step00000008-0.100.safetensors")["0.weight"]
+    average = ema.state_dict()["averages"][1]["0.weight"]
+    np.testing.assert_allclose(values, average.numpy(), rtol=0, atol=2e-3)
+
+
+def test_what_is_set_aside_has_its_bases_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With links or without; it can be read where it is."""
+    state, model = tracked(tmp_path, 4).state_dict(), small()
+    train(model, resume(tmp_path, state, model, keyframe_every=9), 4)
+    before = {path.name: rebuilt(path) for path in tmp_path.glob("*.safetensors")}
+    for linked in (True, False):
+        if not linked:
+            monkeypatch.setattr(os, "link", _no_links)
+        again = resume(tmp_path, state, small(), keyframe_every=9)
+        with pytest.warns(RuntimeWarning, match="the 4 after that are now in"):
+            train(again.model, again, 4)
+        aside = tmp_path / "other-runs" / again.run
+        contents = open_snapshots(aside).contents
+        assert not contents.problems
+        assert len(contents.usable()) == len(before)
+        if linked:
+            for name, values in before.items():
+                for key, value in rebuilt(aside / name).items():
+                    assert value.tobytes() == values[key].tobytes()
+        again.close()
+
+
+def _no_links(*_: Any) -> None:
+    raise OSError("no links here")
 
 
 def test_synthesis_in_training_and_what_cannot_be_written(
