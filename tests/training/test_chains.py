@@ -210,13 +210,12 @@ def test_a_checkpoint_at_the_same_step_replaces_it(
     before = folder_bytes(tmp_path)
     ema.checkpoint()
     assert folder_bytes(tmp_path) == before
-    replace, left = os.replace, [0]
+    replace, link, left = os.replace, os.link, [0]
 
-    def killed(*paths: Any) -> None:
+    def count() -> None:
         left[0] -= 1
         if not left[0]:
             raise Killed
-        replace(*paths)
 
     for changed in (False, True):
         if changed:
@@ -225,7 +224,8 @@ def test_a_checkpoint_at_the_same_step_replaces_it(
         for at in (1, 2):
             left[0] = at
             with monkeypatch.context() as patched, pytest.raises(Killed):
-                patched.setattr(os, "replace", killed)
+                patched.setattr(os, "replace", lambda *paths: (count(), replace(*paths)))
+                patched.setattr(os, "link", lambda *paths: (count(), link(*paths)))
                 ema.checkpoint()
             assert not open_snapshots(tmp_path).contents.problems
             if not changed:
