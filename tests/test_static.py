@@ -34,7 +34,7 @@ WITH_TORCH = {
         f"training/{name}.py"
         for name in ("adapters/lightning", "adapters/transformers", "averaging", "karras")
     ),
-    *("training/posthoc_ema.py", "training/snapshot_files.py"),
+    *(f"training/{name}.py" for name in ("posthoc_ema", "reading", "snapshot_files", "tracked")),
 }
 """Modules for a training loop, where torch is there anyway; the commands start without it."""
 
