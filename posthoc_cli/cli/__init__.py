@@ -45,20 +45,21 @@ def _main() -> int:
     with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
         # A name that the terminal's encoding lacks is escaped, and stops nothing.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    place = None
     try:
         _clean_up_when_terminated()
         _allow_many_files()
         _collect_seldom()
         place = find_place()
-        if place is None:
-            return _run()
-        code = run_as(place, _run, _fail)
+        code = _run() if place is None else run_as(place, _run, _fail)
     except KeyboardInterrupt as error:
-        return _interrupted(error)
+        code = _interrupted(error)
     except Exception as error:
-        return _fail(error)
-    _finish_stdout()
-    os._exit(code)  # gloo's threads may still wait for a rank that is lost
+        code = _fail(error)
+    if place is not None:  # gloo's threads may still wait for a rank that is lost
+        _finish_stdout()
+        os._exit(code)
+    return code
 
 
 def _run() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -73,32 +72,29 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would say is said by us
     from posthoc_cli.storage import ranks
 
+    code = 1
     try:
         check_address(place)
         ranks.join(place.rank, place.size, place.local_rank, sys.argv[1:], tell)
-    except PosthocError as error:
-        # What one machine can't reach, another may.
-        first = place.local_rank if isinstance(error, MachineError) else place.rank
-        ranks.leave()
-        return error.exit_code if first else tell(error)
-    code = 1
-    try:
         if place.rank:
             return ranks.serve()
         code = command()
-        return code
-    except PosthocError as error:
-        return tell(error) if ranks.leave() else error.exit_code
+    except PosthocError as error:  # never of the command, which tells its own
+        code = error.exit_code
+        first = ranks.leave(failed=True)
+        if first if isinstance(error, MachineError) else not place.rank:
+            tell(error)
     except KeyboardInterrupt:
-        return 130
+        code = 130
+        if not place.rank:
+            raise
     except SystemExit as leaving:  # terminated
         code = leaving.code if isinstance(leaving.code, int) else 1
-        return code
     finally:
         if place.rank == 0:
-            with contextlib.suppress(PosthocError):
-                ranks.end(code)
+            ranks.end(code)
         ranks.leave()
+    return code
 
 
 def trouble() -> PosthocError | None:

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -60,16 +61,11 @@ class Peers:
     """The other ranks.
 
     `tell` is called, from another thread, with the trouble of a process that can't end by itself.
-    Raises MachineError when they don't come.
     """
 
     def __init__(
         self, rank: int, size: int, local_rank: int, tell: Callable[[PosthocError], object]
     ) -> None:
-        from torch.distributed import ProcessGroupGloo
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
-
         self.rank, self.size, self._local_rank = rank, size, local_rank
         self._tell = tell
         self._number = 0  # of tasks handed out
@@ -84,28 +80,47 @@ class Peers:
         self._ended: int | None = None
         self._noticed = self._broken = self._alone = False
         self.trouble: PosthocError | None = None
+        self._store: Any = None
+        self._gloo: Any = None
+        self._threads = [
+            threading.Thread(target=run, name="posthoc-ranks", daemon=True)
+            for run in (self._beat, self._watch)
+        ]
+
+    def connect(self) -> None:
+        """Wait for the others; raises MachineError when they don't come."""
+        # In a thread: what waits in torch heeds no signal.
+        pool = ThreadPoolExecutor(1, thread_name_prefix="posthoc-meeting")
+        meeting = pool.submit(self._connect)
+        pool.shutdown(wait=False)
+        while not meeting.done():
+            self._check()
+            time.sleep(0.01)
+        meeting.result()
+
+    def _connect(self) -> None:
+        from torch.distributed import ProcessGroupGloo
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
         try:
-            store, *_ = next(rendezvous("env://", rank, size, timeout=MEETING))
+            store, *_ = next(rendezvous("env://", self.rank, self.size, timeout=MEETING))
             self._store = PrefixStore(f"posthoc/{next(_calls)}", store)
-            self._store.set(f"beat/{rank}", "0 0 0")
-            self._store.set(f"here/{rank}", "")
-            self._store.wait([f"here/{each}" for each in range(size)], MEETING)
+            self._store.set(f"beat/{self.rank}", "0 0 0")
+            self._store.set(f"here/{self.rank}", "")
+            self._store.wait([f"here/{each}" for each in range(self.size)], MEETING)
+            for thread in self._threads:
+                thread.start()
             # Not torch's default group, which is the user's own to make.
-            self._gloo: Any = ProcessGroupGloo(self._store, rank, size, _FOREVER)
+            self._gloo = ProcessGroupGloo(self._store, self.rank, self.size, _FOREVER)
         except (RuntimeError, ValueError, OSError) as error:
             where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
             why = str(error).partition("\n")[0].partition(". ")[0]
             raise MachineError(
                 where,
-                f"the {size} ranks didn't meet there ({why})",
+                f"the {self.size} ranks didn't meet there ({why})",
                 "start all of them, with an address that each machine reaches",
             ) from error
-        self._threads = [
-            threading.Thread(target=run, name="posthoc-ranks", daemon=True)
-            for run in (self._beat, self._watch)
-        ]
-        for thread in self._threads:
-            thread.start()
 
     # Messages
 
@@ -159,24 +174,24 @@ class Peers:
 
     # Signs of life
 
-    def leave(self) -> bool:
-        """End the signs of life; returns whether this rank is to tell what the trouble is."""
+    def leave(self, *, failed: bool) -> bool:
+        """End the signs of life; returns whether this rank is to tell why all have `failed`."""
         first = self.rank == 1 or self._local_rank == 0
         with contextlib.suppress(RuntimeError):
-            if self._alone:
-                raise RuntimeError
-            if self.trouble is not None:
-                first = self._store.add("told", 1) == 1
-            self._store.add("left", 1)
-            # The store may end with rank 0: the others are to be gone, unless they are lost.
-            until = time.monotonic() + (2.0 if self.trouble else 5.0)
-            while self.rank == 0 and self._store.add("left", 0) < self.size:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.01)
+            if self._store is not None and not self._alone:
+                if failed:
+                    first = self._store.add("told", 1) == 1
+                self._store.add("left", 1)
+                # The store may end with rank 0: the others go first, unless they are lost.
+                until = time.monotonic() + (2.0 if failed else 5.0)
+                while self.rank == 0 and self._store.add("left", 0) < self.size:
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.01)
         self._over.set()
         for thread in self._threads:
-            thread.join(BEAT)
+            if thread.is_alive():
+                thread.join(BEAT)
         return first
 
     def _tell_failed(self) -> None:
@@ -244,7 +259,7 @@ class Peers:
                     self._catch_up(counts)
                 if self._store.check([f"failed/{self._number}"]):
                     self._stop.set()
-                if self._store.check(["end"]):
+                if self.rank and self._store.check(["end"]):
                     self._ended = int(self._store.get("end"))
                 self._rounds += 1
 

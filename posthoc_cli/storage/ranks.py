@@ -70,6 +70,8 @@ Running = Generator[Any, list[Any], Any]
 
 
 _group: _Group | None = None
+_parted: list[_Group] = []
+"""Groups that are done with: to give one up, gloo waits for its messages, be a rank lost or not."""
 
 
 def join(
@@ -86,6 +88,7 @@ def join(
     """
     global _group
     _group = _Group(rank, size, local_rank, tell)
+    _group.connect()
     _group.meet(arguments)
 
 
@@ -141,15 +144,14 @@ def end(code: int) -> None:
         _group.end(code)
 
 
-def leave() -> bool:
-    """Part from the others; whether it is for this rank to tell what the trouble is."""
+def leave(*, failed: bool = False) -> bool:
+    """Part from the others; returns whether this rank is to tell why all have `failed`."""
     global _group
     if _group is None:
         return False
-    try:
-        return _group.leave()
-    finally:
-        _group, workers.shared_by = None, 1
+    _parted.append(_group)
+    group, _group, workers.shared_by = _group, None, 1
+    return group.leave(failed=failed)
 
 
 def is_helper(name: str) -> bool:
@@ -274,12 +276,15 @@ class _Group(Peers):
             raise Stopped
 
     def end(self, code: int) -> None:
-        if self._broken or self.trouble is not None or code > 128:  # the others may be, too
-            with contextlib.suppress(RuntimeError):
+        try:
+            # The others may be interrupted, too, and then wait for no message.
+            if self._broken or self._gloo is None or code > 128:
+                raise Stopped
+            self._begin(ignore)
+            self._broadcast(b"end%d" % code, 0)
+        except (PosthocError, Stopped):
+            with contextlib.suppress(RuntimeError, AttributeError):  # of one that was never met
                 self._store.set("end", str(code))
-            return
-        self._begin(ignore)
-        self._broadcast(b"end%d" % code, 0)
 
 
 def _portable(error: BaseException) -> BaseException | None:
