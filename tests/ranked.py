@@ -2,7 +2,7 @@
 
 `python -m tests.ranked PLAN` reads what to run from a JSON file: a list of groups, each with its
 `size`, the `commands`, the rank that `dies` of SIGKILL in the middle of the last of them (or -1),
-and the folder `into` which each rank writes what came of them.
+and the folder `into` which each rank writes what came of them. `group` makes them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,9 +38,17 @@ class RankRun(Run):
 
 
 def group(
-    size: int, commands: Sequence[Sequence[str]], into: str, dies: int = -1
+    size: int,
+    commands: Sequence[Sequence[str]],
+    into: str,
+    dies: int = -1,
+    after: float | None = None,
+    hosted: bool = False,
 ) -> dict[str, Any]:
-    return {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
+    """`dies` after so many seconds from when all have met, or else as it begins to sum. The store
+    by which they meet is a launcher's, or `hosted` by rank 0."""
+    made = {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
+    return made | {"after": after, "hosted": hosted}
 
 
 def run_groups(folder: Path, *groups: dict[str, Any]) -> list[list[list[RankRun]]]:
@@ -57,7 +66,7 @@ def run_groups(folder: Path, *groups: dict[str, Any]) -> list[list[list[RankRun]
             (folder / each["into"] / f"{rank}.jsonl").read_text().splitlines()
             for rank in range(each["size"])
         ]
-        if each["dies"] >= 0:
+        if each["dies"] >= 0 and len(ranks[each["dies"]]) < len(each["commands"]):
             ranks[each["dies"]].append(json.dumps([-9, "", "", 0, 0.0]))
         runs = [[RankRun(*json.loads(line)) for line in lines] for lines in ranks]
         found.append(list(map(list, zip(*runs, strict=True))))
@@ -84,14 +93,25 @@ def main(plan: Path) -> None:
             if not child:
                 _be(rank, each)
             children.append(child)
-    # As a launcher's, these outlive the calls.
+            if rank == each["dies"]:
+                each["child"] = child
     stores = [
-        TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
+        TCPStore("127.0.0.1", each["port"], is_master=not each["hosted"], wait_for_workers=False)
         for each in groups
     ]
+    for each, store in zip(groups, stores, strict=True):
+        if each["after"] is not None:
+            threading.Thread(target=_kill, args=(each, store), daemon=True).start()
     for child in children:
         os.waitpid(child, 0)
-    del stores
+
+
+def _kill(each: dict[str, Any], store: Any) -> None:
+    met = [f"posthoc/0/here/{rank}" for rank in range(each["size"])]
+    while not store.check(met):
+        time.sleep(0.002)
+    time.sleep(each["after"])
+    os.kill(each["child"], signal.SIGKILL)
 
 
 def _be(rank: int, each: dict[str, Any]) -> NoReturn:
@@ -105,10 +125,10 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
     os._exit = _leave  # type: ignore[assignment]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(each["size"]), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(each["port"])}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not each["hosted"])
     with open(Path(each["into"]) / f"{rank}.jsonl", "w") as told:
         for at, command in enumerate(each["commands"]):
-            if rank == each["dies"] and at == len(each["commands"]) - 1:
+            if rank == each["dies"] and each["after"] is None and at == len(each["commands"]) - 1:
                 Engine.sum = _die  # type: ignore[method-assign]
             sys.argv = ["posthoc", *(word.replace("%rank%", str(rank)) for word in command)]
             out, err = io.StringIO(), io.StringIO()

@@ -7,11 +7,10 @@ import errno
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, UsageError, in_bytes
+from posthoc_cli.errors import MachineError, in_bytes
 from posthoc_cli.storage.aside import Aside, flush_folder, identity, identity_at
 from posthoc_cli.storage.disk import already_exists, unsupported_is_fine, write_errors
 from posthoc_cli.storage.outputs import Group, Output, refuse_folder
@@ -24,9 +23,6 @@ from posthoc_cli.storage.temporary import (
     make_temporary,
     recover,
 )
-
-_SEEN_WITHIN = 3.0
-"""Seconds within which a new file is seen by other machines that share its folder."""
 
 LONGEST_WAIT = 60.0
 """Seconds to wait for another run that is putting its files in the same places."""
@@ -77,8 +73,8 @@ class AtomicFile:
         return JoinedFile, (self.path, self._temporary, self.size)
 
     @contextlib.contextmanager
-    def joined(self, rank: object) -> Iterator[None]:
-        """Have the file open on `rank` for a `with` block; on this one it is."""
+    def joined(self) -> Iterator[None]:
+        """Have the file open on this rank for a `with` block; on the one that made it, it is."""
         yield
 
     @property
@@ -203,23 +199,11 @@ class JoinedFile(AtomicFile):
         self._place = temporary or path
 
     @contextlib.contextmanager
-    def joined(self, rank: object) -> Iterator[None]:
-        """Raises UsageError where the file isn't there: the rank has other disks."""
-        until = time.monotonic() + _SEEN_WITHIN
+    def joined(self) -> Iterator[None]:
         with write_errors(self.path):
-            while self._fd < 0:
-                try:
-                    # By a server's rules for files that are open to write only, no bytes but
-                    # those just written are sent: the others of their page are another rank's.
-                    self._fd = os.open(self._place, os.O_WRONLY | getattr(os, "O_BINARY", 0))
-                except FileNotFoundError:
-                    if time.monotonic() > until:
-                        raise UsageError(
-                            str(self.path.parent),
-                            f"isn't the same folder for {rank}: what rank 0 writes isn't there",
-                            "give a folder that all ranks share",
-                        ) from None
-                    time.sleep(0.1)
+            # By a server's rules for files that are open to write only, no bytes but those just
+            # written are sent: the others of their page are another rank's.
+            self._fd = os.open(self._place, os.O_WRONLY | getattr(os, "O_BINARY", 0))
         try:
             yield
             self.finish()

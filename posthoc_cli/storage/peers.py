@@ -27,10 +27,10 @@ MEETING = timedelta(seconds=120)
 BEAT = 0.5
 """Seconds between two signs of life."""
 
-PATIENCE = 36
+PATIENCE = 30
 """Beats without a sign of life after which a rank counts as lost."""
 
-_GRACE = 16
+_GRACE = 12
 """Beats that a rank has to end by itself once another is lost."""
 
 _FOREVER = timedelta(days=30)

@@ -34,6 +34,9 @@ _TEMPORARY = re.compile(
     re.DOTALL,
 )
 
+_SEEN_WITHIN = 3.0
+"""Seconds within which a new file is seen by other machines that share its folder."""
+
 _ABANDONED_AFTER = 60.0
 """Seconds without a write after which a temporary file counts as abandoned, without locks."""
 
@@ -96,6 +99,36 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
 def temporary_name(path: Path, kind: str = "") -> Path:
     """A name beside `path` that nothing has; what is left under it, `clean_up` removes."""
     return path.with_name(f".{path.name[:40]}.{os.urandom(6).hex()}{kind}{_ENDING}")
+
+
+class Probe:
+    """An empty file beside `path`, there for a `with` block: do other processes see it?"""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = path
+
+    def __enter__(self) -> Probe:
+        with write_errors(self._path):
+            self._fd, self._place = make_temporary(self._path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+        with contextlib.suppress(OSError):
+            os.unlink(self._place)
+
+    def __reduce__(self) -> tuple[type[Probe], tuple[Path]]:
+        return Probe, (self._place,)
+
+    def is_seen(self) -> bool:
+        """Whether it is there, now or soon: a server's clients may not know at once."""
+        until = time.monotonic() + _SEEN_WITHIN
+        while not os.path.lexists(self._place):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return True
 
 
 def clean_up(folder: Path) -> None:

@@ -145,7 +145,7 @@ class ObjectFile:
         finally:
             self.discard()
 
-    def joined(self, rank: object) -> contextlib.AbstractContextManager[None]:
+    def joined(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def check_absent(self) -> None:

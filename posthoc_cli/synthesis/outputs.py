@@ -1,27 +1,26 @@
-"""Outputs: the sink that writes the sums to their files, and what came of it."""
+"""Outputs: files that appear together, and what came of them."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import UsageError
 from posthoc_cli.formats.companions import Companions
 from posthoc_cli.storage import TensorIndex, made_by_posthoc
 from posthoc_cli.storage.outputs import Group
-from posthoc_cli.storage.ranks import Part, Running, check_there, share
+from posthoc_cli.storage.ranks import share
 from posthoc_cli.storage.stores import file_status, same_file
 from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.storage.writing import commit_together
 from posthoc_cli.synthesis.accumulators import Weights
-from posthoc_cli.synthesis.engine import Engine, Progress, Results
-from posthoc_cli.synthesis.engine import Part as TensorPart
+from posthoc_cli.synthesis.engine import Engine, Progress
 from posthoc_cli.synthesis.lora_report import LoraReport, report_products
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.output_files import (
@@ -31,9 +30,15 @@ from posthoc_cli.synthesis.output_files import (
     kept_output,
     output_files,
 )
-from posthoc_cli.synthesis.parts import part_of, varying
-from posthoc_cli.synthesis.plan import Chunk, TensorPlan
+from posthoc_cli.synthesis.plan import TensorPlan
 from posthoc_cli.synthesis.products import Factors, Products, Ranks, find_ranks, rounded
+from posthoc_cli.synthesis.writing import (
+    FileSink,
+    by_shards,
+    find_nonfinite,
+    write_part,
+    write_shards,
+)
 
 
 class Saved(list[Path]):
@@ -149,63 +154,32 @@ def write_outputs(
         )
         for at, (path, recipe) in enumerate(zip(paths, recipes, strict=True))
     ]
-    report = NonfiniteReport(plan, weights)
     how: dict[str, Any] = {"device": device, "workers": workers, "row_bytes": row_bytes}
-    with _opened(plan, outputs, progress):
-        files = [file for output in outputs for file in output.files]
-        how["once"] = any(file.in_order for file in files)
-        # The factors of products lie among the sums: they are written by one rank.
-        done = share(
-            *(_sum_part, plan, weights, outputs, how),
-            progress=progress,
-            together=products is None and all(file.by_ranks for file in files),
-        )
-        for counts, _ in done:
-            report.add(counts)
-        if products is not None and found is not None:
-            _write_products(products, found.ranks, weights, outputs, progress)
-        nonfinite = report.tensors(varying(plan, done[0][1]))
-        if strict and nonfinite:
-            summary = summarize(plan, nonfinite)
-            raise SnapshotError(*summary, "nothing is written, as strict=True says")
+    if products is None and by_shards(outputs):
+        shards = [
+            [(file.path, file.size, content) for file, content in zip(*each, strict=True)]
+            for each in ((output.files, output.contents) for output in outputs)
+        ]
+        paths = [file.path for output in outputs for file in output.files]
+        _refuse_inputs(plan.sources, paths, False)
+        bare = [replace(output, files=()) for output in outputs]
+        how |= {"overwrite": overwrite, "strict": strict}
+        done = share(write_shards, plan, weights, bare, shards, how, progress=progress)
+        nonfinite = find_nonfinite(plan, weights, done)
+    else:
+        with _opened(plan, outputs, progress):
+            done = share(
+                *(write_part, plan, weights, outputs, how),
+                progress=progress,
+                # The factors of products lie among the sums: they are written by one rank.
+                together=products is None
+                and all(file.by_ranks for output in outputs for file in output.files),
+            )
+            if products is not None and found is not None:
+                _write_products(products, found.ranks, weights, outputs, progress)
+            nonfinite = find_nonfinite(plan, weights, done, strict=strict)
     seconds = time.perf_counter() - begin
     return Written([output.written(seconds) for output in outputs], nonfinite, found)
-
-
-def _sum_part(
-    part: Part,
-    plan: TensorPlan,
-    weights: Weights,
-    outputs: Sequence[OutputFiles],
-    how: dict[str, Any],
-) -> Running:
-    """A rank's part of the sums, written to its place; what was counted in it, and what varies."""
-    chunks = part_of(plan, part.rank, part.size)
-    report = NonfiniteReport(plan, weights)
-    files = [file for output in outputs for file in output.files]
-    once = how.pop("once")
-    more = how | {"device": part.device(how["device"]), "other_files": len(files)}
-    check_there(part, plan.sources)
-    with contextlib.ExitStack() as opened:
-        engine = Engine(plan, weights, report=report, progress=part.count, **more)
-        opened.enter_context(engine)
-        for file in files:
-            opened.enter_context(file.joined(part))
-        if part.rank:
-            opened.enter_context(background_flush(files))
-        yield None  # before anything is written, all can
-        sink = FileSink(outputs)
-        if once:
-            engine.settle(chunks)
-        else:
-            engine.sum(sink, chunks)
-        engine.note_all((yield engine.varying))
-        if once:
-            engine.sum_in_order(sink, chunks)
-        else:
-            engine.copy(sink, chunks)
-        engine.check_unchanged()
-    return report.counts, engine.varying
 
 
 def _write_products(
@@ -247,20 +221,6 @@ def write_copy(
         engine.run(FileSink([output]))
     found = [each.tensor for each in report.tensors(engine.varies) if each.overflowed]
     return sum(file.size for file in output.files), sorted(found)
-
-
-class FileSink:
-    """Writes the sums of each target to the files of its output."""
-
-    def __init__(self, outputs: Sequence[OutputFiles]) -> None:
-        self._outputs = outputs
-
-    def take_sums(self, chunk: Chunk, results: Results, unsettled: Sequence[TensorPart]) -> None:
-        self.take_copies(chunk, results)
-
-    def take_copies(self, chunk: Chunk, results: Results) -> None:
-        for target, output in enumerate(self._outputs):
-            output.take(chunk, results(target))
 
 
 @contextlib.contextmanager

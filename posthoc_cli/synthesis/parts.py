@@ -22,6 +22,21 @@ def part_of(plan: TensorPlan, rank: int, size: int) -> list[Chunk]:
     return found
 
 
+def between(plan: TensorPlan, first: int, last: int) -> list[Chunk]:
+    """The chunks that bytes `first` to `last` of the outputs' data come from, whole tensors."""
+    found = []
+    for chunk in plan.whole():
+        segment = chunk.segment
+        size = segment.out_size_of(segment.elements)
+        low, high = (
+            segment.elements * min(max(at - segment.out_start, 0), size) // size
+            for at in (first, last)
+        )
+        if low < high:
+            found.append(Chunk(segment, low, high))
+    return found
+
+
 def _element(chunk: Chunk, count: int, at: int) -> int:
     """The element at byte `at` of the `count` that are read for a whole segment, or its nearer
     end; packed elements begin at a byte."""

@@ -18,7 +18,7 @@ from posthoc_cli.storage import read_header
 from posthoc_cli.synthesis.parts import part_of
 from posthoc_cli.synthesis.plan import make_plan
 from tests.command import COMMAND, ENVIRONMENT, Posthoc
-from tests.ranked import RankRun, group, run_groups
+from tests.ranked import OWN_DISK, RankRun, group, run_groups
 from tests.synthesis.test_products import peft
 from tests.synthesis.test_products import write as write_lora
 
@@ -36,6 +36,7 @@ OUTPUTS = {
     "deltas.safetensors": ["synthesize", "packed", "--sigma-rel", "0.08"],
     "lora.safetensors": ["synthesize", "lora", "--raw", "--gamma", "3", "--lora", "exact"],
 }
+OWN = f"/dev/fd/{OWN_DISK}"
 Groups = dict[str, list[list[RankRun]]]
 BIG = ["synthesize", "big", "--sigma-rel", "0.07", "-o"]
 
@@ -104,7 +105,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def groups(folder: Path) -> Groups:
     """What groups of ranks came to, by name; all run at once."""
     odd = [
-        [*BIG, "/dev/fd/99/x.safetensors", "-q"],
+        [*BIG, f"{OWN}/x.safetensors", "-q"],
+        [*BIG, f"{OWN}/x.safetensors", "--max-shard-size", "400kB", "-q"],
+        [*BIG, f"{OWN}/x.safetensors", "--max-shard-size", "400kB", "-q"],
+        [*BIG, f"{OWN}/y.safetensors", "--max-shard-size", "400kB", "--strict", "-q"],
         ["solve", "run", "--sigma-rel", "0.0%rank%7"],
     ]
     wanted = {
@@ -112,6 +116,9 @@ def groups(folder: Path) -> Groups:
         "g2": group(2, _commands(2), "g2"),
         "g3": group(3, _commands(3), "g3"),
         "odd": group(2, odd, "odd"),
+        "shards": group(
+            1, [[*BIG, "shards/x.safetensors", "--max-shard-size", "400kB", "-q"]], "shards"
+        ),
         "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
         "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
         "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
@@ -164,12 +171,28 @@ def test_a_mistake_is_told_once(folder: Path, groups: Groups, size: int) -> None
     assert not (folder / "never.safetensors").exists()
 
 
-def test_other_disks_and_other_arguments(folder: Path, groups: Groups) -> None:
-    disks, arguments = groups["odd"]
-    disks[0].failed(2, r"/dev/fd/99: isn't the same folder for rank 1 \(on .*\): .*; give .*")
-    assert not list((folder / "odd" / "disk0").iterdir())
-    arguments[0].failed(2, "rank 1: was given other arguments than rank 0 .*; .*")
-    assert [(run.code, run.out, run.err) for run in (disks[1], arguments[1])] == [(2, "", "")] * 2
+def test_disks_of_their_own(folder: Path, groups: Groups) -> None:
+    whole, shards, again, strict, _ = groups["odd"]
+    whole[0].failed(2, rf"{OWN}: isn't the same folder for rank 1 \(on .*\): .*--max-shard-size")
+    assert [run.code for run in shards] == [0, 0], shards
+    again[0].failed(2, rf"{OWN}/x.safetensors.index.json: exists already; .*")
+    strict[0].failed(3, "tensor 'odd': 1 NaN values .*; nothing is written, as --strict says")
+    assert [(run.code, run.out, run.err) for run in (whole[1], again[1], strict[1])] == [
+        (2, "", ""),
+        (2, "", ""),
+        (3, "", ""),
+    ]
+    wanted = _files(folder / "shards")
+    one, other = (_files(folder / "odd" / f"disk{rank}") for rank in (0, 1))
+    assert {*one} & {*other} == set()
+    assert one | other == wanted
+    assert len(one) > len(other) > 0  # the index is among them
+
+
+def test_other_arguments(groups: Groups) -> None:
+    ranks = groups["odd"][-1]
+    ranks[0].failed(2, "rank 1: was given other arguments than rank 0 .*; .*")
+    assert (ranks[1].code, ranks[1].out, ranks[1].err) == (2, "", "")
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2])

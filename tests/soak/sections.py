@@ -14,6 +14,7 @@ from tests.soak.heavy import heavy
 from tests.soak.kill import interrupt, kill
 from tests.soak.pickles import pickles
 from tests.soak.races import races
+from tests.soak.ranks import ranks
 from tests.soak.special import special
 from tests.soak.tally import Tally
 from tests.soak.trackers import trackers
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "pickles": pickles,
     "values": values,
     "trackers": trackers,
+    "ranks": ranks,
 }
 """In the order in which they begin: the longest first."""
 

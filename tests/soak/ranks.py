@@ -1,0 +1,100 @@
+"""Ranks that share one call: each is killed in turn, and five give what one does."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.ranked import RankRun, group, run_groups
+from tests.soak.scenes import TEMPORARY, make_snapshots
+from tests.soak.tally import Tally
+
+SIZE = 5
+MOMENTS = 20
+AT_ONCE = 4
+MOST_SECONDS = 30.0
+
+WORDS = ["synthesize", "snapshots", "--sigma-rel", "0.07", "-q", "-o"]
+SEVERAL = ["synthesize", "snapshots", "--gamma", "5,9", "--max-shard-size", "5MB", "-q", "-o"]
+
+
+def ranks(seed: int, tally: Tally, moments: int = MOMENTS) -> None:
+    """SIGKILL to each of five ranks at `moments` random moments from when they have met; half of
+    the groups meet at rank 0, the others at their launcher."""
+    rng = random.Random(f"ranks/{seed}")
+    with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
+        folder = Path(scratch)
+        make_snapshots(folder / "snapshots", megabytes=16, seed=seed)
+        wanted, seconds = _whole(folder, tally)
+        kills = [(at % SIZE, at) for at in range(SIZE * moments)]
+        slowest = 0.0
+        for first in range(0, len(kills), AT_ONCE):
+            batch = {f"k{at}": (rank, at % 2 == 0) for rank, at in kills[first : first + AT_ONCE]}
+            groups = [
+                group(
+                    SIZE,
+                    [[*WORDS, f"{into}/x.safetensors"]],
+                    into,
+                    rank,
+                    rng.uniform(0, seconds),
+                    hosted,
+                )
+                for into, (rank, hosted) in batch.items()
+            ]
+            for (into, (rank, _)), (found,) in zip(
+                batch.items(), run_groups(folder, *groups), strict=True
+            ):
+                left = [run for at, run in enumerate(found) if at != rank]
+                slowest = max(slowest, *(run.seconds for run in left))
+                losses = _losses(folder / into, left, wanted) + _again(folder, into, wanted)
+                tally.count("kills of a rank", losses)
+        tally.figures.append(f"all had ended after {slowest:.1f} s")
+
+
+def _whole(folder: Path, tally: Tally) -> tuple[bytes, float]:
+    """What the command gives, and how long five ranks take; they are to give the same."""
+    outputs = {"one/x.safetensors": WORDS, "one/several/": SEVERAL}
+    alone = group(1, [[*words, name] for name, words in outputs.items()], "one")
+    five = group(
+        SIZE, [[*words, name.replace("one", "five")] for name, words in outputs.items()], "five"
+    )
+    _, runs = run_groups(folder, alone, five)
+    files = [
+        {
+            path.relative_to(folder / into).as_posix(): path.read_bytes()
+            for path in (folder / into).rglob("*.safetensors*")
+        }
+        for into in ("one", "five")
+    ]
+    losses = [] if files[0] == files[1] and len(files[0]) > 3 else [f"{sorted(files[1])}, {runs}"]
+    tally.count("calls of five ranks", losses, len(outputs))
+    return files[0]["x.safetensors"], max(run.seconds for run in runs[0])
+
+
+def _losses(into: Path, left: list[RankRun], wanted: bytes) -> list[str]:
+    losses = []
+    output = into / "x.safetensors"
+    codes = {run.code for run in left}
+    if output.exists() and output.read_bytes() != wanted:
+        losses.append("something else was left")
+    if codes == {0} and not output.exists():
+        losses.append("done, but not written")
+    told = [line for run in left for line in run.err.splitlines()]
+    if len(codes) != 1 or not codes <= {0, 1} or len(told) != (codes == {1}):
+        losses.append(f"{[(run.code, run.err) for run in left]}")
+    if any(run.seconds > MOST_SECONDS for run in left):
+        losses.append(f"they ended after {max(run.seconds for run in left):.1f} s")
+    return losses
+
+
+def _again(folder: Path, into: str, wanted: bytes) -> list[str]:
+    """What is wrong after another call."""
+    output = folder / into / "x.safetensors"
+    words: list[Any] = [*WORDS, f"{into}/x.safetensors", *(["--force"] if output.exists() else [])]
+    ((again,),) = run_groups(folder, group(1, [words], f"{into}-again"))
+    losses = [] if again[0].code == 0 else [f"another call ended in {again[0].err!r}"]
+    if not output.exists() or output.read_bytes() != wanted:
+        losses.append("another call gave something else")
+    return losses + [f"left {path.name}" for path in output.parent.glob(f".*{TEMPORARY}")]
