@@ -51,11 +51,13 @@ def group(
     return made | {"after": after, "hosted": hosted}
 
 
-def run_groups(folder: Path, *groups: dict[str, Any]) -> list[list[list[RankRun]]]:
+def run_groups(
+    folder: Path, *groups: dict[str, Any], env: dict[str, str] | None = None
+) -> list[list[list[RankRun]]]:
     """[groups][commands][ranks]: what each came to; a rank that dies has code -9 and no words."""
     (folder / "plan.json").write_text(json.dumps(groups))
     command = [sys.executable, "-m", "tests.ranked", str(folder / "plan.json")]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (env or {})
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150
     )

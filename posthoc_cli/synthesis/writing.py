@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import SnapshotError, UsageError
-from posthoc_cli.storage.outputs import Group
+from posthoc_cli.storage.outputs import Group, Output
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.ranks import Part, Running, check_there, several, share
 from posthoc_cli.storage.temporary import Probe
@@ -61,7 +61,7 @@ def write_part(
             opened.enter_context(file.joined())
         if part.rank:
             opened.enter_context(background_flush(files))
-        yield from _sum(engine, outputs, part_of(plan, part.rank, part.size))
+        yield from _sum(engine, outputs, files, part_of(plan, part.rank, part.size))
     return report.counts, engine.varying
 
 
@@ -101,7 +101,7 @@ def write_shards(
             for at in own:
                 output.files[at].write_at(0, begun[at][2])
         with background_flush(files):
-            yield from _sum(engine, outputs, chunks)
+            yield from _sum(engine, outputs, files, chunks)
         find_nonfinite(plan, weights, (yield (report.counts, engine.varying)), strict=strict)
         if part.rank == 0:
             yield None  # the others give theirs their names first
@@ -129,10 +129,16 @@ def _engine(
     return Engine(plan, weights, report=report, progress=part.count, **how)
 
 
-def _sum(engine: Engine, outputs: Sequence[OutputFiles], chunks: Sequence[Chunk]) -> Running:
+def _sum(
+    engine: Engine,
+    outputs: Sequence[OutputFiles],
+    files: Sequence[Output],
+    chunks: Sequence[Chunk],
+) -> Running:
+    """Write the sums of `chunks` to those `files` of the outputs that are open."""
     yield None  # before anything is written, all ranks can
     sink = FileSink(outputs)
-    once = any(file.in_order for output in outputs for file in output.files)
+    once = any(file.in_order for file in files)
     if once:
         engine.settle(chunks)
     else:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from posthoc_cli.synthesis.parts import part_of
 from posthoc_cli.synthesis.plan import make_plan
 from tests.command import COMMAND, ENVIRONMENT, Posthoc
 from tests.ranked import OWN_DISK, RankRun, group, run_groups
+from tests.servers.buckets import Buckets, Object
 from tests.synthesis.test_products import peft
 from tests.synthesis.test_products import write as write_lora
 
@@ -102,7 +104,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def groups(folder: Path) -> Groups:
+def server(folder: Path) -> Iterator[Buckets]:
+    """A bucket with `run/` in it."""
+    pytest.importorskip("obstore")
+    with Buckets("bucket") as server:
+        for path in (folder / "run").iterdir():
+            server.buckets["bucket"][f"run/{path.name}"] = Object(path.read_bytes(), 1)
+        yield server
+
+
+def _with_buckets(size: int) -> list[list[str]]:
+    words = ["synthesize", "s3://bucket/run", "--gamma", "5,9", "-q", "-o"]
+    return [
+        [*words, f"b{size}/"],
+        [*words, f"s3://bucket/b{size}/whole/"],
+        [*words, f"s3://bucket/b{size}/shards/", "--max-shard-size", "100kB"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def groups(folder: Path, server: Buckets) -> Groups:
     """What groups of ranks came to, by name; all run at once."""
     odd = [
         [*BIG, f"{OWN}/x.safetensors", "-q"],
@@ -119,11 +140,14 @@ def groups(folder: Path) -> Groups:
         "shards": group(
             1, [[*BIG, "shards/x.safetensors", "--max-shard-size", "400kB", "-q"]], "shards"
         ),
+        "b1": group(1, _with_buckets(1), "b1"),
+        "b2": group(2, _with_buckets(2), "b2"),
         "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
         "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
         "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
     }
-    return dict(zip(wanted, run_groups(folder, *wanted.values()), strict=True))
+    runs = run_groups(folder, *wanted.values(), env=server.environment())
+    return dict(zip(wanted, runs, strict=True))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -187,6 +211,22 @@ def test_disks_of_their_own(folder: Path, groups: Groups) -> None:
     assert {*one} & {*other} == set()
     assert one | other == wanted
     assert len(one) > len(other) > 0  # the index is among them
+
+
+def test_buckets(folder: Path, server: Buckets, groups: Groups) -> None:
+    codes = [[run.code for run in ranks] for name in ("b1", "b2") for ranks in groups[name]]
+    assert codes == [[0]] * 3 + [[0, 0]] * 3, groups["b2"]
+    one, two = (_files(folder / name) for name in ("b1", "b2"))
+    assert len(one) == 2
+    assert one == two
+    objects = server.buckets["bucket"]
+    one, two = (
+        {key[3:]: objects[key].data for key in objects if key.startswith(prefix)}
+        for prefix in ("b1/", "b2/")
+    )
+    assert len(one) > 8
+    assert one == two
+    assert not server.uploads
 
 
 def test_other_arguments(groups: Groups) -> None:
