@@ -14,7 +14,7 @@ import io
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from posthoc_cli.storage.disk import changed
@@ -38,7 +38,8 @@ GAP = 1 << 17
 MOST_IN_FLIGHT = 192
 
 BLOCK = 1 << 18
-BLOCKS_AHEAD = 8
+FEW_AHEAD, MANY_AHEAD = 8, 64
+"""Blocks that are fetched for who reads on from one block to the next, at first and later."""
 
 _SLACK = 64
 """Steps after which a range that wasn't read is taken for one that won't be."""
@@ -51,6 +52,8 @@ Read = tuple[int, "RemoteFile", int, int]
 
 T = TypeVar("T")
 
+_UNDER_WAY: set[Future[Any]] = set()
+
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
@@ -62,7 +65,16 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def begin(request: Coroutine[Any, Any, T]) -> Future[T]:
     """Begin a request, whose result is waited for elsewhere."""
-    return asyncio.run_coroutine_threadsafe(request, _loop())
+    begun = asyncio.run_coroutine_threadsafe(request, _loop())
+    _UNDER_WAY.add(begun)
+    begun.add_done_callback(_UNDER_WAY.discard)
+    return begun
+
+
+def abandon() -> None:
+    """Cancel all requests, as after an interrupt: who waits for one gets a CancelledError."""
+    for request in tuple(_UNDER_WAY):
+        request.cancel()
 
 
 class Range:
@@ -144,11 +156,14 @@ class _Blocks:
 
     def get(self, file: RemoteFile, at: int) -> memoryview:
         with self._lock:
-            wanted = [at]
+            last = at
             if (id(file), at - 1) in self._known:  # it is read on from there
-                last = (file.file.size - 1) // BLOCK
-                wanted += range(at + 1, min(at + BLOCKS_AHEAD, last) + 1)
-            for each in wanted:
+                many = (id(file), at - FEW_AHEAD) in self._known
+                files = len({each for each, _ in self._known})
+                share = BLOCKS_BUDGET // (2 * BLOCK * files)
+                last += min(MANY_AHEAD if many else FEW_AHEAD, max(share, 1))
+                last = min(last, (file.file.size - 1) // BLOCK)
+            for each in range(at, last + 1):
                 if (id(file), each) not in self._known:
                     self._known[id(file), each] = file.begin_block(each)
             self._known.move_to_end((id(file), at))
@@ -207,10 +222,7 @@ class Ahead:
                 self._begin(found)  # whatever is held: someone waits for it
             future = found.future
         assert future is not None
-        try:
-            return memoryview(future.result())
-        except CancelledError:
-            return None
+        return memoryview(future.result())
 
     def used(self, found: Range, count: int) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from posthoc_cli.storage.header import Part, ReadAt, TensorIndex, spans
-from posthoc_cli.storage.stores import open_input
+from posthoc_cli.storage.stores import abandon, open_input
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -149,7 +149,12 @@ def _at_once(ask: Callable[[T], U], of: Sequence[T]) -> list[U]:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="posthoc") as pool:
-        return list(pool.map(ask, of))
+        try:
+            return list(pool.map(ask, of))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            abandon()
+            raise
 
 
 def fingerprint(index: TensorIndex) -> str:

@@ -147,6 +147,14 @@ def forget() -> None:
         remote.forget()
 
 
+def abandon() -> None:
+    """Wait for no store any longer, as an interrupt asks for it."""
+    import sys
+
+    if fetching := sys.modules.get("posthoc_cli.storage.fetching"):
+        fetching.abandon()
+
+
 def own_name(folder: Path) -> str:
     """The name of a folder that may have been given as `.` or by a link."""
     return folder.resolve().name

@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from posthoc_cli.storage.outputs import Output
+from posthoc_cli.storage.stores import abandon
 
 FLUSH_EVERY = 0.1
 """Seconds between flushes of what was written meanwhile."""
@@ -61,6 +62,9 @@ def run_workers(
         try:
             tasks = [pool.submit(worker) for _ in range(workers)]
             wait(tasks, return_when=FIRST_EXCEPTION)
+        except KeyboardInterrupt:
+            abandon()
+            raise
         finally:
             stop.set()
     for task in tasks:

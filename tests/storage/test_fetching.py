@@ -6,6 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,20 @@ def test_who_reads_on_finds_the_next_blocks() -> None:
     assert server.fetched == SIZE
     with pytest.raises(SnapshotError, match="changed"):
         server.read(0, SIZE - 5, 6)
+
+
+def test_an_interrupt_ends_all_waiting() -> None:
+    async def never(start: int, end: int) -> memoryview:
+        await asyncio.sleep(100)
+        return memoryview(b"")
+
+    file = RemoteFile(File(Path("far"), SIZE), never, lambda: None)
+    threading.Timer(0.1, fetching.abandon).start()
+    with fetching_ahead([(0, file, 0, 1000)], 1), pytest.raises(CancelledError):
+        file.read(0, memoryview(bytearray(1000)))
+    threading.Timer(0.1, fetching.abandon).start()
+    with pytest.raises(CancelledError):
+        file.read(5000, memoryview(bytearray(1000)))
 
 
 def test_a_stream_knows_its_head() -> None:
