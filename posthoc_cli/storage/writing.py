@@ -12,8 +12,6 @@ from posthoc_cli.storage import atomic
 from posthoc_cli.storage.folders import AtomicFolder
 from posthoc_cli.storage.outputs import Group, Output
 from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.upload_groups import ObjectFolder, upload_together
-from posthoc_cli.storage.uploads import ObjectFile
 
 BUCKETS = ("s3", "gs", "az")
 """The schemes of URLs that are written to."""
@@ -43,6 +41,8 @@ def make_output(path: Path, size: int, *, overwrite: bool = False, in_order: boo
     """A file or object to be written; without `in_order` its bytes may come in any order."""
     check_writable(path)
     if isinstance(path, Url):
+        from posthoc_cli.storage.uploads import ObjectFile  # only here: asyncio is slow to import
+
         return ObjectFile(path, size, overwrite=overwrite, in_order=in_order)
     return atomic.AtomicFile(path, size, overwrite=overwrite)
 
@@ -51,12 +51,17 @@ def make_output_folder(
     path: Path, files: Sequence[Output], copied: Mapping[str, File], texts: Mapping[str, bytes]
 ) -> OutputFolder:
     """A folder with `files`, copies of others and texts; see `folders.AtomicFolder`."""
-    kind = ObjectFolder if isinstance(path, Url) else AtomicFolder
-    return kind(path, files, copied, texts)
+    if isinstance(path, Url):
+        from posthoc_cli.storage.upload_groups import ObjectFolder
+
+        return ObjectFolder(path, files, copied, texts)
+    return AtomicFolder(path, files, copied, texts)
 
 
 def commit_together(groups: Sequence[Group]) -> contextlib.AbstractContextManager[None]:
     """Open the files of all groups for a `with` block, at the end of which all appear, or none."""
     if any(isinstance(group.path, Url) for group in groups):
+        from posthoc_cli.storage.upload_groups import upload_together
+
         return upload_together(groups)
     return atomic.commit_together(groups)
