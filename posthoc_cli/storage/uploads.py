@@ -126,7 +126,8 @@ class ObjectFile:
         self._any_order = not in_order
         self._spool: BinaryIO | None = None
         self._state = threading.Condition()
-        self._opened = self._placed = False
+        self._opened = self._placed = self._began = False
+        self._completing: threading.Event | None = None
 
     @property
     def in_order(self) -> bool:
@@ -142,6 +143,9 @@ class ObjectFile:
             if kind is None:
                 self.finish()
                 self.commit()
+        except BaseException:
+            self.rollback()
+            raise
         finally:
             self.discard()
 
@@ -240,14 +244,15 @@ class ObjectFile:
         before = self._found()
         if before is not None and not overwrite:
             raise already_exists(self.path)
+        self._completing = threading.Event()
         try:
-            _LOOP.start(self._complete(overwrite)).result()
+            _LOOP.start(self._complete(overwrite, new=before is None)).result()
         except Exception as error:
             now = self._found(quiet=True)
             if now is None or now["size"] != self.size or now == before:
                 raise self._failed(error) from error
             self.left = False  # only the answer was lost
-        self._placed, self.replaced = before is None, before is not None
+            self._placed, self.replaced = before is None, before is not None
 
     def identity(self) -> tuple[int, int, int]:
         raise NotImplementedError  # it is for what is set aside
@@ -275,6 +280,9 @@ class ObjectFile:
 
     def rollback(self) -> None:
         """Undo `place`, where there was no other object before."""
+        if self._completing is not None:  # what was interrupted may be completed all the same
+            self._completing.wait(0.5)
+            self.left |= self._began and not self._completing.wait(LONGEST_ABORT)
         if self._placed:
             self._placed = False
             try:
@@ -337,7 +345,16 @@ class ObjectFile:
         finally:
             block, view = Block(), memoryview(b"")  # or a traceback would keep them
 
-    async def _complete(self, overwrite: bool) -> None:
+    async def _complete(self, overwrite: bool, *, new: bool) -> None:
+        self._began = True
+        try:
+            await self._put(overwrite)
+            self._placed, self.replaced = new, not new
+        finally:
+            assert self._completing is not None
+            self._completing.set()
+
+    async def _put(self, overwrite: bool) -> None:
         import obstore
 
         if self._held:
