@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.api.solution import Progress
-from posthoc_cli.api.tuner import Trial, Tuned, Tuner
+from posthoc_cli.api.tuner import Trial, Tuned, Tuner, check_local
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder, remove_whole
 from posthoc_cli.storage.places import place
@@ -67,6 +67,7 @@ def tune(
     if parallel < 1 or (parallel > 1 and not command):
         remedy = "give 1 or more" if command else "only commands run in parallel; use run.tuner()"
         raise UsageError("parallel=", f"{parallel} doesn't go", remedy)
+    check_local("workdir", workdir)
     if force and skip_existing:
         raise UsageError("force=True", "doesn't go with skip_existing=True", "leave one out")
     if output is not None and _is_there(run, os.fspath(output), layout) and not force:

@@ -15,6 +15,7 @@ from posthoc_cli.api.solution import Solution, check_max_error
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.targets import Target, Value, plain_number
 from posthoc_cli.storage import ENDING
+from posthoc_cli.storage.places import is_url
 from posthoc_cli.synthesis.plan import TensorPlan
 from posthoc_cli.tuning.axis import Axis, check_parameter, length_of, make_axis, read_axis
 from posthoc_cli.tuning.journal import Evaluation, Journal
@@ -156,6 +157,7 @@ class Tuner:
             raise UsageError("tolerance=", f"{tolerance:g} is out of bounds", "give, say, 0.1")
         check_parameter(parameter)
         check_max_error(max_error)
+        check_local("journal", journal)
         self.run, self.minimize, self.evaluations = run, minimize, evaluations
         self.tolerance, self.seed, self.layout = tolerance, seed, layout
         self.made: dict[str, Any] = {"dtype": dtype, "copy": tuple(copy), "drop": tuple(drop)}
@@ -403,6 +405,13 @@ class Tuner:
             made = solution.save(template, **how, **self.made)
             paths |= {each: made[each.at] for each in trials if each.solution is solution}
         return paths
+
+
+def check_local(argument: str, path: str | os.PathLike[str] | None) -> None:
+    """Raise UsageError for a URL."""
+    if path is not None and is_url(path):
+        problem = f"'{os.fspath(path)}' is no path of a disk"
+        raise UsageError(f"{argument}=", problem, "give one: only the output may be a URL")
 
 
 def _given(target: Target) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,7 +195,8 @@ def tune(
     command = CommandMetric(metric, metric_regex, metric_json, timeout, repeats, devices)
     reading = dataclasses.replace(reading, copy=copy, drop=drop)
     run = open_and_warn(folder, reading, quiet)
-    place = journal or f"{_stem(output) if output else own_name(run.folder)}.tune.jsonl"
+    name = re.sub(r"[^\w.-]", "-", own_name(run.folder))  # a host's has a colon
+    place = journal or f"{_stem(output) if output else name}.tune.jsonl"
     parallel = (len(devices) or 1) if parallel is None else parallel
     with watching(command, parallel, quiet) as watch:
         tuned = search(

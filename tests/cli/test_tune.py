@@ -155,6 +155,14 @@ def test_what_is_ambiguous_is_told_once(snapshots: Path, posthoc_here: Posthoc) 
         ),
         (["--metric", "a {file}", "--minimize", "--evaluations", "-1"], "--evaluations: -1 is .*"),
         (
+            ["--metric", "a {file}", "--minimize", "--journal", "s3://bucket/x.jsonl"],
+            "--journal: 's3://bucket/x.jsonl' is no path of a disk; .*",
+        ),
+        (
+            ["--metric", "a {file}", "--minimize", "--workdir", "s3://bucket/x"],
+            "--workdir: 's3://bucket/x' is no path of a disk; .*",
+        ),
+        (
             ["--metric", "a {file}", "--minimize", "--journal", "snapshots"],
             "snapshots: is no file; .*",
         ),
