@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from posthoc_cli.tuning.journal import Evaluation
     from posthoc_cli.tuning.metric import CommandMetric
 
-_SHOWN = 20
+_SHOWN = 14
 """Evaluations in the table: the last ones."""
 
 

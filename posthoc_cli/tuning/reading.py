@@ -27,6 +27,10 @@ One with commas in it is looked at again.
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?")
 
 
+_LONGEST, _MOST_DOCUMENTS = 10_000, 1000
+"""Characters of a line, and beginnings of JSON, that are looked at: the last ones."""
+
+
 class NoMetric(Exception):
     """There is no metric in it; the text says why."""
 
@@ -50,7 +54,7 @@ def last_number(text: str) -> tuple[float, str]:
     lines = [line.strip() for line in clean(text).split("\n") if line.strip()]
     if not lines:
         raise NoMetric("it printed nothing")
-    line = lines[-1]
+    line = lines[-1][-_LONGEST:]
     numbers = list(_numbers(line))
     if not numbers:
         raise NoMetric(f"no number stands on its last line, '{in_line(line[-200:])}'")
@@ -120,7 +124,8 @@ def by_key(text: str, key: str) -> float:
 def _documents(text: str) -> Iterator[Any]:
     """The JSON objects and lists that begin a line, the last first."""
     decoder = json.JSONDecoder()
-    for match in reversed(list(re.finditer(r"^[ \t]*(?=[{\[])", text, re.MULTILINE))):
+    begins = list(re.finditer(r"^[ \t]*(?=[{\[])", text, re.MULTILINE))
+    for match in reversed(begins[-_MOST_DOCUMENTS:]):
         try:
             yield decoder.raw_decode(text, match.end())[0]
         except (ValueError, RecursionError):

@@ -85,6 +85,13 @@ def test_after_the_timeout_all_of_it_is_ended(
     assert ended(int(pids.read_text()))
 
 
+def test_where_there_are_no_groups_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "killpg")
+    monkeypatch.setattr("posthoc_cli.tuning.metric._GRACE", 0.2)
+    with pytest.raises(MachineError, match=r"took longer than 0\.2 s"):
+        CommandMetric(": {file}; exec sleep 60", timeout=0.2).measure(HERE)
+
+
 def test_what_a_command_leaves_behind_is_not_waited_for() -> None:
     begin = time.monotonic()
     assert CommandMetric("sleep 30 & echo {file}; echo 4").measure(HERE) == [4]

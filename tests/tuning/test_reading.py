@@ -115,3 +115,10 @@ def test_json_without_a_number_there(key: str) -> None:
 
 def test_json_nan() -> None:
     assert math.isnan(by_key(JSON, "nan"))
+
+
+def test_what_is_long_is_read_in_time() -> None:
+    assert last_number("1," * 2_000_000 + "2x")[0] == 1
+    with pytest.raises(NoMetric):
+        by_key("[\n" * 1_000_000, "a")
+    assert last_number("1, " * 1_000_000 + "7")[0] == 7
