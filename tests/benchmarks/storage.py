@@ -18,8 +18,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import accuracy
@@ -28,10 +29,11 @@ import torch
 from accuracy import NETWORKS, TARGETS, WIDTHS, Run
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli.api import open_snapshots
+from posthoc_cli.api import Solution, open_snapshots
 from posthoc_cli.synthesis.pack import pack, plan_pack
 
 COUNTS = (24, 96)
+CHAINS = (8, 16, 32)
 WHOLE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PACKED = ("float16", "bfloat16", "float8_e4m3fn")
 
@@ -118,13 +120,14 @@ def summary(found: list[Case]) -> dict[str, float]:
 
 
 def speed(root: Path) -> dict[str, float]:
-    """Times as ratios within this run, the best of three each: pack to reading what it reads and
-    writing what it writes; synthesize from float16 differences to that from plain float16."""
+    """Times as ratios within this run, the best of three each: pack, in chains of 8 to 32 steps, to
+    reading what it reads and writing what it writes; the sums of differences to those of plain
+    float16, in wall-clock and in processor time, without the sample that is read to solve."""
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(8, 1 << 20, generator=generator)
+    weights = torch.randn(4, 1 << 20, generator=generator)
     for folder in ("float32", "float16"):
         (root / folder).mkdir()
-    for step in range(8):
+    for step in range(max(CHAINS)):
         weights += 0.01 * torch.randn(weights.shape, generator=generator)
         for width in WIDTHS:
             metadata = {"step": str(step + 1), "sigma_rel": str(width)}
@@ -133,35 +136,45 @@ def speed(root: Path) -> dict[str, float]:
             made = {name: each.half() for name, each in made.items()}
             save_file(made, root / "float16" / f"{step}-{width}.safetensors", metadata)
     snapshots = open_snapshots(root / "float32").contents.usable()
-    jobs = plan_pack(snapshots, root / "packed")
+    told = {}
 
-    def floor() -> None:
-        for job in jobs:
-            data = job.snapshot.index.path.read_bytes()
+    def pack_as(dtype: str, every: int) -> None:
+        shutil.rmtree(root / dtype, ignore_errors=True)
+        pack(plan_pack(snapshots, root / dtype, keyframe_every=every), dtype.split()[0])
+
+    def floor(dtype: str) -> None:
+        for snapshot in snapshots:
+            data = snapshot.index.path.read_bytes()
+            size = (root / dtype / snapshot.index.path.name).stat().st_size
             with (root / "floor").open("wb", 0) as file:
-                file.write(data[: job.output.stat().st_size])
+                file.write(data[:size])
                 os.fsync(file.fileno())
 
-    def save(folder: str) -> None:
-        solution = open_snapshots(root / folder).solve(sigma_rel=[0.07])
+    def save(solution: Solution) -> None:
         solution.save(root / "out.safetensors", force=True)
 
-    def packing() -> None:
-        shutil.rmtree(root / "packed", ignore_errors=True)
-        pack(jobs, "float16")
+    for dtype in ("float16 differences", "float8_e4m3fn"):
+        for every in CHAINS:
+            times = best([partial(pack_as, dtype, every), partial(floor, dtype)])
+            told[f"pack_{dtype}_{every}_over_floor"] = times[0][0] / times[1][0]
+    folders = "float16", "float16 differences", "float8_e4m3fn"
+    solved = [open_snapshots(root / folder).solve(sigma_rel=[0.07]) for folder in folders]
+    plain, *others = best([partial(save, each) for each in solved], rounds=7)
+    for folder, taken in zip(folders[1:], others, strict=True):
+        told[f"synthesize_{folder}_over_float16"] = taken[0] / plain[0]
+        told[f"synthesize_{folder}_over_float16_cpu"] = taken[1] / plain[1]
+    return told
 
-    work = packing, floor, lambda: save("packed"), lambda: save("float16")
-    times: list[list[float]] = [[] for _ in work]
-    for _ in range(3):
+
+def best(work: Sequence[Callable[[], None]], rounds: int = 3) -> list[tuple[float, float]]:
+    """The least seconds that each takes in rounds by turns: by the clock, and of processors."""
+    times: list[list[tuple[float, float]]] = [[] for _ in work]
+    for _ in range(rounds):
         for each, taken in zip(work, times, strict=True):
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             each()
-            taken.append(time.perf_counter() - begin)
-    packed, least, differences, plain = map(min, times)
-    return {
-        "pack_over_floor": packed / least,
-        "synthesize_differences_over_float16": differences / plain,
-    }
+            taken.append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    return [(min(wall for wall, _ in each), min(cpu for _, cpu in each)) for each in times]
 
 
 def main() -> int:
@@ -182,7 +195,7 @@ def main() -> int:
         told |= speed(Path(folder))
     print()
     for name, value in told.items():
-        print(f"{name:<45}{value:.3g}")
+        print(f"{name:<55}{value:.3g}")
     if options.json:
         document = {"summary": told, "cases": [asdict(case) for case in found]}
         options.json.write_text(json.dumps(document, indent=1))

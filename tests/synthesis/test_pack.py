@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from posthoc_cli.api import open_snapshots, verify
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import open_network
 from posthoc_cli.storage import Reader
 from posthoc_cli.storage.dtypes import DTYPES as FORMATS
@@ -263,6 +266,65 @@ def test_bytes_do_not_depend_on_the_pieces(
         every = packed(source, tmp_path / str(at), dtype, verify=True)
         found.append([one.job.output.read_bytes() for one in every])
     assert found[0] == found[1]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def test_killed_between_any_two_files_it_leaves_whole_chains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on to the same bytes, however many files are written together."""
+    source = write(tmp_path / "plain", averages(4))
+    for one in packed(source, tmp_path / "whole", every=3):
+        assert one.seconds is not None
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    link = os.link
+    for most in (0, 5, 100):
+        told: list[int] = []
+        monkeypatch.setattr("posthoc_cli.synthesis.pack.can_open", lambda files, n=most: files <= n)
+        folder = tmp_path / str(most)
+        for at in (1, 2, 4, 0):
+            left = [at]
+
+            def linking(*paths: Any, left: list[int] = left) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Killed
+                link(*paths)
+
+            monkeypatch.setattr(os, "link", linking)
+            told.clear()
+            with contextlib.suppress(Killed):
+                packed(source, folder, every=3, verify=at == 0, progress=told.append)
+            there = {path.name for path in folder.glob("*.safetensors")}
+            if there:
+                contents = open_snapshots(folder).contents
+                assert not contents.problems
+                assert {each.file for each in contents.usable()} == there
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == wanted
+        values = sum(each.bytes for each in open_snapshots(source).contents.usable())
+        assert 1.5 * values < sum(told) <= 2 * values
+
+
+def test_only_what_is_to_be_written_must_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What never changes takes no space; what may change is told before anything is written."""
+    made = averages(4)
+    for tensors in made.values():
+        tensors["frozen too"] = np.ones(100_000, np.float32)
+    source = write(tmp_path / "plain", made)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=700_000))
+    assert sum(one.bytes for one in packed(source, tmp_path / "packed", every=100)) < 700_000
+    for at, tensors in enumerate(made.values()):
+        tensors["frozen too"] = np.full(100_000, at, np.float32)
+    source = write(tmp_path / "other", made)
+    with pytest.raises(MachineError, match="are missing on its disk"):
+        packed(source, tmp_path / "full", every=100)
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_verify_finds_what_the_disk_did(tmp_path: Path) -> None:
