@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -324,13 +324,12 @@ class Targets:
         }
 
 
-GROUPS: tuple[type, ...] = (Targets, Reading)
-
-
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` the options of each of GROUPS in place of its argument of that type."""
+    """Give `command` the options of a dataclass of them in place of its argument of that type."""
     own = inspect.signature(command, eval_str=True).parameters.values()
-    groups = {each.name: each.annotation for each in own if each.annotation in GROUPS}
+    groups: dict[str, Any] = {
+        each.name: each.annotation for each in own if is_dataclass(each.annotation)
+    }
     options: dict[str, dict[str, inspect.Parameter]] = {}
     for name, group in groups.items():
         hints = get_type_hints(group, include_extras=True)

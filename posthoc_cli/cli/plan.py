@@ -18,12 +18,14 @@ from posthoc_cli.cli.console import (
     stdout_console,
 )
 from posthoc_cli.cli.lists import read_numbers
+from posthoc_cli.cli.scale import Machines, describe_costs, draw_costs
 from posthoc_cli.errors import UsageError, in_bytes, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from posthoc_cli.solver.targets import Target
+    from posthoc_cli.synthesis.cost import Cost
 
 WITHIN = (0.01, 0.05)
 """The profile errors that a range is given for."""
@@ -63,6 +65,7 @@ def plan(
         int, typer.Option(metavar="K", help="Steps between snapshots.", show_default=False)
     ],
     targets: options.Targets,
+    machines: Machines,
     profiles: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,7 +89,8 @@ def plan(
     For each moment, the widths that can be had within 1% and 5% profile error; then what twice as
     many snapshots, or one more profile, would buy, at the end of the run. For targets that are
     named, the error that is to be expected at the end if the network moves evenly, and from which
-    step on snapshots have to be kept for it.
+    step on snapshots have to be kept for it. With --bandwidth, what it takes to synthesize them
+    (or one) of all snapshots, on one node and on --nodes.
 
     \b
     Examples:
@@ -94,6 +98,7 @@ def plan(
       posthoc plan --steps 100000 --every 2000 --profiles 0.05,0.10,0.20
       posthoc plan --steps 100000 --every 1000 --window 10% --lr-decay 1-sqrt:20%
       posthoc plan --steps 1000000 --every 8000 --bytes-per-snapshot 1.2GB --json
+      posthoc plan --steps 600 --every 2 --bandwidth 3GB/s --bytes-per-snapshot 9GB
     """
     widths = _read_widths(profiles)
     size = (
@@ -105,13 +110,15 @@ def plan(
         raise UsageError("--every", f"{every} is not from 1 to {steps}", "give fewer than --steps")
     if steps > 2**53:
         raise UsageError("--steps", f"{steps} is above 2^53", "give fewer")
+    asked = _read_targets(targets)
+    costs = machines.costs(steps // every * len(widths), size, len(asked) or 1)
     run = [
         _outlook(share, steps, every, widths, round(steps * fraction))
         for share, fraction in (("a quarter", 0.25), ("half", 0.5), ("end", 1.0))
         if round(steps * fraction) >= every
     ]
     choices = _alternatives(steps, every, widths)
-    if asked := _read_targets(targets):
+    if asked:
         run[-1] = _with_targets(run[-1], asked, keep=True)
         choices = [_with_targets(choice, asked) for choice in choices]
     warnings = []
@@ -123,9 +130,10 @@ def plan(
         note(warnings[0], quiet)
     if as_json:
         told = describe_warnings([("", text) for text in warnings])
-        print_json(_describe(steps, size, run, choices) | {"warnings": told})
+        synthesis = {"synthesis": describe_costs(costs)}
+        print_json(_describe(steps, size, run, choices) | synthesis | {"warnings": told})
     else:
-        _draw(size, run, choices)
+        _draw(size, run, choices, costs, len(asked) or 1)
 
 
 def _read_widths(profiles: Sequence[str] | None) -> tuple[float, ...]:
@@ -225,7 +233,13 @@ def _describe(
     }
 
 
-def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) -> None:
+def _draw(
+    size: int | None,
+    run: Sequence[Outlook],
+    choices: Sequence[Outlook],
+    costs: Sequence[Cost],
+    targets: int,
+) -> None:
     console = stdout_console()
     table = plain_table()
     table.add_column("", no_wrap=True)
@@ -251,6 +265,8 @@ def _draw(size: int | None, run: Sequence[Outlook], choices: Sequence[Outlook]) 
     print_table(console, table)
     if run[-1].wanted:
         _draw_targets(console, run[-1], choices)
+    if costs:
+        draw_costs(console, costs, targets)
     console.print()
     console.print("posthoc solve --diagnose will tell the error itself", style="dim")
 

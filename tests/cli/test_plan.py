@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from posthoc_cli.cli.options import read_size
+from posthoc_cli.cli.scale import read_bandwidth, read_time
 from posthoc_cli.errors import UsageError
 from posthoc_cli.plotting import density
 from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.synthesis.cost import cost, request_size
 from tests.command import Posthoc, on_terminal, visible
 
 PLAN = ["plan", "--steps", "10000", "--every", "500"]
@@ -210,3 +212,90 @@ def test_without_matplotlib(
     posthoc_here("plot", "snapshots", "--gamma", "3", "-o", "x.png").failed(
         2, r"posthoc plot: matplotlib is not installed; pip install 'posthoc-cli\[plot\]'"
     )
+
+
+# Other machines
+
+
+LARGE = ["plan", "--steps", "100", "--every", "10", "--bytes-per-snapshot", "3TB"]
+
+
+def test_what_a_synthesis_takes_on_other_machines(posthoc_here: Posthoc, check_json) -> None:
+    asked = [*LARGE, "--bandwidth", "24Gb/s", "--nodes", "8"]
+    run = posthoc_here(*asked, "--latency", "0", "--json")
+    assert run.code == 0
+    check_json("plan", run.json)
+    one, eight = run.json["synthesis"]
+    assert (one["nodes"], one["bytes_read"], one["bytes_written"]) == (1, 6 * 10**13, 3 * 10**12)
+    assert one["seconds"] == one["transfer_seconds"] == 6e13 / 3e9
+    assert (eight["nodes"], eight["bytes_read"], eight["seconds"]) == (8, 75 * 10**11, 2500.0)
+    (only,) = posthoc_here(*LARGE, "--bandwidth", "3GB/s", "--in-flight", "48", "--json").json[
+        "synthesis"
+    ]
+    assert only["waiting_seconds"] == pytest.approx(only["requests"] * 0.05 / 48)
+    assert only["seconds"] == only["transfer_seconds"] + only["waiting_seconds"]
+    assert only["requests"] * only["request_bytes"] == pytest.approx(6e13, rel=1e-3)
+    assert posthoc_here(*LARGE, "--json").json["synthesis"] == []
+    lines = visible(posthoc_here(*asked, "--gamma", "3,5").out)
+    at = lines.index("to synthesize 2 targets, by a model")
+    assert re.fullmatch(
+        r" +1 +60\.0 TB +6\.0 TB +[\d,]+ +5\.56 h +[\d.]+ h +[\d.]+ h", lines[at + 2]
+    )
+    assert re.fullmatch(
+        r" +8 +7\.5 TB +750\.0 GB +[\d,]+ +41\.7 min .* min +\S+ (min|h)", lines[at + 3]
+    )
+    assert max(map(len, lines[at:])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("3GB/s", 3e9),
+        ("25Gb/s", 3.125e9),
+        ("800 MB/s", 8e8),
+        ("1.5GiB/s", 1.5 * 2**30),
+        ("10 Gbit/s", 1.25e9),
+        ("64kB/s", 64e3),
+        ("100B/s", 100),
+    ],
+)
+def test_bandwidths(text: str, rate: float) -> None:
+    assert read_bandwidth("--bandwidth", text) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "3", "3GB", "3 gb/s", "GB/s", "-3GB/s", "0GB/s", "1e9B/s", "nan", "3GBps", "3 GB/s x"],
+)
+def test_what_is_no_bandwidth(text: str, posthoc_here: Posthoc) -> None:
+    posthoc_here(*LARGE, "--bandwidth", text).failed(
+        2, rf"--bandwidth: '{re.escape(text)}' is no bandwidth; give, say, 3GB/s, or 25Gb/s in bits"
+    )
+
+
+def test_what_can_not_be_planned_of_other_machines(posthoc_here: Posthoc) -> None:
+    given = [*LARGE, "--bandwidth", "3GB/s"]
+    for text in ("", "50", "50 m", "-1s", "1e3s", "nan"):
+        posthoc_here(*given, "--latency", text).failed(
+            2, r"--latency: .* is no time; give, say, .*"
+        )
+    assert read_time("--latency", "0.2s") == read_time("--latency", "200 ms") == 0.2
+    for option in ("--nodes", "--in-flight"):
+        posthoc_here(*given, option, "0").failed(2, rf"{option}: 0 is not from 1 to 1,000,000; .*")
+        posthoc_here(*given, option, "1.5").failed(2, rf"{option}: not a whole number; .*")
+        posthoc_here(*LARGE, option, "4").failed(2, rf"{option}: says nothing alone; give --band.*")
+    posthoc_here(*LARGE, "--latency", "1ms").failed(2, "--latency: says nothing alone; .*")
+    posthoc_here(*LARGE[:-2], "--bandwidth", "3GB/s").failed(
+        2, "--bandwidth: needs a size; give --bytes-per-snapshot too"
+    )
+
+
+def test_requests_of_the_model_are_those_of_the_reader() -> None:
+    """Whole rows of the engine, as many as the reader puts in a range of its budget."""
+    assert request_size(600, 1) == 1 << 19
+    assert request_size(16, 1) == 12 << 19
+    assert request_size(2, 1) == 32 << 19
+    small = cost(4, 1000, 2, 3, 1e9, 0.1)
+    assert (small.bytes_read, small.bytes_written) == (1334, 667)
+    assert (small.requests, small.request_bytes) == (4, 334)
+    assert small.waiting == pytest.approx(0.1)  # all at once
