@@ -44,11 +44,13 @@ def group(
     dies: int = -1,
     after: float | None = None,
     hosted: bool = False,
+    pages: bool = False,
 ) -> dict[str, Any]:
     """`dies` after so many seconds from when all have met, or else as it begins to sum. The store
-    by which they meet is a launcher's, or `hosted` by rank 0."""
+    by which they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank writes whole
+    ones, with zeros for what it hasn't written, as clients of a server may."""
     made = {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
-    return made | {"after": after, "hosted": hosted}
+    return made | {"after": after, "hosted": hosted, "pages": pages}
 
 
 def run_groups(
@@ -118,6 +120,7 @@ def _kill(each: dict[str, Any], store: Any) -> None:
 
 def _be(rank: int, each: dict[str, Any]) -> NoReturn:
     from posthoc_cli.cli import main as run
+    from posthoc_cli.storage.atomic import AtomicFile
     from posthoc_cli.synthesis.engine import Engine
 
     own = Path(each["into"]) / f"disk{rank}"
@@ -128,6 +131,8 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(each["size"]), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(each["port"])}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not each["hosted"])
+    if each["pages"]:
+        AtomicFile._write_some = _write_pages  # type: ignore[method-assign]
     with open(Path(each["into"]) / f"{rank}.jsonl", "w") as told:
         for at, command in enumerate(each["commands"]):
             if rank == each["dies"] and each["after"] is None and at == len(each["commands"]) - 1:
@@ -144,6 +149,15 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
             told.write(json.dumps([*line, time.perf_counter() - begin]) + "\n")
             told.flush()
     leave(0)
+
+
+def _write_pages(file: Any, view: memoryview, offset: int) -> int:
+    """Write `view` with the rest of its pages, as this rank has written them."""
+    cache = file.__dict__.setdefault("cache", bytearray(file.size))
+    cache[offset : offset + len(view)] = view
+    first, last = offset // 4096 * 4096, -(-(offset + len(view)) // 4096) * 4096
+    os.pwrite(file._fd, memoryview(cache)[first:last], first)
+    return len(view)
 
 
 def _read() -> int:

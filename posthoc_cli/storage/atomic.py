@@ -206,7 +206,6 @@ class JoinedFile(AtomicFile):
             self._fd = os.open(self._place, os.O_WRONLY | getattr(os, "O_BINARY", 0))
         try:
             yield
-            self.finish()
         finally:
             self._close()
 

@@ -27,7 +27,7 @@ from posthoc_cli.storage.ranks import Running, check_there, share
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Part, Results
 from posthoc_cli.synthesis.kernels import STRIDE
-from posthoc_cli.synthesis.parts import part_of
+from posthoc_cli.synthesis.parts import parts_of
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 
 BLOCKS = 1024
@@ -312,7 +312,7 @@ def _compare_part(
     workers: int | None,
 ) -> Running:
     """What the comparison of a rank's part found: of all values, unless some are `sampled`."""
-    chunks = part_of(plan, part.rank, part.size) if sampled is None else sampled
+    chunks = parts_of(plan, part.size)[part.rank] if sampled is None else sampled
     check_there(part, [*plan.sources, out])
     engine = Engine(plan, weights, workers=workers, progress=part.count, other_files=len(out.files))
     with engine, Reader(out) as there:

@@ -8,18 +8,25 @@ from posthoc_cli.synthesis.kernels import STRIDE
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
 
 
-def part_of(plan: TensorPlan, rank: int, size: int) -> list[Chunk]:
-    """Which chunks are the part of one of `size` ranks: they follow each other in the outputs."""
+def parts_of(plan: TensorPlan, size: int) -> list[list[Chunk]]:
+    """Which chunks are the part of each of `size` ranks: they follow each other in the outputs."""
     whole = plan.whole()
-    bytes_of = [plan.bytes_of(chunk) for chunk in whole]
-    first, last = (sum(bytes_of) * at // size for at in (rank, rank + 1))
-    found, begin = [], 0
-    for chunk, count in zip(whole, bytes_of, strict=True):
-        low, high = (_element(chunk, count, at - begin) for at in (first, last))
-        if low < high:
-            found.append(Chunk(chunk.segment, low, high))
+    counts = [plan.bytes_of(chunk) for chunk in whole]
+    total, begin, rank = sum(counts), 0, 0
+    parts: list[list[Chunk]] = [[] for _ in range(size)]
+    for chunk, count in zip(whole, counts, strict=True):
+        first = 0
+        while first < chunk.elements:
+            inside = total * (rank + 1) // size - begin
+            last = chunk.elements
+            if inside < count and rank < size - 1:
+                last = last * inside // count // STRIDE * STRIDE  # packed ones begin at a byte
+            if first < last:
+                parts[rank].append(Chunk(chunk.segment, first, last))
+                first = last
+            rank += first < chunk.elements
         begin += count
-    return found
+    return parts
 
 
 def between(plan: TensorPlan, first: int, last: int) -> list[Chunk]:
@@ -35,14 +42,6 @@ def between(plan: TensorPlan, first: int, last: int) -> list[Chunk]:
         if low < high:
             found.append(Chunk(segment, low, high))
     return found
-
-
-def _element(chunk: Chunk, count: int, at: int) -> int:
-    """The element at byte `at` of the `count` that are read for a whole segment, or its nearer
-    end; packed elements begin at a byte."""
-    if at >= count:
-        return chunk.elements
-    return max(chunk.elements * at // count, 0) // STRIDE * STRIDE
 
 
 def varying(plan: TensorPlan, flags: Sequence[bytes]) -> Callable[[Segment, int], bool]:

@@ -7,6 +7,7 @@ writes whole shards, and rank 0 the index, without which these are nothing.
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,14 @@ from posthoc_cli.synthesis.engine import Engine, Results
 from posthoc_cli.synthesis.engine import Part as TensorPart
 from posthoc_cli.synthesis.nonfinite import Counts, NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.output_files import OutputFiles
-from posthoc_cli.synthesis.parts import between, part_of, varying
+from posthoc_cli.synthesis.parts import between, parts_of, varying
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
+
+PAGE = max(mmap.PAGESIZE, 4096)
+"""Bytes that a client of a file server may send at once where fewer were written."""
+
+Piece = tuple[int, bytes]
+"""Bytes, and where they begin in their file."""
 
 Varying = list[bytes]
 """What an engine has as `varying`."""
@@ -45,6 +52,23 @@ class FileSink:
             output.take(chunk, results(target))
 
 
+class _Kept:
+    """A file, of which what is written to some of its pages is kept."""
+
+    in_order = False
+
+    def __init__(self, file: Output, pages: Sequence[int]) -> None:
+        self._file, self._pages = file, pages
+        self.pieces: list[Piece] = []
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._file.write_at(offset, data)
+        for page in self._pages:
+            low, high = max(offset, page), min(offset + len(data), page + PAGE)
+            if low < high:
+                self.pieces.append((low, bytes(data[low - offset : high - offset])))
+
+
 def write_part(
     part: Part,
     plan: TensorPlan,
@@ -53,16 +77,71 @@ def write_part(
     how: dict[str, Any],
 ) -> Running:
     """Write a rank's part of all files; returns what was counted in it, and what varies."""
-    files = [file for output in outputs for file in output.files]
+    files: list[Any] = [file for output in outputs for file in output.files]
     report = NonfiniteReport(plan, weights)
+    parts = parts_of(plan, part.size)
     with contextlib.ExitStack() as opened:
         engine = opened.enter_context(_engine(part, plan, weights, report, len(files), how))
         for file in files:
             opened.enter_context(file.joined())
+        if part.size == 1:
+            yield from _sum(engine, outputs, files, parts[0])
+            return report.counts, engine.varying
         if part.rank:
             opened.enter_context(background_flush(files))
-        yield from _sum(engine, outputs, files, part_of(plan, part.rank, part.size))
+        else:
+            for file in files:  # what was written to reserve them
+                file.flush()
+        pages = [_shared_pages(output, parts) for output in outputs]
+        kept: list[list[Any]] = [
+            [_Kept(file, own) for file, own in zip(output.files, each, strict=False)]
+            for output, each in zip(outputs, pages, strict=True)
+        ]
+        into = [replace(output, files=each) for output, each in zip(outputs, kept, strict=True)]
+        yield from _sum(engine, into, files, parts[part.rank])
+        for file in files:
+            file.finish()
+        pieces = yield [[file.pieces for file in each] for each in kept]
+        if part.rank == 0:
+            _write_pages(outputs, pages, pieces)
     return report.counts, engine.varying
+
+
+def _shared_pages(output: OutputFiles, parts: Sequence[Sequence[Chunk]]) -> list[list[int]]:
+    """Where the pages of each file begin that several ranks write to."""
+    cuts = [part[0].out_start for part in parts if part]
+    return [
+        sorted(
+            {
+                (shard.data_start + max(cut - shard.first, 0)) // PAGE * PAGE
+                for cut in (shard.first, *cuts)
+                if shard.first <= cut < shard.first + shard.length
+            }
+        )
+        for shard in output.parts
+    ]
+
+
+def _write_pages(
+    outputs: Sequence[OutputFiles],
+    pages: Sequence[Sequence[Sequence[int]]],
+    pieces: Sequence[Sequence[Sequence[Sequence[Piece]]]],
+) -> None:
+    """Write the pages anew that several ranks have written parts of.
+
+    A client of a file server may send whole pages, with what it takes for the rest of them.
+    """
+    for target, output in enumerate(outputs):
+        for at, begins in enumerate(pages[target]):
+            content = output.contents[at]
+            for begin in begins:
+                page = bytearray(min(PAGE, output.files[at].size - begin))
+                header = content[begin : begin + PAGE]
+                page[: len(header)] = header
+                for offset, data in (piece for own in pieces for piece in own[target][at]):
+                    if begin <= offset < begin + PAGE:
+                        page[offset - begin : offset - begin + len(data)] = data
+                output.files[at].write_at(begin, bytes(page))
 
 
 def write_shards(

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from posthoc_cli.cli.ranks import Place, check_address, find_place
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage import read_header
-from posthoc_cli.synthesis.parts import part_of
+from posthoc_cli.synthesis.parts import parts_of
 from posthoc_cli.synthesis.plan import make_plan
 from tests.command import COMMAND, ENVIRONMENT, Posthoc
 from tests.ranked import OWN_DISK, RankRun, group, run_groups
@@ -67,14 +67,14 @@ def write_run(folder: Path, *, raw: bool = False, elements: int = 70_001) -> Non
     (folder / "config.json").write_text('{"model_type": "none"}')
 
 
-def _synthesize(size: int) -> list[list[str]]:
-    return [[*command, "-o", f"g{size}/{output}"] for output, command in OUTPUTS.items()]
+def _synthesize(into: str) -> list[list[str]]:
+    return [[*command, "-o", f"{into}/{output}"] for output, command in OUTPUTS.items()]
 
 
 def _commands(size: int) -> list[list[str]]:
     """What each group runs; its outputs lie below a folder of its own."""
     return [
-        *_synthesize(size),
+        *_synthesize(f"g{size}"),
         ["verify", f"g{size}/one.safetensors", "run", "--full", "--json"],
         ["synthesize", "run", "--sigma-rel", "0.07", "-o", f"g{size}/said.safetensors", "--json"],
         [*BIG, f"g{size}/big.safetensors"],
@@ -142,6 +142,7 @@ def groups(folder: Path, server: Buckets) -> Groups:
         ),
         "b1": group(1, _with_buckets(1), "b1"),
         "b2": group(2, _with_buckets(2), "b2"),
+        "pages": group(3, _synthesize("pages"), "pages", pages=True),
         "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
         "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
         "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
@@ -161,6 +162,13 @@ def test_the_bytes_are_those_of_one_process(folder: Path, groups: Groups, size: 
     assert len(wanted) > len(OUTPUTS)
     assert {name for name in wanted if found.get(name) != wanted[name]} == set()
     assert not [name for name in found if name.endswith(".posthoc-tmp")]
+
+
+def test_pages_that_ranks_share(folder: Path, groups: Groups) -> None:
+    assert {run.code for ranks in groups["pages"] for run in ranks} == {0}, groups["pages"]
+    wanted, found = (_files(folder / name) for name in ("g1", "pages"))
+    assert {name for name in found if found[name] != wanted[name]} == set()
+    assert len(found) > len(OUTPUTS)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -323,11 +331,11 @@ def test_a_program_that_a_rank_starts_is_alone(posthoc: Posthoc, snapshots: Path
 def test_parts_are_all_of_the_plan(folder: Path, size: int) -> None:
     paths = sorted((folder / "run").glob("*.safetensors"))
     plan = make_plan([read_header(path) for path in paths], 5)
-    parts = [chunk for rank in range(size) for chunk in part_of(plan, rank, size)]
+    parts = [chunk for part in parts_of(plan, size) for chunk in part]
     for whole in plan.whole():
         own = [chunk for chunk in parts if chunk.segment is whole.segment]
         assert [0, *(each.last for each in own)] == [*(each.first for each in own), whole.elements]
-    read = [sum(map(plan.bytes_of, part_of(plan, rank, size))) for rank in range(size)]
+    read = [sum(map(plan.bytes_of, part)) for part in parts_of(plan, size)]
     assert max(read) - min(read) < 64 * 4 * 6 * len(plan.segments)
 
 
