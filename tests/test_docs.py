@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from posthoc_cli.cli import main
 from posthoc_cli.solver.profiles import sigma_rel_to_gamma
 from tests.command import ENVIRONMENT, ROOT, Run
+from tests.servers.buckets import Buckets
 from tests.support import write_tensors
 
 DOCS = ROOT / "docs"
@@ -142,12 +144,26 @@ def run_example(
     return run
 
 
+@pytest.fixture
+def bucket() -> Iterator[Buckets]:
+    """What the examples with URLs lead to."""
+    with Buckets("bucket") as server:
+        yield server
+
+
 def test_every_example_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    bucket: Buckets,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In the order in which a reader meets them; later ones may use what earlier ones made."""
     examples = [e for e in (*examples_of_pages(), *examples_of_help()) if "demo" not in e]
     assert len(examples) > 12
+    for path in (folder / "snapshots").glob("*.safetensors"):
+        bucket.put("bucket", f"snapshots/{path.name}", path.read_bytes())
+    for name, text in bucket.environment().items():
+        monkeypatch.setenv(name, text)
     for example in dict.fromkeys(examples):
         if any(word in example for word in ("synthesize", "plot", "tune")):
             example += " --force"  # two examples may write the same file

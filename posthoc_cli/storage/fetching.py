@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from posthoc_cli.storage.disk import changed
 from posthoc_cli.storage.places import File
 
-BUDGET = 384 << 20
+BUDGET = 256 << 20
 """Bytes of ranges that are held or on their way, for all files together."""
 
 BLOCKS_BUDGET = 64 << 20

@@ -1,6 +1,6 @@
 """Reading from afar: the throughput with 50 ms to each answer, as a share of that without.
 
-python -m tests.benchmarks.remote [--snapshots 16] [--megabytes 64] [--latency 0.05] [--rounds 3]
+python -m tests.benchmarks.remote [--snapshots 16] [--megabytes 96] [--latency 0.05] [--rounds 5]
 
 Snapshots lie on a server of the standard library in a process of its own, which waits before each
 answer. They are summed to one average, alternately with and without the wait; the same is done from
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import resource
 import socket
 import statistics
 import subprocess
@@ -88,48 +87,58 @@ def write(folder: Path, snapshots: int, size: int) -> None:
         save_file(tensors, folder / f"ema-{step:04d}.safetensors", metadata)
 
 
-def seconds(folder: str, output: Path) -> tuple[float, float]:
-    """Of opening the folder, and of saving an average of it."""
+def measure(folder: str, output: str) -> None:
+    """Print the seconds of opening the folder and of saving an average, and the peak of memory."""
     begin = time.perf_counter()
     solution = open_snapshots(folder).solve(sigma_rel=0.12)
     opened = time.perf_counter()
     solution.save(output, force=True)
-    return opened - begin, time.perf_counter() - opened
+    saved = time.perf_counter()
+    [peak] = re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    print(opened - begin, saved - opened, int(peak) / 1e3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--snapshots", type=int, default=16)
-    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=96)
     parser.add_argument("--latency", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", type=Path)
+    parser.add_argument("--measure", nargs=2)
     given = parser.parse_args()
     if given.serve:
         serve(given.serve)
-        return
+    elif given.measure:
+        measure(*given.measure)
+    else:
+        compare(given.snapshots, given.megabytes, given.latency, given.rounds)
+
+
+def compare(snapshots: int, megabytes: int, latency: float, rounds: int) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.remote"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "run")
         folder.mkdir()
-        write(folder, given.snapshots, given.megabytes << 20)
-        command = [sys.executable, "-m", "tests.benchmarks.remote", "--serve", place]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, **pipes) as server:  # type: ignore[call-overload]
+        write(folder, snapshots, megabytes << 20)
+        with subprocess.Popen([*command, "--serve", place], **pipes) as server:  # type: ignore[call-overload]
             url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-            late = f"{url}/{round(1000 * given.latency)}/run"
+            late = f"{url}/{round(1000 * latency)}/run"
             places = {"disk": str(folder), "server": f"{url}/0/run", "late": late}
-            took: dict[str, list[tuple[float, float]]] = {name: [] for name in places}
-            for _ in range(given.rounds):
+            took: dict[str, list[list[float]]] = {name: [] for name in places}
+            for _ in range(rounds):
                 for name, where in places.items():
-                    took[name].append(seconds(where, Path(place, "out.safetensors")))
+                    asked = [*command, "--measure", where, f"{place}/out.safetensors"]
+                    done = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True)
+                    took[name].append(list(map(float, done.stdout.split())))
             server.stdin.close()
-    read = given.snapshots * given.megabytes / 1e3 * 1.048576
+    read = snapshots * megabytes * 1.048576e-3
     for name, times in took.items():
-        opened, saved = (statistics.median(each) for each in zip(*times, strict=True))
-        print(f"{name:7} opened in {opened:.2f} s, summed at {read / saved:.2f} GB/s")
+        opened, saved, peak = (statistics.median(each) for each in zip(*times, strict=True))
+        print(f"{name:7} opened in {opened:.2f} s, {read / saved:.2f} GB/s, at most {peak:.0f} MB")
     ratios = [a[1] / b[1] for a, b in zip(took["server"], took["late"], strict=True)]
     print(f"late / server: {statistics.median(ratios):.2f} of the throughput")
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB")
 
 
 if __name__ == "__main__":
