@@ -45,12 +45,25 @@ def group(
     after: float | None = None,
     hosted: bool = False,
     pages: bool = False,
+    interrupted: bool = False,
+    short: int = -1,
+    sent: int = signal.SIGKILL,
 ) -> dict[str, Any]:
-    """`dies` after so many seconds from when all have met, or else as it begins to sum. The store
+    """`dies` after so many seconds from when all have met, or else as it begins to sum; another
+    signal than SIGKILL is `sent` to all. The store
     by which they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank writes whole
-    ones, with zeros for what it hasn't written, as clients of a server may."""
+    ones, with zeros for what it hasn't written, as clients of a server may. In the last command
+    all are `interrupted` as they begin to sum; rank `short` can't write beyond 100 kB."""
     made = {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
-    return made | {"after": after, "hosted": hosted, "pages": pages}
+    return (
+        made
+        | {"after": after, "hosted": hosted, "pages": pages}
+        | {
+            "interrupted": interrupted,
+            "short": short,
+            "sent": int(sent),
+        }
+    )
 
 
 def run_groups(
@@ -97,8 +110,8 @@ def main(plan: Path) -> None:
             if not child:
                 _be(rank, each)
             children.append(child)
-            if rank == each["dies"]:
-                each["child"] = child
+            if rank == each["dies"] or each["sent"] != signal.SIGKILL:
+                each.setdefault("victims", []).append(child)
     stores = [
         TCPStore("127.0.0.1", each["port"], is_master=not each["hosted"], wait_for_workers=False)
         for each in groups
@@ -115,7 +128,8 @@ def _kill(each: dict[str, Any], store: Any) -> None:
     while not store.check(met):
         time.sleep(0.002)
     time.sleep(each["after"])
-    os.kill(each["child"], signal.SIGKILL)
+    for child in each["victims"]:
+        os.kill(child, each["sent"])
 
 
 def _be(rank: int, each: dict[str, Any]) -> NoReturn:
@@ -137,6 +151,12 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
         for at, command in enumerate(each["commands"]):
             if rank == each["dies"] and each["after"] is None and at == len(each["commands"]) - 1:
                 Engine.sum = _die  # type: ignore[method-assign]
+            elif each["interrupted"] and at == len(each["commands"]) - 1:
+                Engine.sum = _interrupt  # type: ignore[method-assign]
+            elif rank == each["short"] and at == len(each["commands"]) - 1:
+                import resource
+
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             sys.argv = ["posthoc", *(word.replace("%rank%", str(rank)) for word in command)]
             out, err = io.StringIO(), io.StringIO()
             begin, before = time.perf_counter(), _read()
@@ -172,6 +192,10 @@ def _leave(code: int) -> NoReturn:
 
 def _die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

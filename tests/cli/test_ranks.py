@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from posthoc_cli.cli.ranks import Place, check_address, find_place
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage import read_header
+from posthoc_cli.storage.ranks import Part
 from posthoc_cli.synthesis.parts import parts_of
 from posthoc_cli.synthesis.plan import make_plan
 from tests.command import COMMAND, ENVIRONMENT, Posthoc
@@ -143,6 +144,8 @@ def groups(folder: Path, server: Buckets) -> Groups:
         "b1": group(1, _with_buckets(1), "b1"),
         "b2": group(2, _with_buckets(2), "b2"),
         "pages": group(3, _synthesize("pages"), "pages", pages=True),
+        "short": group(2, [[*BIG, "short/x.safetensors", "-q"]], "short", short=1),
+        "ctrl-c": group(3, [[*BIG, "ctrl-c/x.safetensors", "-q"]], "ctrl-c", interrupted=True),
         "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
         "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
         "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
@@ -201,6 +204,20 @@ def test_a_mistake_is_told_once(folder: Path, groups: Groups, size: int) -> None
         assert all(not run.out and not run.err for run in ranks[1:])
     assert [wanted.code for (wanted,) in alone] == [2, 2, 3, 0]
     assert not (folder / "never.safetensors").exists()
+
+
+def test_a_rank_that_can_not_write(folder: Path, groups: Groups) -> None:
+    (ranks,) = groups["short"]
+    ranks[0].failed(1, r"short/x.safetensors: cannot be written \(File too large\); raise .*")
+    assert (ranks[1].code, ranks[1].out, ranks[1].err) == (1, "", "")
+    assert not _files(folder / "short")
+
+
+def test_an_interrupt(folder: Path, groups: Groups) -> None:
+    (ranks,) = groups["ctrl-c"]
+    assert [run.code for run in ranks] == [130] * 3, ranks
+    assert [run.err for run in ranks] == ["posthoc: interrupted\n", "", ""]
+    assert not _files(folder / "ctrl-c")
 
 
 def test_disks_of_their_own(folder: Path, groups: Groups) -> None:
@@ -322,6 +339,16 @@ def test_a_program_that_a_rank_starts_is_alone(posthoc: Posthoc, snapshots: Path
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    devices = [Part(rank, 8, rank % 4).device("cuda") for rank in range(8)]
+    assert devices == 2 * ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    assert [Part(1, 8, 1).device(name) for name in ("cpu", "cuda:2")] == ["cpu", "cuda:2"]
+    assert Part().device("cuda") == "cuda"
 
 
 # The parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,35 +22,34 @@ SEVERAL = ["synthesize", "snapshots", "--gamma", "5,9", "--max-shard-size", "5MB
 
 
 def ranks(seed: int, tally: Tally, moments: int = MOMENTS) -> None:
-    """SIGKILL to each of five ranks at `moments` random moments from when they have met; half of
-    the groups meet at rank 0, the others at their launcher."""
+    """SIGKILL to each of five ranks, and SIGINT or SIGTERM to all, at `moments` random moments from
+    when they have met; half of the groups meet at rank 0, the others at their launcher."""
     rng = random.Random(f"ranks/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         folder = Path(scratch)
         make_snapshots(folder / "snapshots", megabytes=16, seed=seed)
         wanted, seconds = _whole(folder, tally)
-        kills = [(at % SIZE, at) for at in range(SIZE * moments)]
         slowest = 0.0
-        for first in range(0, len(kills), AT_ONCE):
-            batch = {f"k{at}": (rank, at % 2 == 0) for rank, at in kills[first : first + AT_ONCE]}
+        rounds = [(at % (SIZE + 1), at) for at in range((SIZE + 1) * moments)]
+        for first in range(0, len(rounds), AT_ONCE):
+            batch = rounds[first : first + AT_ONCE]
             groups = [
                 group(
-                    SIZE,
-                    [[*WORDS, f"{into}/x.safetensors"]],
-                    into,
-                    rank,
-                    rng.uniform(0, seconds),
-                    hosted,
+                    *(SIZE, [[*WORDS, f"k{at}/x.safetensors"]], f"k{at}"),
+                    dies=rank if rank < SIZE else -1,
+                    after=rng.uniform(0, seconds),
+                    hosted=rng.random() < 0.5,
+                    sent=signal.SIGKILL if rank < SIZE else (signal.SIGINT, signal.SIGTERM)[at % 2],
                 )
-                for into, (rank, hosted) in batch.items()
+                for rank, at in batch
             ]
-            for (into, (rank, _)), (found,) in zip(
-                batch.items(), run_groups(folder, *groups), strict=True
-            ):
-                left = [run for at, run in enumerate(found) if at != rank]
+            for (rank, at), (found,) in zip(batch, run_groups(folder, *groups), strict=True):
+                left = [run for own, run in enumerate(found) if own != rank]
                 slowest = max(slowest, *(run.seconds for run in left))
-                losses = _losses(folder / into, left, wanted) + _again(folder, into, wanted)
-                tally.count("kills of a rank", losses)
+                code = 1 if rank < SIZE else (130, 143)[at % 2]
+                losses = _losses(folder / f"k{at}", left, wanted, code)
+                losses += _again(folder, f"k{at}", wanted)
+                tally.count("kills of a rank" if rank < SIZE else "signals to all", losses)
         tally.figures.append(f"all had ended after {slowest:.1f} s")
 
 
@@ -73,7 +73,7 @@ def _whole(folder: Path, tally: Tally) -> tuple[bytes, float]:
     return files[0]["x.safetensors"], max(run.seconds for run in runs[0])
 
 
-def _losses(into: Path, left: list[RankRun], wanted: bytes) -> list[str]:
+def _losses(into: Path, left: list[RankRun], wanted: bytes, code: int) -> list[str]:
     losses = []
     output = into / "x.safetensors"
     codes = {run.code for run in left}
@@ -81,8 +81,10 @@ def _losses(into: Path, left: list[RankRun], wanted: bytes) -> list[str]:
         losses.append("something else was left")
     if codes == {0} and not output.exists():
         losses.append("done, but not written")
+    if code > 1 and list(into.glob(f".*{TEMPORARY}")):
+        losses.append("a temporary file was left")
     told = [line for run in left for line in run.err.splitlines()]
-    if len(codes) != 1 or not codes <= {0, 1} or len(told) != (codes == {1}):
+    if len(codes) != 1 or not codes <= {0, code} or len(told) != (codes in ({1}, {130})):
         losses.append(f"{[(run.code, run.err) for run in left]}")
     if any(run.seconds > MOST_SECONDS for run in left):
         losses.append(f"they ended after {max(run.seconds for run in left):.1f} s")
