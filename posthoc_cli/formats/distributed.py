@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,15 @@ from typing import Any, BinaryIO
 from posthoc_cli.errors import IncompleteError
 from posthoc_cli.formats.checkpoint import Checkpoint, is_beside, state_dict
 from posthoc_cli.formats.pickles import corrupt, naming, refused, shown
-from posthoc_cli.formats.sharding import METADATA, Entry, Place, Table, read_sharding, read_table
+from posthoc_cli.formats.sharding import (
+    METADATA,
+    Entry,
+    Place,
+    Table,
+    is_shard,
+    read_sharding,
+    read_table,
+)
 from posthoc_cli.formats.tensors import Storage, StoredTensor
 from posthoc_cli.formats.torchfile import read_stream
 from posthoc_cli.storage import Cache, File, Part, TensorIndex, TensorInfo, read_header
@@ -30,7 +37,6 @@ from posthoc_cli.storage.metadata import FORMAT, SHARDING, SHARDS, TOOL
 from posthoc_cli.storage.stores import file_status, is_file, is_folder, list_folder, open_file
 
 _ENDING = ".distcp"
-_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 _MAX_METADATA = 1 << 30
 _MOST_LAYOUTS = 4
@@ -67,9 +73,7 @@ def is_distributed(folder: Path) -> bool:
 
 def holds_distributed(names: Iterable[str]) -> bool:
     """Whether these are the names of all in the folder of such a checkpoint."""
-    return any(
-        name == METADATA or name.endswith(_ENDING) or _SHARD.fullmatch(name) for name in names
-    )
+    return any(name == METADATA or name.endswith(_ENDING) or is_shard(name) for name in names)
 
 
 def read_distributed(
@@ -97,7 +101,7 @@ def read_distributed(
                 f"is not finished: it has no {METADATA} yet",
                 "wait until it is written, or leave it out with exclude=",
             )
-        shards = [read_header(folder / name, cache) for name in names if _SHARD.fullmatch(name)]
+        shards = [read_header(folder / name, cache) for name in names if is_shard(name)]
         layout = _sharded(folder, shards, key, cache)
         stated = dict(shards[0].metadata)
     files = tuple(_found(folder / name, least) for name, least in layout.paths)

@@ -33,6 +33,7 @@ from posthoc_cli.storage.dtypes import BY_NAME
 from posthoc_cli.storage.metadata import SHARDING, SHARDS
 
 METADATA = ".metadata"
+_SHARD = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 _MAX_DIMENSIONS = 64
 
@@ -171,6 +172,11 @@ def _guessed_path(name: str) -> tuple[str, ...]:
     """Where a name belongs, in a checkpoint that doesn't say it: Megatron-LM's."""
     first, dot, rest = name.partition(".")
     return (first, rest) if dot and is_beside(first) else (name,)
+
+
+def is_shard(name: str) -> bool:
+    """Whether HuggingFaceStorageWriter calls its files so."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def shard_name(at: int) -> str:

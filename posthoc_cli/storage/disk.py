@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import math
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -59,34 +58,6 @@ def is_full(error: Exception) -> bool:
 
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
-
-def set_aside(
-    paths: Sequence[Path], place: Path, *, replace: bool = False, along: Sequence[Path] = ()
-) -> None:
-    """Move files into the folder `place`, which is made, on the same disk.
-
-    A file of that name there is replaced with `replace`; otherwise the moved one gets a number. The
-    files `along` are then there too, but stay: of one file, where the system has links.
-    Raises MachineError when that fails.
-    """
-    make_folder(place, parents=True)
-    for path in along:
-        with write_errors(path):
-            remove(place / path.name)
-            try:
-                os.link(path, place / path.name)
-            except OSError:
-                shutil.copy2(path, place / path.name)
-    for path in paths:
-        target = place / path.name
-        numbers = itertools.count(2)
-        while not replace and os.path.lexists(target):
-            target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
-        with write_errors(path):
-            if target.is_dir():  # which nothing can be moved onto
-                shutil.rmtree(target)
-            os.replace(path, target)
 
 
 class Disk:

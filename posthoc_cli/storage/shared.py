@@ -1,16 +1,25 @@
-"""Folders that several processes fill together, and that appear whole or not at all."""
+"""Folders that several processes fill together, and files and folders that are moved or removed.
+
+They are of the local disk, or objects of a bucket.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from posthoc_cli.storage.aside import flush_folder, remove
-from posthoc_cli.storage.disk import already_exists, write_errors
+from posthoc_cli.storage.disk import already_exists, make_folder, write_errors
+from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.stores import exists, forget, is_folder, list_folder
 from posthoc_cli.storage.temporary import clean_up, locks_exist, make_temporary, temporary_name
+from posthoc_cli.storage.uploads import copy_object, remove_object
+from posthoc_cli.storage.writing import check_writable
 
 _UNSEEN = 5.0
 """Seconds until what another machine has made is seen on a file system that they share."""
@@ -59,7 +68,14 @@ class SharedFolder:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a file, or a folder of which no half is ever seen under its name; if it is there."""
+    """Remove a file, or a folder, if it is there.
+
+    Of a folder no half is ever seen under its name; in a bucket its objects go one by one.
+    """
+    if isinstance(path, Url):
+        for each in _objects(path):
+            remove_object(each)
+        return
     with write_errors(path):
         if os.path.isdir(path) and not os.path.islink(path):
             hidden = temporary_name(path)
@@ -69,8 +85,68 @@ def remove_whole(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def make_home(folder: Path) -> None:
+    """Make the folder that files are to be written to, with those it lies in; a bucket needs none.
+
+    Raises UsageError for a URL of what can only be read.
+    """
+    check_writable(folder)
+    if not isinstance(folder, Url):
+        make_folder(folder, parents=True)
+
+
+def set_aside(
+    paths: Sequence[Path], place: Path, *, replace: bool = False, along: Sequence[Path] = ()
+) -> None:
+    """Move files and folders into the folder `place`, which is made, on the same disk or bucket.
+
+    What has such a name there is replaced with `replace`; otherwise the moved one gets a number.
+    The files `along` are then there too, but stay: of one file, where the system has links.
+    Raises MachineError when that fails.
+    """
+    make_home(place)
+    for path in along:
+        _put_along(path, place / path.name)
+    for path in paths:
+        target = place / path.name
+        numbers = itertools.count(2)
+        while not replace and exists(target):
+            target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
+        if isinstance(path, Url):
+            for each in _objects(path):
+                copy_object(each, target / each.relative_to(path))
+            remove_whole(path)
+            continue
+        with write_errors(path):
+            if target.is_dir():  # which nothing can be moved onto
+                remove(target)
+            os.replace(path, target)
+
+
+def _put_along(path: Path, target: Path) -> None:
+    if isinstance(path, Url):
+        copy_object(path, target)
+        return
+    with write_errors(path):
+        remove(target)
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copy2(path, target)
+
+
+def _objects(path: Path) -> list[Path]:
+    """The object at `path`, or those in the folder that it is."""
+    forget()
+    if not is_folder(path):
+        return [path]
+    return [path / name for name in list_folder(path)]
+
+
 def is_seen(path: Path) -> bool:
     """Whether what another process has made is seen by this one, soon."""
+    if isinstance(path, Url):
+        return True
     until = time.monotonic() + _UNSEEN
     while not os.path.lexists(path):
         if time.monotonic() > until:

@@ -417,3 +417,14 @@ class ObjectFile:
 def remove_object(path: Path) -> None:
     """Remove what is there."""
     ObjectFile(path, 0).remove()
+
+
+def copy_object(source: Path, target: Path) -> None:
+    """Have the store copy an object to another place in its bucket."""
+    import obstore
+
+    file = ObjectFile(target, 0)
+    try:
+        obstore.copy(file.bucket, "/".join(source.parts[2:]), "/".join(target.parts[2:]))
+    except obstore.exceptions.BaseError as error:
+        raise told(target, str(error), "written") from error

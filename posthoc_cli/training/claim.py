@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import UsageError
-from posthoc_cli.storage.disk import set_aside
 from posthoc_cli.storage.locks import FileLock, own_lock, read_note, take_lock
 from posthoc_cli.storage.metadata import RECIPE, RUN
+from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.shared import set_aside
 from posthoc_cli.training.chains import chains
 from posthoc_cli.training.snapshot_files import SnapshotHeader, headers, own_step
 
@@ -89,7 +90,9 @@ class FolderClaim:
         return messages
 
     def _locked(self, path: Path, run: str) -> FileLock | None:
-        """The lock; None where its file can't be made. Raises UsageError when another has it."""
+        """The lock; None where there are none. Raises UsageError when another has it."""
+        if isinstance(path, Url):
+            return None
         lock = self._lock
         if lock is not None and lock.held:
             if lock.path == path and lock.in_place:

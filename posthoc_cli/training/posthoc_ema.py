@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from posthoc_cli.errors import printable
 from posthoc_cli.solver import decay
-from posthoc_cli.storage.disk import make_folder
+from posthoc_cli.storage.places import Url, place
+from posthoc_cli.storage.shared import make_home
 from posthoc_cli.training.averaging import (
     TensorRoles,
     check_same_tensors,
@@ -64,7 +65,7 @@ class PostHocEMA:
             snapshot's names are those of the bare network, and it loads with `strict=True`.
         sigma_rels: relative widths of the EMAs, 0.05 and 0.10 unless given. Or
         gammas: their exponents.
-        folder: where the snapshots go; made if need be.
+        folder: where the snapshots go, made if need be; or s3://, gs:// or az://.
         checkpoint_every: steps between snapshots; None leaves it to `checkpoint()`.
         raw: save the network itself too, beside its averages.
         store: "whole", each snapshot by itself; or "delta", as the difference to another: nearer
@@ -135,7 +136,9 @@ class PostHocEMA:
             raise ValueError(f"prefix {prefix!r}: give the start of a file name, without a folder")
         unwrap(model)  # raises for what can't be tracked
         self.model = model
-        self.folder = Path(folder)
+        self.folder = place(folder)
+        if store == "delta" and isinstance(self.folder, Url):
+            raise ValueError("store='delta' writes to a disk; give store='whole', and pack later")
         self.checkpoint_every = checkpoint_every
         self.raw = raw
         self.dtype = dtype
@@ -157,7 +160,7 @@ class PostHocEMA:
         self._writer = SnapshotWriter(self._claim, chain)
         if is_first_process():
             with heard_by_all(str(self.folder)):
-                make_folder(self.folder, parents=True)
+                make_home(self.folder)
 
     # Averaging
 

@@ -7,7 +7,7 @@ of each process, with the parts of tensors that it has, and where in them these 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,18 @@ from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.formats.sharding import shard_name, sharding_metadata
 from posthoc_cli.storage.blocks import Block, whole
 from posthoc_cli.storage.dtypes import bytes_of
-from posthoc_cli.storage.shared import SharedFolder, is_seen
+from posthoc_cli.storage.outputs import Output
+from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.shared import SharedFolder, is_seen, remove_whole
 from posthoc_cli.training.averaging import box_of, is_sharded
 from posthoc_cli.training.ranks import Ranks
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
     TensorToSave,
     dtype_name,
+    make_file,
     own_places,
     remove_old_snapshots,
-    write_snapshot,
 )
 
 
@@ -138,28 +140,73 @@ class Parts:
         """
         ranks = self.ranks
         folders: dict[Path, SharedFolder] = {}
+        files: list[Output | None] = []
         try:
             places = ranks.from_first(lambda: [_open(each, folders) for each in snapshots])
-            said = ranks.exchange(
-                [self._part(*each) for each in zip(snapshots, places, strict=True)]
+            pairs = zip(snapshots, places, strict=True)
+            said = ranks.exchange([self._part(*each, files) for each in pairs])
+            problems = [[each[0] for each in parts if each[0]] for parts in zip(*said, strict=True)]
+            if isinstance(snapshots[0].folder, Url):  # else the folder takes the place of the old
+                ranks.from_first(lambda: _make_room(snapshots, problems))
+            placed = ranks.exchange(
+                [
+                    "" if found else self._told(each, file.commit if file else None)
+                    for each, file, found in zip(snapshots, files, problems, strict=True)
+                ]
             )
-            return ranks.from_first(lambda: _place(snapshots, said, folders, keep))
+            for found, told in zip(problems, zip(*placed, strict=True), strict=True):
+                found += [each for each in told if each]
+            for file, found in zip(files, problems, strict=True):
+                if file is not None and found:
+                    file.rollback()
+            written, failures = ranks.from_first(lambda: _place(snapshots, problems, folders, keep))
         finally:
+            for file in files:
+                if file is not None:
+                    file.discard()
             for folder in folders.values():
                 folder.discard()
+        infinite: dict[str, Path] = {}
+        for at, snapshot in enumerate(snapshots):
+            if snapshot.path in written:
+                for name in (name for parts in said for name in parts[at][1]):
+                    infinite.setdefault(name, snapshot.path)
+        return written, failures, list(infinite.items())
 
-    def _part(self, snapshot: SnapshotToSave, place: Path | str) -> tuple[str, list[str]]:
-        """Why this process' part can't be written, if so; and what float16 made infinite."""
+    def _part(
+        self, snapshot: SnapshotToSave, place: Path | str, files: list[Output | None]
+    ) -> tuple[str, list[str]]:
+        """Why this process' part can't be written, if so; and what float16 made infinite.
+
+        Its file, all written but without its name, is put to `files`.
+        """
+        files.append(None)
         if isinstance(place, str):
             return place if self.ranks.first else "", []
-        try:
+        infinite: list[str] = []
+
+        def write() -> None:
             check_seen(place, snapshot.folder)
-            return "", write_snapshot(snapshot, place / shard_name(self.ranks.rank))
+            path = place / shard_name(self.ranks.rank)
+            file, fill = make_file(snapshot, path, overwrite=False)
+            files[-1] = file
+            file.open()
+            infinite.extend(fill())
+            file.finish()
+
+        return self._told(snapshot, write), infinite
+
+    def _told(self, snapshot: SnapshotToSave, work: Callable[[], object] | None) -> str:
+        """What goes wrong in `work`, if anything, for all to hear of it."""
+        try:
+            if work is not None:
+                work()
         except PosthocError as error:
             problem = f"{snapshot.path}: {error.problem} (process {self.ranks.rank})"
-            return f"{problem}; {error.remedy}", []
-        except Exception as error:  # all must hear of it
-            return f"{error!r} (process {self.ranks.rank})", []
+            return f"{problem}; {error.remedy}"
+        except Exception as error:
+            return f"{error!r} (process {self.ranks.rank})"
+        return ""
 
 
 def check_seen(path: Path, folder: Path) -> None:
@@ -173,6 +220,9 @@ def check_seen(path: Path, folder: Path) -> None:
 
 
 def _open(snapshot: SnapshotToSave, folders: dict[Path, SharedFolder]) -> Path | str:
+    """Where the parts of a snapshot are written; or why they can't be."""
+    if isinstance(snapshot.folder, Url):
+        return snapshot.path
     try:
         folder = folders[snapshot.path] = SharedFolder(snapshot.path)
     except PosthocError as error:
@@ -180,30 +230,34 @@ def _open(snapshot: SnapshotToSave, folders: dict[Path, SharedFolder]) -> Path |
     return folder.temporary
 
 
+def _make_room(snapshots: Sequence[SnapshotToSave], problems: Sequence[Sequence[str]]) -> None:
+    """Remove what the run has written in the place of snapshots of which no part is missing."""
+    for snapshot, found in zip(snapshots, problems, strict=True):
+        for path in own_places(snapshot) if not found else ():
+            remove_whole(path)
+
+
 def _place(
     snapshots: Sequence[SnapshotToSave],
-    said: Sequence[Sequence[tuple[str, list[str]]]],
+    problems: Sequence[list[str]],
     folders: Mapping[Path, SharedFolder],
     keep: int | None,
-) -> tuple[list[Path], list[str], list[tuple[str, Path]]]:
+) -> tuple[list[Path], list[str]]:
     """Give those snapshots their names that all processes have written."""
-    written, failures = [], []
-    overflowing: dict[str, Path] = {}
-    for snapshot, parts in zip(snapshots, zip(*said, strict=True), strict=True):
-        problems = [problem for problem, _ in parts if problem]
-        if not problems:
+    written: list[Path] = []
+    failures: list[str] = []
+    for snapshot, found in zip(snapshots, problems, strict=True):
+        if not found and snapshot.path in folders:
             try:
                 folders[snapshot.path].place(own_places(snapshot))
             except PosthocError as error:
-                problems.append(str(error))
-        if problems:
-            more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-            failures.append(f"no snapshot of step {snapshot.step}: {problems[0]}{more}")
-            continue
-        written.append(snapshot.path)
-        for name in (name for _, names in parts for name in names):
-            overflowing.setdefault(name, snapshot.path)
+                found = [str(error)]
+        if found:
+            more = f" (and {len(found) - 1} more)" if found[1:] else ""
+            failures.append(f"no snapshot of step {snapshot.step}: {found[0]}{more}")
+        else:
+            written.append(snapshot.path)
     if keep is not None and len(written) == len(snapshots):
         first = snapshots[0]
         failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
-    return written, failures, list(overflowing.items())
+    return written, failures

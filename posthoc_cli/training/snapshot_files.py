@@ -6,7 +6,7 @@ A run is one training run, resumed or not.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from posthoc_cli.errors import MachineError, PosthocError
-from posthoc_cli.formats.sharding import shard_name
+from posthoc_cli.formats.sharding import is_shard
 from posthoc_cli.snapshots import SAME_WIDTH
 from posthoc_cli.storage import ENDING, TensorIndex, fingerprint, make_header, read_header
-from posthoc_cli.storage.atomic import AtomicFile
 from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
 from posthoc_cli.storage.metadata import (
     BASE,
@@ -35,8 +34,11 @@ from posthoc_cli.storage.metadata import (
     SIGMA_REL,
     STEP,
 )
+from posthoc_cli.storage.outputs import Output
+from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.shared import remove_whole
-from posthoc_cli.storage.stores import exists, is_folder, list_folder
+from posthoc_cli.storage.stores import exists, file_status, forget, is_folder, list_folder
+from posthoc_cli.storage.writing import make_output
 from posthoc_cli.synthesis.bases import Base, Stored
 from posthoc_cli.synthesis.deltas import NewFile, write_chain
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
@@ -180,21 +182,34 @@ class SnapshotToSave:
         return replace(self, tensors=held)
 
 
-def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[str]:
-    """Write a snapshot, whole or not at all, replacing only what the same run has written; or a
-    part of one, to `place`.
+def write_snapshot(snapshot: SnapshotToSave) -> list[str]:
+    """Write a snapshot, whole or not at all, replacing only what the same run has written.
 
     Tensors with several names are written under each, since the format has no shared ones.
     Returns the names of tensors with values that float16, if they are in it, made infinite.
     Raises MachineError when the disk is full or the folder can't be written, UsageError when there
     is a file that isn't the run's.
     """
+    old = own_places(snapshot)
+    file, fill = make_file(snapshot, snapshot.path, overwrite=snapshot.path in old)
+    with file:
+        overflowing = fill()
+    for other in old:
+        if other != snapshot.path:
+            remove_whole(other)
+    return overflowing
+
+
+def make_file(
+    snapshot: SnapshotToSave, path: Path, *, overwrite: bool
+) -> tuple[Output, Callable[[], list[str]]]:
+    """The file or object at `path` to be, and what fills it and returns what float16 overflows."""
     header, places = make_header(snapshot.kinds, snapshot.metadata)
     size = len(header) + max((info.end for info in places.values()), default=0)
-    overflowing: dict[str, None] = {}
-    old = [] if place else own_places(snapshot)
-    path = place or snapshot.path
-    with AtomicFile(path, size, overwrite=path in old) as file:
+    file = make_output(path, size, overwrite=overwrite)
+
+    def fill() -> list[str]:
+        overflowing: dict[str, None] = {}
         file.write_at(0, header)
         for name, info in places.items():
             if not info.elements:
@@ -209,10 +224,9 @@ def write_snapshot(snapshot: SnapshotToSave, place: Path | None = None) -> list[
                     overflowing[name] = None
                 file.write_at(at, value.view(torch.uint8).numpy().data)
                 at += value.nbytes
-    for other in old:
-        if other != path:
-            remove_whole(other)
-    return list(overflowing)
+        return list(overflowing)
+
+    return file, fill
 
 
 def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: Chain) -> None:
@@ -305,6 +319,7 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
 
 def headers(folder: Path) -> list[SnapshotHeader]:
     """The files in a folder that may be snapshots, and the folders that a tracker has made."""
+    forget()
     names = [name for name in list_folder(folder) if name[0] != "."] if is_folder(folder) else []
     files = [(folder / name, metadata_of(folder / name)) for name in names if name.endswith(ENDING)]
     parts = [(folder / name, metadata_of(folder / name)) for name in names if _OURS.search(name)]
@@ -335,6 +350,16 @@ def remove_old_snapshots(folder: Path, run: str, newest: int, keep: int) -> list
 def metadata_of(path: Path) -> Mapping[str, str]:
     """What a snapshot says of itself; nothing of what is none."""
     try:
-        return read_header(path / shard_name(0) if is_folder(path) else path).metadata
+        if is_folder(path):
+            path /= next(filter(is_shard, list_folder(path)), "")
+        found = file_status(path) if isinstance(path, Url) else None
+        if found is None or found.version is None:
+            return read_header(path).metadata
+        if found not in _READ:  # of a bucket's objects what was read holds for their version
+            _READ[found] = read_header(path).metadata
+        return _READ[found]
     except PosthocError:
         return {}
+
+
+_READ: dict[File, Mapping[str, str]] = {}

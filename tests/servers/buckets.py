@@ -148,6 +148,11 @@ class BucketHandler(Handler):
         owner, headers = self.server.owner, request.headers
         assert isinstance(owner, Buckets)
         with owner.lock:
+            for name, source in headers.items():
+                if name.lower().endswith("-copy-source"):
+                    path = unquote(urlsplit(source).path).removeprefix(f"/{ACCOUNT}")
+                    at, _, copied = path.lstrip("/").partition("/")
+                    data = owner.buckets[at][copied].data
             there = owner.buckets[bucket].get(key)
             absent = headers.get("if-none-match") == "*"
             absent |= headers.get("x-goog-if-generation-match") == "0"

@@ -16,7 +16,7 @@ from torch import nn
 
 from posthoc_cli import PostHocEMA, open_snapshots
 from posthoc_cli.errors import MachineError
-from posthoc_cli.storage import disk, open_tensors
+from posthoc_cli.storage import open_tensors, shared
 from posthoc_cli.synthesis.pack import pack, plan_pack
 from posthoc_cli.training import snapshot_files, writer
 from tests.packing import rebuilt, stored
@@ -88,7 +88,7 @@ def test_killed_between_any_two_files_it_resumes_to_the_same_bytes(
         (writer, "write_snapshot"),
         (writer, "write_difference"),
         (snapshot_files, "remove_whole"),
-        (disk.os, "replace"),
+        (shared.os, "replace"),
     ]
 
     def counting(function: Any) -> Any:

@@ -22,7 +22,7 @@ from posthoc_cli.errors import UsageError
 from posthoc_cli.snapshots.folder import read_folder
 from posthoc_cli.storage import locks
 from posthoc_cli.storage.header import read_header
-from posthoc_cli.training import claim, snapshot_files
+from posthoc_cli.training import claim, snapshot_files, writer
 from posthoc_cli.training.claim import LOCK, OTHER_RUNS
 from tests.training.networks import folder_bytes, small, train
 from tests.training.processes import lost
@@ -165,7 +165,7 @@ def test_the_claim_lasts_until_the_thread_has_written(
         going.wait()
         return write(snapshot)
 
-    monkeypatch.setattr(snapshot_files, "write_snapshot", slow)
+    monkeypatch.setattr(writer, "write_snapshot", slow)
     ema = tracker(tmp_path, background=True)
     ema.update()
     thread = ema._writer._thread
@@ -411,7 +411,7 @@ def test_a_state_that_is_saved_has_its_snapshots(
         sleep(0.2)
         return write(snapshot)
 
-    monkeypatch.setattr(snapshot_files, "write_snapshot", slow)
+    monkeypatch.setattr(writer, "write_snapshot", slow)
     ema = tracker(tmp_path, background=True)
     ema.update()
     ema.state_dict()

@@ -3,11 +3,13 @@ that trained the same; and whatever goes wrong in one of them, all are told."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from posthoc_cli.training.claim import LOCK
 from posthoc_cli.training.sharded import Piece, share_out
 from tests.command import ENVIRONMENT, ROOT, Posthoc
 from tests.packing import rebuilt
+from tests.servers.buckets import Buckets
 from tests.training.networks import folder_bytes
 from tests.training.write_sharded import EVERY, LAST, REFUSED, STEPS, network, tracker, walk
 
@@ -37,12 +40,20 @@ SHARDED = ("fsdp", "both", "hybrid", "tensor")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server() -> Iterator[Buckets]:
+    with Buckets("bucket") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, server: Buckets) -> Path:
     """What four processes, and then two, have written."""
     folder = tmp_path_factory.mktemp("sharded")
     command = [sys.executable, "-m", "tests.training.write_sharded", str(folder)]
+    bucket = server.environment() if importlib.util.find_spec("obstore") else {}
+    environment = ENVIRONMENT | bucket
     done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert len(list(folder.glob("said-*"))) == 5, done.stderr  # one is killed, as it should be
@@ -152,6 +163,30 @@ def test_differences_of_several_processes(trained: Path, way: str) -> None:
         whole = load_file(trained / "plain" / name)
         for tensor, value in rebuilt(folder / name).items():
             np.testing.assert_allclose(value, whole[tensor], rtol=0, atol=2e-3)
+
+
+def test_parts_in_a_bucket(
+    trained: Path, server: Buckets, monkeypatch: pytest.MonkeyPatch, posthoc_here: Posthoc
+) -> None:
+    pytest.importorskip("obstore")
+    problem = "no snapshot of step 2: s3://bucket/run/ema-step00000002-0.100: cannot be written "
+    for process in said(trained, 4):
+        assert process["bucket"] == [f"{problem}(process 1); try again"]
+    assert sorted(server.buckets["bucket"]) == [
+        f"run/ema-step0000000{step}-{profile}/shard-0000{n}-model-00001-of-00001.safetensors"
+        for step in (4, 6)
+        for profile in ("0.050", "0.100", "raw")
+        for n in (1, 2, 3, 4)
+    ]
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    for snapshot in read_folder("s3://bucket/run").usable():
+        plain = trained / "plain" / f"{snapshot.file}.safetensors"
+        assert contents(snapshot.index) == contents(read_header(plain))
+    ema = tracker(network(), "s3://bucket/run")
+    assert ema.load_snapshots() == STEPS
+    found = posthoc_here("inspect", "s3://bucket/run", "--json").json["snapshots"]
+    assert [each["step"] for each in found] == [4, 4, 4, 6, 6, 6]
 
 
 def test_a_full_disk_of_one_is_told_to_all_and_leaves_nothing(trained: Path) -> None:

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import atomic
 from posthoc_cli.training import ranks, sharded
 from posthoc_cli.training.averaging import is_sharded
@@ -116,7 +117,7 @@ WAYS: Mapping[str, Callable[[nn.Module, DeviceMesh], nn.Module]] = {
 }
 
 
-def tracker(model: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
+def tracker(model: nn.Module, folder: Path | str, **options: Any) -> PostHocEMA:
     options = {"checkpoint_every": EVERY, "dtype": torch.float32, "raw": True} | options
     return PostHocEMA(model, folder=folder, **options)
 
@@ -146,12 +147,37 @@ def four(folder: Path, said: dict[str, Any]) -> None:
     kept = tracker(fsdp(network(), mesh), folder / "kept", keep=2, prefix="my")
     walk(kept, STEPS)
     kept.close()
+    if "AWS_ENDPOINT_URL" in os.environ:
+        said["bucket"] = in_a_bucket(mesh)
     said["full disk"] = full_disk(folder, mesh)
     said["refused"] = {name: message(scene, folder / name, mesh) for name, scene in REFUSED.items()}
 
 
 def save(ema: PostHocEMA, place: Path) -> None:
     dcp.save({"model": ema.model.state_dict(), "ema": ema}, checkpoint_id=place)
+
+
+def in_a_bucket(mesh: DeviceMesh) -> list[str]:
+    """At step 2 an object of process 1 can't be completed; step 6 is written twice."""
+    from posthoc_cli.storage.uploads import ObjectFile
+
+    placed = ObjectFile.place
+    ema = tracker(fsdp(network(), mesh), "s3://bucket/run", keep=2, background=True)
+
+    def place(file: ObjectFile, *, overwrite: bool) -> None:
+        if ema.step == 2 and dist.get_rank() == 1 and "0.100" in str(file.path):
+            raise MachineError(str(file.path), "cannot be written", "try again")
+        placed(file, overwrite=overwrite)
+
+    ObjectFile.place = place  # type: ignore[method-assign]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        walk(ema, 2)
+        ema.wait()
+    walk(ema, STEPS)
+    ema.checkpoint()
+    ema.close()
+    return [str(each.message) for each in caught]
 
 
 def full_disk(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
