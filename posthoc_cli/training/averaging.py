@@ -85,11 +85,16 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes: of several that train together, only the first does."""
+    """Whether this is the first of the processes that train together, or the only one."""
+    return distributed_rank() == 0
+
+
+def distributed_rank() -> int:
+    """The number of this process among those that train together."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0
+        return 0
+    return distributed.get_rank()
 
 
 def as_sharded(part: Tensor, like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from posthoc_cli.storage.shared import make_home
 from posthoc_cli.training.averaging import (
     TensorRoles,
     check_same_tensors,
+    distributed_rank,
     is_first_process,
     is_sharded,
     local,
@@ -180,8 +181,7 @@ class PostHocEMA:
             return
         self._meet()
         self._check_can_save()
-        if self._writer.failures:
-            self._warn_of_failures()
+        self._warn_of_failures()
         if crosses_multiple(self.update_every, self._updated, now):
             self._average(now)
         self.step = now
@@ -337,6 +337,7 @@ class PostHocEMA:
         return {
             "version": 1,
             "run": self.run,
+            "rank": distributed_rank(),
             "step": self.step,
             "updated": self._updated,
             "gammas": list(self.gammas),
@@ -358,31 +359,30 @@ class PostHocEMA:
                 f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}; "
                 "make PostHocEMA with the profiles that the run began with"
             )
+        self.wait()
         # Before the first update the averages are but places for what is loaded.
-        averages = state["averages"] if state["step"] else []
-        self._go_on(state["run"], state["step"], state["updated"], averages)
+        self._averages.load(state["averages"] if state["step"] else [], state.get("rank"))
+        self._go_on(state["run"], state["step"], state["updated"])
 
     def load_snapshots(self, step: int | None = None) -> int:
         """Go on from the snapshots in the folder, where no state was saved; returns their step.
 
-        Those of the newest step, or of `step`, that has one of each average. These go on as they
-        were saved: rounded to its dtype. Of a sharded network each process reads its own part,
-        whatever wrote them. Later snapshots are another branch, as with `load_state_dict`.
+        Those of the newest step, or of `step`, that has one of each average, rounded as they were
+        saved. Of a sharded network each process reads its own part, whatever wrote them. Later
+        snapshots are another branch, as with `load_state_dict`.
 
         Raises SnapshotError when there are none that fit, MachineError when they can't be read.
         """
-        run, at, averages = read_averages(self.folder, self.gammas, step, self._averages.wanted())
-        self._go_on(run, at, at, averages)
+        self.wait()
+        wanted = self._averages.wanted()
+        run, at, averages = read_averages(self.folder, self.gammas, step, wanted)
+        self._averages.load(averages)
+        self._go_on(run, at, at)
         return at
 
-    def _go_on(
-        self, run: str, step: int, updated: int, averages: Sequence[Mapping[str, Tensor]]
-    ) -> None:
-        self.wait()
-        self.run, self.step, self._updated = run, step, updated
-        self._averages.load(averages)
+    def _go_on(self, run: str, step: int, updated: int) -> None:
+        self.run, self.step, self._updated, self._met = run, step, updated, None
         self._claim.begin_anew()
-        self._met = None
 
     # Synthesis
 

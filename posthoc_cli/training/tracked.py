@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,10 +18,14 @@ from posthoc_cli.training.averaging import (
     accumulation_dtype,
     as_sharded,
     check_same_tensors,
+    distributed_rank,
     is_sharded,
     part_of,
     unwrap,
 )
+
+_MADE, _START = "posthoc_made_in", secrets.token_hex(8)
+"""An attribute of DTensors in a state, and the beginning of its value in this process."""
 
 
 class Averages:
@@ -123,21 +129,41 @@ class Averages:
             for _ in range(self._profiles)
         ]
         return [
-            {
-                name: as_sharded(value, whole[name])
-                if name in whole and not is_sharded(value)
-                else value
-                for name, value in each.items()
-            }
+            {name: _as_live(value, whole.get(name)) for name, value in each.items()}
             for each in averages
         ]
 
-    def load(self, state: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on with copies of what `state` returned."""
+    def load(self, state: Sequence[Mapping[str, Tensor]], rank: int | None = None) -> None:
+        """Go on with copies of what `state` returned in process `rank`.
+
+        Raises ValueError for another process' part of what is sharded, unless
+        torch.distributed.checkpoint has put into it what is this one's.
+        """
+        values = [value for averages in state for value in averages.values()]
+        strange = any(is_sharded(each) and getattr(each, _MADE, "") != _here() for each in values)
+        if strange and rank != (here := distributed_rank()):
+            raise ValueError(
+                f"the state has process {rank}'s part of the averages, and this is process {here}; "
+                "save and load it with torch.distributed.checkpoint"
+            )
         self.tensors = [
             {name: value.detach().clone() for name, value in averages.items()} for averages in state
         ]
         self._update = None
+
+
+def _here() -> str:
+    return f"{_START}-{os.getpid()}"
+
+
+def _as_live(value: Tensor, live: Tensor | None) -> Tensor:
+    """An average, sharded as the network's tensor is, and known to be of this process."""
+    if live is None or is_sharded(value):
+        return value
+    made = as_sharded(value, live)
+    if made is not value:
+        setattr(made, _MADE, _here())
+    return made
 
 
 def _fits(include: Sequence[str], name: str) -> bool:

@@ -234,6 +234,14 @@ def test_a_process_that_is_killed_ends_the_others(trained: Path) -> None:
     assert names(trained / "lost") == []
 
 
+def test_a_state_of_another_process_is_refused(trained: Path) -> None:
+    first, second = (json.loads((trained / f"so far-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == ""
+    assert second.startswith(
+        "the state has process 0's part of the averages, and this is process 1;"
+    )
+
+
 def test_averages_are_read_from_snapshots_of_another_sharding(trained: Path) -> None:
     (first,) = said(trained, 2)
     assert first["read step"] == STEPS

@@ -9,6 +9,7 @@ same. What process R of N was told is in `said-N-R.json`.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -282,11 +283,22 @@ def two(folder: Path, said: dict[str, Any]) -> None:
     walk(ema, LAST)
     ema.close()
     model = fsdp(network(), mesh)
+    state = io.BytesIO()
+    torch.save(ema.state_dict(), state)  # as each process does that doesn't know better
+    both = [state.getvalue()]
+    dist.broadcast_object_list(both, src=0)
+    said["of process 0"] = ""
+    try:
+        again = torch.load(io.BytesIO(both[0]), weights_only=False)
+        tracker(ema.model, folder / "again").load_state_dict(again)
+    except ValueError as error:
+        said["of process 0"] = str(error)
     read = tracker(model, folder / "both")
     said["read step"] = read.load_snapshots(STEPS)
     for average in read.state_dict()["averages"]:
         whole = {n: each.full_tensor() if is_sharded(each) else each for n, each in average.items()}
         said.setdefault("read", []).append({name: each.tolist() for name, each in whole.items()})
+    (folder / f"so far-{dist.get_rank()}.json").write_text(json.dumps(said["of process 0"]))
     lost = tracker(model, folder / "lost")
     walk(lost, 1)
     if dist.get_rank() == 1:
