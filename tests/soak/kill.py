@@ -22,7 +22,7 @@ MOST_SECONDS = 1.0
 
 
 def kill(
-    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16, most: int = 7
+    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 16, most: int = 8
 ) -> None:
     """`kill -9` at `rounds` random moments of each of the first `most` commands."""
     rng = random.Random(f"kill/{seed}")
@@ -55,7 +55,7 @@ def _wait_for_writing(scene: Scene, process: subprocess.Popen[str]) -> None:
 
 
 def interrupt(
-    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 8, most: int = 7
+    seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 8, most: int = 8
 ) -> None:
     """SIGINT, SIGTERM and SIGHUP in turn, at `rounds` random moments of each command.
 

@@ -190,6 +190,16 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     yield _scene(base, "a folder over a folder", other, old=whole.new, index=manifest)
     make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
     yield _scene(base, "convert", ["convert", "../checkpoints", "written"], several=True)
+    packed = [
+        "pack",
+        "../snapshots",
+        "written",
+        "--dtype",
+        "float8_e4m3fn",
+        "--keyframe-every",
+        "2",
+    ]
+    yield _scene(base, "pack", packed, several=True)
 
 
 def scenes_of_several(base: Path, seed: int = 0) -> Iterator[Scene]:

@@ -68,6 +68,29 @@ def test_sums_over_groups_of_snapshots(make: Callable[[], Accumulator], dtype: s
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_rows_of_several_dtypes(make: Callable[[], Accumulator]) -> None:
+    """Of a chunk that fits in a row in float16 there are half as many rows in float32."""
+    rng = np.random.default_rng(0)
+    summing, elements = make(), ROW // 4
+    weights, expected = rng.standard_normal((7, TARGETS)), np.zeros((TARGETS, elements))
+    summing.begin("F64", "F64", elements)
+    done = 0
+    for dtype, count in (("F16", BATCH), ("F64", BATCH // 2), ("F8_E4M3", 1)):
+        rows = summing.staging(dtype)
+        assert len(rows) == (BATCH // 2 if dtype == "F64" else BATCH)
+        own = np.ascontiguousarray(weights[done : done + count])
+        values = rng.standard_normal((count, elements)).astype(STORED[dtype])
+        for staged, row in zip(rows, values, strict=False):
+            staged[: row.nbytes] = row.tobytes()
+        done += count
+        summing.add(own, last=done == 7)
+        expected += own.T @ values.astype(np.float64)
+    for target, exact in enumerate(expected):
+        found = np.frombuffer(bytes(summing.result(target)), np.float64)
+        assert np.allclose(found, exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
 def test_results_are_within_one_unit_in_the_last_place(
     make: Callable[[], Accumulator], dtype: str
