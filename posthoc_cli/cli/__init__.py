@@ -33,6 +33,8 @@ def main() -> int:
         if not isinstance(left.code, int):
             raise
         code = left.code
+        for note in getattr(left, "__notes__", ()):  # what it left behind
+            _say(f"posthoc: {note}")
     if program and "obstore" in sys.modules:
         # Its threads may still hold what Python takes away at its end, and would crash.
         _finish_stdout()
@@ -83,7 +85,7 @@ def _interrupted(error: KeyboardInterrupt) -> int:
     _finish_stdout()
     if lost := trouble():
         return _fail(lost)
-    _say("; ".join(["posthoc: interrupted", *map(str, error.args)]))  # and what it left behind
+    _say("; ".join(["posthoc: interrupted", *getattr(error, "__notes__", ())]))
     return 130
 
 

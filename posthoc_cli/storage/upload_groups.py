@@ -119,5 +119,6 @@ def _tell_what_is_left(error: BaseException, files: Sequence[ObjectFile]) -> Non
         text = problem.format(found[0]) + more
         if isinstance(error, PosthocError):
             error.problem, error.remedy = f"{error.problem}; {text}", f"{error.remedy}; {remedy}"
-        elif isinstance(error, KeyboardInterrupt):
-            error.args = (*error.args, f"{text}; {remedy}")
+        else:  # an interrupt; Python 3.11 has a method for it
+            notes = getattr(error, "__notes__", [])
+            error.__notes__ = [*notes, f"{text}; {remedy}"]  # type: ignore[attr-defined]

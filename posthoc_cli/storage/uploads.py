@@ -94,6 +94,9 @@ class Loop:
 _LOOP = Loop()
 
 
+async def _nothing() -> None: ...
+
+
 class Block(bytearray):
     """Bytes that are gathered, and then lent to the store's client until they have arrived."""
 
@@ -281,7 +284,7 @@ class ObjectFile:
     def rollback(self) -> None:
         """Undo `place`, where there was no other object before."""
         if self._completing is not None:  # what was interrupted may be completed all the same
-            self._completing.wait(0.5)
+            _LOOP.start(_nothing()).result()  # by then that has begun, or never will
             self.left |= self._began and not self._completing.wait(LONGEST_ABORT)
         if self._placed:
             self._placed = False
@@ -294,10 +297,15 @@ class ObjectFile:
         """Remove what is in its place."""
         import obstore
 
-        try:
-            obstore.delete(self.bucket, self._key)
-        except obstore.exceptions.BaseError as error:
-            raise self._failed(error) from error
+        for again in (True, False):
+            try:
+                obstore.delete(self.bucket, self._key)
+                return
+            except FileNotFoundError:
+                return
+            except obstore.exceptions.BaseError as error:
+                if not again:
+                    raise self._failed(error) from error
 
     def _may_fill(self, at: int) -> bool:
         return self._error is not None or at <= self._sent + AHEAD
@@ -314,20 +322,16 @@ class ObjectFile:
 
     async def _send(self) -> None:
         """Send the blocks that come, up to an empty one; then wait until all have arrived."""
-        import obstore
-
-        # A writer waits until no part is on its way, and sends all parts that it is given.
-        self._writer = obstore.open_writer_async(
-            self.bucket, self._key, buffer_size=self._part, max_concurrency=0
-        )
         together = 1
         try:
             while block := await self._queue.get():
                 view = memoryview(block)
                 while view:
                     begin = time.monotonic()
-                    # The first begins the upload, and without its answer it can't be aborted.
-                    await asyncio.shield(self._writer.write(view[: together * self._part]))
+                    if self._writer is None:
+                        await self._begin(view[: self._part])
+                    else:
+                        await self._writer.write(view[: together * self._part])
                     await self._writer.write(b"")
                     seconds, view = time.monotonic() - begin, view[together * self._part :]
                     if seconds < FAST:
@@ -344,6 +348,24 @@ class ObjectFile:
                 self._state.notify_all()
         finally:
             block, view = Block(), memoryview(b"")  # or a traceback would keep them
+
+    async def _begin(self, part: memoryview) -> None:
+        """Begin the upload with its first part; again, where only the end of the answer was lost,
+        which the client doesn't do. The other upload has no parts then, and nobody knows it."""
+        import obstore
+
+        for pause in (0.2, 1.0, 0.0):
+            # It waits until no part is on its way, and sends all parts that it is given.
+            self._writer = obstore.open_writer_async(
+                self.bucket, self._key, buffer_size=self._part, max_concurrency=0
+            )
+            try:  # without the answer it can't be aborted
+                await asyncio.shield(self._writer.write(part))
+                return
+            except obstore.exceptions.BaseError as error:
+                if not pause or "response body" not in str(error):
+                    raise
+                await asyncio.sleep(pause)
 
     async def _complete(self, overwrite: bool, *, new: bool) -> None:
         self._began = True

@@ -54,7 +54,7 @@ class ProxyHandler(Handler):
         if owner.latency:
             time.sleep(owner.latency)
         if fault and fault.upload is not None:
-            self.rfile.read(fault.upload)
+            self.rfile.read(min(fault.upload, int(self.headers.get("Content-Length") or 0)))
             self._reset()
             return
         body = self.body()

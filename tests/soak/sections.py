@@ -19,6 +19,7 @@ from tests.soak.special import special
 from tests.soak.tally import Tally
 from tests.soak.trackers import trackers
 from tests.soak.tuning import tuning
+from tests.soak.uploads import uploads
 from tests.soak.values import values
 
 SECTIONS: dict[str, Callable[[int, Tally], None]] = {
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[int, Tally], None]] = {
     "values": values,
     "trackers": trackers,
     "ranks": ranks,
+    "uploads": uploads,
 }
 """In the order in which they begin: the longest first."""
 
