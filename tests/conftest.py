@@ -15,6 +15,8 @@ from typing import Any
 # The tests share the processors: with threads of their own, torch and NumPy would wait for each
 # other for most of the time. Said before NumPy is imported.
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Hundreds of processes are started, each of which would compile the package anew.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 import jsonschema
 import pytest
@@ -23,6 +25,7 @@ import typer
 from posthoc_cli.cli import main
 from tests.command import COMMAND, ENVIRONMENT, ROOT, Posthoc, Run, write_snapshot
 
+sys.dont_write_bytecode = False  # of the test modules neither
 # Half of a small run is making the command line from its description: once a process is enough.
 typer.main.get_command = functools.cache(typer.main.get_command)
 

@@ -15,12 +15,21 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+from posthoc_cli import open_snapshots, verify
 
-from posthoc_cli import open_snapshots, verify  # noqa: E402
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+torch: Any = None
+diffusers: Any = None
+transformers: Any = None
+peft: Any = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries() -> None:
+    """They take seconds to import: only by the process that runs these tests."""
+    for name in LIBRARIES:
+        globals()[name] = pytest.importorskip(name)
+
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "scaler.pt")
 
