@@ -1,10 +1,10 @@
-"""Pictures of a solve: what was wanted, what the weights give, and the weights."""
+"""Pictures of a solve: what was wanted, what the weights give, the weights; and of a search."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver import Average, Profile
+from posthoc_cli.tuning.search import SPREAD, Posterior
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -102,11 +103,68 @@ def draw(
             symbol = r"$\sigma_{\mathrm{rel}}$" if powers else None
             axes[2, 0].legend(loc="upper left", handlelength=1.0, borderaxespad=0.2, title=symbol)
         figure.align_ylabels(axes[:, 0])
-        # The date would make every run's file another one.
-        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending)
-        picture = io.BytesIO()
-        figure.savefig(picture, format=ending[1:], dpi=200, metadata=metadata)
-        return picture.getvalue()
+        return _file(figure, ending)
+
+
+def _file(figure: Any, ending: str) -> bytes:
+    """The bytes of the figure's file, the same at every call."""
+    # The date would make every run's file another one.
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(ending)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=ending[1:], dpi=200, metadata=metadata)
+    return picture.getvalue()
+
+
+def draw_search(
+    known: Posterior, sign: float, label: str, name: Callable[[float], str], ending: str
+) -> bytes:
+    """Draw the samples of a search, the curve through them with its band, and the best.
+
+    `label` is of the lengths, `name` writes one. The values are `sign` times those of `known`. With
+    steps the curve is that of the best's step, and the samples of other steps are pale.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    space, (best, *step) = known.space, known.best
+    lengths = np.geomspace(space.low, space.high, 400)
+    mean, deviation = known.curve([(float(length), *step) for length in lengths])
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+        axis = figure.add_subplot()
+        blue, orange = _METHODS["edm2"], _METHODS["blup"]
+        band = SPREAD * deviation
+        axis.fill_between(
+            lengths, sign * (mean - band), sign * (mean + band), color=blue, alpha=0.15, linewidth=0
+        )
+        axis.plot(lengths, sign * mean, color=blue, linewidth=1.2, label="curve, 90%")
+        low, high = known.interval
+        axis.axvspan(low, high, color=orange, alpha=0.12, linewidth=0)
+        axis.axvline(best, color=orange, linewidth=0.8, label="best, 90%")
+        axis.plot([best], [sign * known.value], "D", color=orange, markersize=4)
+        for here, alpha, text in ((True, 1.0, "measured"), (False, 0.3, "at other steps")):
+            some = [each for each in known.observations if (list(each.point[1:]) == step) is here]
+            x, y = [each.point[0] for each in some], [sign * each.value for each in some]
+            if some:
+                axis.plot(x, y, "o", color="0.1", alpha=alpha, markersize=3.2, label=text)
+        values = np.array([sign * each.value for each in known.observations])
+        if values.min() > 0 and values.max() > 10 * values.min():
+            axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        less, more = sorted(sign * each for each in known.value_interval)
+        when = f" at step {step[0]:.0f}" if step else ""
+        axis.set_title(
+            f"best {name(best)} ({name(low)} to {name(high)}){when}\n"
+            f"metric {sign * known.value:.4g} ({less:.4g} to {more:.4g})"
+        )
+        axis.set_xlabel(label)
+        axis.set_ylabel("metric")
+        axis.legend(loc="best", handlelength=1.6)
+        return _file(figure, ending)
 
 
 def _draw_profiles(

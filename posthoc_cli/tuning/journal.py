@@ -20,6 +20,8 @@ from posthoc_cli.storage.lines import LineFile, read_lines
 
 VERSION = 1
 
+_BEGINNING = b'{"posthoc_tune":'
+
 KEYS = {
     "snapshots": "other snapshots, or of ones that are read in another way",
     "metric": "another metric",
@@ -124,6 +126,15 @@ class Journal:
         """Let other processes have it."""
         if self._file:
             self._file.close()
+
+
+def is_journal(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a journal does, or is called like one."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_BEGINNING)) == _BEGINNING
+    except OSError:
+        return str(path).endswith(".tune.jsonl")
 
 
 def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Evaluation]]:

@@ -16,13 +16,15 @@ from posthoc_cli.tuning.process import Belief, FloatArray, fit
 
 Point = tuple[float, ...]
 
-FINE, COARSE, MOST_STEPS = 129, 49, 12
+FINE, COARSE, MOST_STEPS = 65, 49, 12
 """Lengths of the grid where the curve is believed; with steps fewer, and up to so many steps."""
 LEVEL = 0.9
 """How sure the intervals are."""
 SPREAD = 1.6449
 """Standard deviations to each side that hold as much of a normal variable."""
 DRAWS = 1000
+STEEP = 2.0
+"""In differences between the least and the middle of the range: where steepness begins to count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ class Posterior:
 
     def curve(self, points: Sequence[Point]) -> tuple[FloatArray, FloatArray]:
         """Mean and standard deviation of the curve at `points`; not of an evaluation there."""
-        belief, back = _believe(self.space, self.observations, _unit(self.space, points))
-        mean, deviation = back(belief.mean), np.sqrt(np.maximum(np.diag(belief.covariance), 0))
-        return mean, deviation * back.scale
+        belief, units = _believe(self.space, self.observations, _unit(self.space, points))
+        deviation = np.sqrt(np.maximum(np.diag(belief.covariance), 0.0))
+        return units.back(belief.mean), deviation * units.slope(belief.mean)
 
 
 def first_points(space: Space, count: int = 7) -> list[Point]:
@@ -146,7 +148,7 @@ def best_point(space: Space, observations: Sequence[Observation]) -> Point:
 def posterior(space: Space, observations: Sequence[Observation], seed: int = 0) -> Posterior:
     """What is known after `observations`; `seed` is of the draws that the intervals are from."""
     grid = _grid(space)
-    belief, back = _believe(space, observations, grid)
+    belief, units = _believe(space, observations, grid)
     best = _point(space, _least(grid, belief.mean[None])[0])
     there, _ = _believe(space, observations, _unit(space, [best]))
     spread = math.sqrt(max(float(there.covariance[0, 0]), 0.0))
@@ -156,8 +158,10 @@ def posterior(space: Space, observations: Sequence[Observation], seed: int = 0) 
     lengths = _least(grid, draws)[:, 0]
     share = (1 - LEVEL) / 2
     low, high = (_point(space, [x])[0] for x in np.quantile(lengths, [share, 1 - share]))
-    lowest, value, highest = back(there.mean + spread * np.array([-SPREAD, 0.0, SPREAD])).tolist()
-    depth, noise = float(np.ptp(belief.mean)) * back.scale, math.sqrt(belief.noise) * back.scale
+    ends = there.mean + spread * np.array([-SPREAD, 0.0, SPREAD])
+    lowest, value, highest = units.back(ends).tolist()
+    depth = float(np.ptp(units.back(belief.mean)))
+    noise = math.sqrt(belief.noise) * float(units.slope(there.mean)[0])
     inside = math.log(best[0] / space.low) / max(math.log(space.high / space.low), 1e-9)
     return Posterior(
         space,
@@ -191,27 +195,48 @@ def _least(grid: FloatArray, curves: FloatArray) -> FloatArray:
     return found
 
 
-class _Back:
-    """From the units of the belief, where the values are about 1, to those of the metric."""
+class _Units:
+    """Between the units of the metric and those of the belief, in which values are about 1.
 
-    def __init__(self, values: FloatArray) -> None:
-        self.middle = float(np.median(values)) if len(values) else 0.0
-        largest = float(np.abs(values - self.middle).max()) if len(values) else 0.0
-        self.scale = largest or 1.0
-        if largest:
-            self.scale *= float(np.std((values - self.middle) / largest))
+    Far from the best a metric may rise steeply, and no smooth curve is steep in one place alone: of
+    what lies above the middle of the range only the logarithm counts.
+    """
 
-    def __call__(self, values: FloatArray | float) -> FloatArray:
-        return np.asarray(self.middle + self.scale * values)
+    def __init__(self, x: FloatArray, values: FloatArray) -> None:
+        order = np.argsort(x[:, 0], kind="stable")
+        even = np.interp(np.linspace(0.0, 1.0, 101), x[order, 0], values[order])
+        self.start = float(np.median(even))
+        least = float(even.min())
+        self.width = STEEP * (self.start - least) or 1.0
+        self.middle, self.scale = 0.0, 1.0
+        inner = self.to(values)
+        self.middle, self.scale = float(inner.mean()), float(inner.std()) or 1.0
+
+    def to(self, values: FloatArray) -> FloatArray:
+        over = (values - self.start) / self.width
+        inner = np.where(over > 0, np.log1p(np.maximum(over, 0.0)), over)
+        scaled: FloatArray = (inner - self.middle) / self.scale
+        return scaled
+
+    def back(self, scaled: FloatArray) -> FloatArray:
+        inner = self.middle + self.scale * scaled
+        over: FloatArray = np.where(inner > 0, np.expm1(np.maximum(inner, 0.0)), inner)
+        return self.start + self.width * over
+
+    def slope(self, scaled: FloatArray) -> FloatArray:
+        """How much of the metric one unit of the belief is, about `scaled`."""
+        inner = self.middle + self.scale * scaled
+        slope: FloatArray = self.width * self.scale * np.exp(np.maximum(inner, 0.0))
+        return slope
 
 
 def _believe(
     space: Space, observations: Sequence[Observation], at: FloatArray
-) -> tuple[Belief, _Back]:
-    values = np.array([each.value for each in observations], dtype=np.float64)
-    back = _Back(values)
+) -> tuple[Belief, _Units]:
     x = _unit(space, [each.point for each in observations])
-    return fit(x, (values - back.middle) / back.scale, at), back
+    values = np.array([each.value for each in observations], dtype=np.float64)
+    units = _Units(x, values) if len(values) else _Units(np.zeros((1, 1)), np.zeros(1))
+    return fit(x, units.to(values), at), units
 
 
 def _grid(space: Space) -> FloatArray:

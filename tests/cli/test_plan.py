@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +159,72 @@ def test_figures(posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, kind: s
         text = first.decode()
         for word in ("wanted", "algorithm3", "edm2", "blup", "training step", "0.05"):
             assert f">{word}<" in text
+
+
+HEADER = {
+    "posthoc_tune": 1,
+    "goal": "maximize",
+    "parameter": "window",
+    "range": ["1%", "50%"],
+    "steps": [600, 800],
+    "seed": 0,
+}
+
+
+def write_journal(path: Path, header: dict[str, Any], count: int) -> None:
+    """Of a metric whose most is 7 at windows of 7 %, at the later step."""
+    lines = [header]
+    for at in range(count):
+        length, step = 50 ** (at / max(count - 1, 1)), 800 - 200 * (at % 2)
+        metric = 7 - math.log(length / 7) ** 2 - (step == 600)
+        lines.append({"target": "w", "length": length, "step": step, "metric": metric})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("kind", SIGNS)
+def test_a_search_is_drawn(posthoc_here: Posthoc, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("matplotlib")
+    write_journal(tmp_path / "best.tune.jsonl", HEADER, 9)
+    arguments = ["plot", "best.tune.jsonl", "-o", f"x.{kind}"]
+    run = posthoc_here(*arguments)
+    assert (run.code, run.err) == (0, f"posthoc: x.{kind}: 9 evaluations drawn\n")
+    first = (tmp_path / f"x.{kind}").read_bytes()
+    assert first.startswith(SIGNS[kind])
+    assert posthoc_here(*arguments, "--force").code == 0
+    assert (tmp_path / f"x.{kind}").read_bytes() == first
+    if kind == "svg":
+        text = first.decode()
+        for word in ("curve, 90%", "best, 90%", "measured", "at other steps", "metric"):
+            assert f">{word}<" in text
+        assert ">window (% of the target step)<" in text
+        best = re.search(r">best (.*)% \((.*)% to (.*)%\) at step 800<", text)
+        assert best is not None
+        at, low, high = map(float, best.groups())
+        assert low < at < high
+        assert at == pytest.approx(7, rel=0.05)
+        value = re.search(r">metric (.*) \((.*) to (.*)\)<", text)
+        assert value is not None
+        at, low, high = map(float, value.groups())
+        assert low < at < high
+        assert at == pytest.approx(7, rel=0.05)
+
+
+def test_a_search_that_cannot_be_drawn(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    journal = tmp_path / "j.tune.jsonl"
+    arguments = ["plot", "j.tune.jsonl", "-o", "x.svg"]
+    posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: there is no such journal; .*")
+    write_journal(journal, HEADER, 0)
+    posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: nothing was measured yet; .*")
+    write_journal(journal, HEADER, 1)
+    posthoc_here(*arguments, "--step", "9").failed(2, r".*: is a journal, .*; give only -o")
+    posthoc_here(*arguments, "--gamma", "9").failed(2, r".*: is a journal, .*; give only -o")
+    assert posthoc_here(*arguments).code == 0
+    for key, value in {"range": 3, "goal": "x", "steps": [None], "parameter": "gamma"}.items():
+        write_journal(journal, HEADER | {key: value}, 3)
+        posthoc_here(*arguments, "--force").failed(2, r".*: its first line doesn't say what .*")
+    journal.write_text('{"posthoc_tune": 2}\n')
+    posthoc_here(*arguments, "--force").failed(2, r".*: is a journal of another version .*")
 
 
 @pytest.mark.parametrize(
