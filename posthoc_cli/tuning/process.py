@@ -29,7 +29,7 @@ IntArray = npt.NDArray[np.int64]
 LENGTHS = (0.15, 0.3, 0.6, 1.2)
 OTHER_LENGTHS = (0.4, 1.2)
 """Of all dimensions but the first."""
-STRETCHES = (-3.0, 0.0, 3.0)
+STRETCHES = (-4.0, 0.0, 4.0)
 """`exp` of it is how much longer one end of the first dimension is than the other, per length."""
 BOWLS = (0.2, 0.8, 0.98)
 NOISES = np.array([1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 0.97])

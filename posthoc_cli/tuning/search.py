@@ -23,7 +23,7 @@ LEVEL = 0.9
 SPREAD = 1.6449
 """Standard deviations to each side that hold as much of a normal variable."""
 DRAWS = 1000
-STEEP = 2.0
+STEEP = 5.0
 """In differences between the least and the middle of the range: where steepness begins to count."""
 
 
