@@ -139,12 +139,17 @@ def reading_ahead(
 
 def fingerprints(indexes: Sequence[TensorIndex]) -> list[str]:
     """The fingerprint of each."""
+    return of_each(indexes, fingerprint)
+
+
+def of_each(indexes: Sequence[TensorIndex], ask: Callable[[TensorIndex], T]) -> list[T]:
+    """What `ask`, which reads some of its files, gives of each: of a store's of many at once."""
     if any(open_input(file).remote for index in indexes for file in index.files):
-        return _at_once(fingerprint, indexes)
-    return [fingerprint(index) for index in indexes]
+        return _at_once(ask, indexes)
+    return [ask(index) for index in indexes]
 
 
-def _at_once(ask: Callable[[T], U], of: Sequence[T]) -> list[U]:
+def _at_once(ask: Callable[[U], T], of: Sequence[U]) -> list[T]:
     """What `ask` gives of each, where each is some requests to a store."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -24,7 +24,7 @@ from posthoc_cli.snapshots import (
 from posthoc_cli.snapshots.trained import Reading
 from posthoc_cli.storage import ENDING, TensorIndex, read_header
 from posthoc_cli.storage.metadata import CONVERTED, STEP
-from posthoc_cli.storage.stores import exists, file_status, identity, is_folder
+from posthoc_cli.storage.stores import exists, file_status, identity, is_folder, will_open
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
 
@@ -147,6 +147,7 @@ def find_jobs(
             "write it for the whole name of the checkpoint, its ending included",
         )
     outputs = _outputs(found, folder)
+    will_open([path for one in found for path in one.paths])
     clean_up(folder)
     statuses = [[file_status(path) for path in one.paths] for one in found]
     inputs = {identity(path) for one in found for path in one.paths}

@@ -25,7 +25,8 @@ from posthoc_cli.storage import (
 from posthoc_cli.storage.dtypes import FLOATS, OUTPUT_DTYPES, UNAVERAGEABLE
 from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
-from posthoc_cli.storage.stores import exists, file_status, is_folder
+from posthoc_cli.storage.readers import of_each
+from posthoc_cli.storage.stores import exists, file_status, is_folder, will_open
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
 from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
 from posthoc_cli.synthesis.product_check import compare_products, written_ranks
@@ -152,8 +153,11 @@ def _folder(out: TensorIndex, folder: Path | None, recipe: RecipeSources) -> Pat
 
 
 def _open_sources(folder: Path, recipe: RecipeSources) -> tuple[list[TensorIndex], list[Problem]]:
-    layouts, problems = [], []
+    layouts: list[TensorIndex] = []
+    problems: list[Problem] = []
     headers: Cache = {}
+    will_open([folder / source.file for source in recipe.sources])
+    stated: dict[int, Source] = {}
     for source in recipe.sources:
         path = folder / source.file
         if not is_there(path):
@@ -162,20 +166,26 @@ def _open_sources(folder: Path, recipe: RecipeSources) -> tuple[list[TensorIndex
             continue
         try:
             layouts.append(open_network(path, recipe.how, headers))
-            same = _is_same(source, layouts[-1])
+            stated[id(layouts[-1])] = source
         except SnapshotError as error:
             problems.append(Problem(path, error.problem, error.remedy))
-            continue
-        if not same:
-            remedy = "put that one in its place, or synthesize the output anew"
-            problems.append(Problem(path, "is not the file that the output was made of", remedy))
-    return layouts, problems
 
+    def check(layout: TensorIndex) -> Problem | None:
+        source = stated[id(layout)]
+        path = folder / source.file
+        try:
+            same = source.size in (None, layout.size)
+            if same and source.fingerprint is not None:
+                same = source.fingerprint == fingerprint(layout)
+        except SnapshotError as error:
+            return Problem(path, error.problem, error.remedy)
+        remedy = "put that one in its place, or synthesize the output anew"
+        problem = "is not the file that the output was made of"
+        return None if same else Problem(path, problem, remedy)
 
-def _is_same(source: Source, layout: TensorIndex) -> bool:
-    if source.size is not None and source.size != layout.size:
-        return False
-    return source.fingerprint is None or source.fingerprint == fingerprint(layout)
+    problems += filter(None, of_each(layouts, check))
+    order = {folder / source.file: at for at, source in enumerate(recipe.sources)}
+    return layouts, sorted(problems, key=lambda each: order[each.path])
 
 
 def _other_tensors(

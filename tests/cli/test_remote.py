@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from posthoc_cli.storage import remote, sources, stores
 from tests.command import Posthoc, Run
@@ -207,6 +207,45 @@ def test_plot(servers: Servers, posthoc_here: Posthoc, tmp_path: Path) -> None:
     done = posthoc_here("plot", servers.url("gs", "snapshots"), *WANTED[:2], "-o", "a.svg")
     assert done.code == 0
     assert (tmp_path / "a.svg").stat().st_size > 10_000
+
+
+def test_what_is_written_to_a_disk(servers: Servers, posthoc_here: Posthoc, tmp_path: Path) -> None:
+    """Folders with what lies beside a network, conversions and packed snapshots."""
+    for make in (_shards, _torch):
+        folder = tmp_path / make.__name__.strip("_")
+        make(folder)
+        servers.upload(folder)
+    sources = {"shards": ("synthesize", "--raw", *WANTED, "--layout", "folder", "-q", "-o")}
+    sources["torch"] = ("convert",)
+    sources["snapshots"] = ("pack",)
+    for name, (command, *options) in sources.items():
+        local = servers.folder / name
+        for at, source in enumerate((local, servers.url("az", name))):
+            where = f"{name}-{at}"
+            done = posthoc_here(command, source, *options, where)
+            assert done.code == 0, done
+        here, there = (tmp_path / f"{name}-{at}" for at in range(2))
+        names = sorted(path.relative_to(here) for path in here.rglob("*"))
+        assert names == sorted(path.relative_to(there) for path in there.rglob("*"))
+        assert len(names) > 2
+        for path in names:
+            if path.suffix == ".safetensors":  # metadata say when a source was written
+                one, other = load_file(here / path), load_file(there / path)
+                assert one.keys() == other.keys()
+                assert all(one[each].tobytes() == other[each].tobytes() for each in one)
+            elif path.suffix != ".json":
+                assert (here / path).read_bytes() == (there / path).read_bytes(), path
+
+
+def test_a_folder_with_very_many_files_is_listed_by_itself(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "many"
+    _shards(folder)
+    servers.upload(folder)
+    monkeypatch.setattr(sources, "MOST_LISTED", 0)
+    for kind in ("s3", "gs", "az"):
+        same(posthoc_here, folder, servers.url(kind, "many"), "--raw")
 
 
 def test_few_requests(servers: Servers, posthoc_here: Posthoc) -> None:
