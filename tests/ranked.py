@@ -105,10 +105,15 @@ def main(plan: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             each["port"] = free.getsockname()[1]
+        if each is groups[0] and each["size"] == 1:
+            _be(0, each)  # here: what it imports and compiles is there for all
+            continue
         for rank in range(each["size"]):
             child = os.fork()
             if not child:
+                leave, os._exit = os._exit, _leave  # type: ignore[assignment]
                 _be(rank, each)
+                leave(0)
             children.append(child)
             if rank == each["dies"] or each["sent"] != signal.SIGKILL:
                 each.setdefault("victims", []).append(child)
@@ -132,7 +137,7 @@ def _kill(each: dict[str, Any], store: Any) -> None:
         os.kill(child, each["sent"])
 
 
-def _be(rank: int, each: dict[str, Any]) -> NoReturn:
+def _be(rank: int, each: dict[str, Any]) -> None:
     from posthoc_cli.cli import main as run
     from posthoc_cli.storage.atomic import AtomicFile
     from posthoc_cli.synthesis.engine import Engine
@@ -140,11 +145,10 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
     own = Path(each["into"]) / f"disk{rank}"
     own.mkdir()
     os.dup2(os.open(own, os.O_RDONLY), OWN_DISK)
-    leave = os._exit
-    os._exit = _leave  # type: ignore[assignment]
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(each["size"]), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(each["port"])}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not each["hosted"])
+    if each["size"] > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(each["size"]), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(each["port"])}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(not each["hosted"])
     if each["pages"]:
         AtomicFile._write_some = _write_pages  # type: ignore[method-assign]
     with open(Path(each["into"]) / f"{rank}.jsonl", "w") as told:
@@ -168,7 +172,6 @@ def _be(rank: int, each: dict[str, Any]) -> NoReturn:
             line = code, out.getvalue(), err.getvalue(), _read() - before
             told.write(json.dumps([*line, time.perf_counter() - begin]) + "\n")
             told.flush()
-    leave(0)
 
 
 def _write_pages(file: Any, view: memoryview, offset: int) -> int:
