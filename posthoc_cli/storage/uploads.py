@@ -14,12 +14,12 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.storage.disk import already_exists, write_errors
+from posthoc_cli.storage.fetching import begin
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.sources import make_store, told
 
@@ -52,46 +52,6 @@ LONGEST_ABORT = 20.0
 
 LONGEST_RETURN = 2.0
 """Seconds to wait for the client to let go what it has sent."""
-
-Result = TypeVar("Result")
-
-
-class Loop:
-    """The event loop of all uploads, in a thread that there is while somebody has acquired it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def acquire(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                run, name = self._loop.run_forever, "posthoc-uploads"
-                self._thread = threading.Thread(target=run, name=name, daemon=True)
-                self._thread.start()
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users and self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-                self._loop.close()
-                self._loop = None
-
-    def start(self, work: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
-        assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def soon(self, function: Callable[[Block], object], block: Block) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(function, block)
-
-
-_LOOP = Loop()
 
 
 async def _nothing() -> None: ...
@@ -178,7 +138,6 @@ class ObjectFile:
         if self._any_order:
             with write_errors(Path(tempfile.gettempdir())):
                 self._spool = tempfile.TemporaryFile()  # noqa: SIM115
-        _LOOP.acquire()
         self._opened = True
 
     def _cut(self) -> None:
@@ -232,8 +191,9 @@ class ObjectFile:
                 self._take(offset, self._spool.read(min(PART, self.size - offset)))
         assert self._held or self._written == self.size, f"{self.path} is not whole"
         if self._task is not None:
-            _LOOP.soon(self._queue.put_nowait, Block())
+            begin(self._queue.put(Block()))
             concurrent.futures.wait([self._task])
+            assert not self._task.cancelled()
         self._raise_error()
 
     def commit(self) -> None:
@@ -249,7 +209,7 @@ class ObjectFile:
             raise already_exists(self.path)
         self._completing = threading.Event()
         try:
-            _LOOP.start(self._complete(overwrite, new=before is None)).result()
+            begin(self._complete(overwrite, new=before is None)).result()
         except Exception as error:
             now = self._found(quiet=True)
             if now is None or now["size"] != self.size or now == before:
@@ -269,7 +229,7 @@ class ObjectFile:
             if self._task is not None and not self._task.done():
                 self._task.cancel()
             if self._writer is not None:
-                aborting = _LOOP.start(self._abort())
+                aborting = begin(self._abort())
                 concurrent.futures.wait([aborting], LONGEST_ABORT)
                 self.left |= not aborting.done() or aborting.exception() is not None
         finally:
@@ -279,12 +239,11 @@ class ObjectFile:
             until = time.monotonic() + LONGEST_RETURN
             while any(block() is not None for block in self._lent) and time.monotonic() < until:
                 time.sleep(0.001)  # its threads mustn't give them back when Python has ended
-            _LOOP.release()
 
     def rollback(self) -> None:
         """Undo `place`, where there was no other object before."""
         if self._completing is not None:  # what was interrupted may be completed all the same
-            _LOOP.start(_nothing()).result()  # by then that has begun, or never will
+            begin(_nothing()).result()  # by then that has begun, or never will
             self.left |= self._began and not self._completing.wait(LONGEST_ABORT)
         if self._placed:
             self._placed = False
@@ -315,10 +274,10 @@ class ObjectFile:
         while self._missing.get(self._ready) == 0:
             del self._missing[self._ready]
             self._lent.append(weakref.ref(self._blocks[self._ready]))
-            _LOOP.soon(self._queue.put_nowait, self._blocks.pop(self._ready))
+            begin(self._queue.put(self._blocks.pop(self._ready)))
             self._ready += 1
             if self._task is None:
-                self._task = _LOOP.start(self._send())
+                self._task = begin(self._send())
 
     async def _send(self) -> None:
         """Send the blocks that come, up to an empty one; then wait until all have arrived."""
@@ -327,13 +286,13 @@ class ObjectFile:
             while block := await self._queue.get():
                 view = memoryview(block)
                 while view:
-                    begin = time.monotonic()
+                    since = time.monotonic()
                     if self._writer is None:
                         await self._begin(view[: self._part])
                     else:
                         await self._writer.write(view[: together * self._part])
                     await self._writer.write(b"")
-                    seconds, view = time.monotonic() - begin, view[together * self._part :]
+                    seconds, view = time.monotonic() - since, view[together * self._part :]
                     if seconds < FAST:
                         together = min(2 * together, AT_ONCE)
                     elif seconds > SLOW:
