@@ -213,8 +213,8 @@ class Run:
         method: str | None = None,
         device: str = "cpu",
         sample: bool = False,
+        try_sample: bool = False,
         leave_out: Sequence[str] = (),
-        glance: bool = False,
     ) -> Solution:
         """The weights that rebuild other averages from these snapshots.
 
@@ -234,9 +234,8 @@ class Run:
                 raw checkpoints only.
             device: where to compute: "cpu", "cuda", "cuda:1" or "auto".
             sample: read a sample of the values even if the method needs none, to know the error
-                that is to be expected.
+                that is to be expected; try_sample: the same, unless none can be had.
             leave_out: globs of tensors that shall not be part of the sample.
-            glance: the same, where a sample can be had.
 
         By default "edm2" ("share") takes the place of "blup" where the values can't be compared, or
         are not like those of one training run at all; the solution's `doubt` says so.
@@ -260,7 +259,7 @@ class Run:
             check_norms(snapshots, chosen)
         needed = sample or (method is not None and METHODS[chosen].needs_values)
         sampled, doubt = None, ""
-        if needed or glance or METHODS[chosen].needs_values:
+        if needed or try_sample or METHODS[chosen].needs_values:
             sampled, doubt = self._measure(snapshots, leave_out, needed)
         trajectory = sampled.trajectory if sampled else None
 

@@ -161,7 +161,7 @@ class Tuner:
         self.run, self.minimize, self.evaluations = run, minimize, evaluations
         self.tolerance, self.seed, self.layout = tolerance, seed, layout
         self.made: dict[str, Any] = {"dtype": dtype, "copy": tuple(copy), "drop": tuple(drop)}
-        self._solving: dict[str, Any] = {"method": method, "device": device, "glance": True}
+        self._solving: dict[str, Any] = {"method": method, "device": device, "try_sample": True}
         if also not in (None, "step"):
             raise UsageError("also=", f"'{also}' can't be searched", "only step can")
         snapshots, self.step = run.until(step)

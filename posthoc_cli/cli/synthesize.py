@@ -162,7 +162,7 @@ def synthesize(
         method=method,
         device=device,
         sample=max_error is not None,
-        glance=True,
+        try_sample=True,
         target_for=rules,
         **wanted,
     )

@@ -220,7 +220,8 @@ def read_folder(
         index = opened[name]
         if id(index.tensors) not in shared:
             shared[id(index.tensors)] = Contents.of(index.tensors)
-        contents.snapshots.append(Snapshot(index, *identity, shared[id(index.tensors)], name))
+        which = identity.profile, identity.source, shared[id(index.tensors)]
+        contents.snapshots.append(Snapshot(index, *which, name))
         contents.warnings += [(name, printable(warning)) for warning in warnings]
     contents.snapshots.sort(key=lambda each: (each.step, width(each.profile), each.file))
     settle_copies(contents, unsaid)

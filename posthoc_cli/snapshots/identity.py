@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any
 
 from posthoc_cli.errors import SnapshotError, UnknownError, UsageError
 from posthoc_cli.snapshots.counts import read_counts
-from posthoc_cli.snapshots.kinds import gamma_of, sigma_rel_of
+from posthoc_cli.snapshots.kinds import OfAverage
 from posthoc_cli.snapshots.names import Pattern, Reading, read_name, read_number
 from posthoc_cli.solver import (
     MAX_GAMMA,
@@ -45,25 +45,12 @@ UNITS = ("step", "epoch", "number")
 """What steps are counted in, the most reliable first; a name's bare number may be of either."""
 
 
-class Identity(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Identity(OfAverage):
     """Which average a snapshot is; `source` is "pattern", "metadata", "config" or "name"."""
 
     profile: Average
     source: str
-
-    @property
-    def step(self) -> int:
-        return int(self.profile.step)
-
-    @property
-    def gamma(self) -> float:
-        """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
-        return gamma_of(self.profile)
-
-    @property
-    def sigma_rel(self) -> float:
-        """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
-        return sigma_rel_of(self.profile)
 
 
 def identify(
@@ -86,7 +73,7 @@ def identify(
             raise bad_number(UPDATE_EVERY, text, "a whole number above 0")
         one_step = metadata.get(ONE_STEP, "").lower() == "true"
         profile = replace(identity.profile, update_every=every, one_step=one_step and every > 1)
-        identity = identity._replace(profile=profile)
+        identity = replace(identity, profile=profile)
     return identity, warnings
 
 

@@ -12,18 +12,34 @@ in two ways (sigma_rel 0.100 and gamma 6.94, which is 0.09997); three decimals t
 by more."""
 
 
+class OfAverage:
+    """What is an average: its `profile` says which."""
+
+    __slots__ = ()
+    profile: Average
+
+    @property
+    def step(self) -> int:
+        return int(self.profile.step)
+
+    @property
+    def gamma(self) -> float:
+        """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
+        return gamma_of(self.profile)
+
+    @property
+    def sigma_rel(self) -> float:
+        """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
+        if isinstance(self.profile, Profile):
+            return self.profile.sigma_rel
+        return 0.0 if self.profile.raw else math.nan
+
+
 def gamma_of(average: Average) -> float:
     """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
     if isinstance(average, Profile):
         return average.gamma
     return math.inf if average.raw else math.nan
-
-
-def sigma_rel_of(average: Average) -> float:
-    """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
-    if isinstance(average, Profile):
-        return average.sigma_rel
-    return 0.0 if average.raw else math.nan
 
 
 def width(average: Average) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.snapshots.kinds import gamma_of, sigma_rel_of
+from posthoc_cli.snapshots.kinds import OfAverage
 from posthoc_cli.solver import Average
 from posthoc_cli.storage import TensorIndex, TensorInfo
 
@@ -32,7 +32,7 @@ class Contents:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(OfAverage):
     """One average of the network at one step: its `profile` says which.
 
     `source` says where step and profile are from: "pattern", "metadata", "config" or "name".
@@ -69,20 +69,6 @@ class Snapshot:
     def bytes(self) -> int:
         """The size of the file."""
         return self.index.size
-
-    @property
-    def step(self) -> int:
-        return int(self.profile.step)
-
-    @property
-    def gamma(self) -> float:
-        """A power function's exponent; infinite of a raw checkpoint, NaN of other averages."""
-        return gamma_of(self.profile)
-
-    @property
-    def sigma_rel(self) -> float:
-        """A power function's relative width; 0 of a raw checkpoint, NaN of other averages."""
-        return sigma_rel_of(self.profile)
 
     @property
     def chain(self) -> tuple[str, ...]:
