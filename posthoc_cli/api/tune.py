@@ -211,7 +211,8 @@ class _Loop:
                     self._start(pool or _Here(), self.queue.pop(0), free.pop(0))
                 if not self.running:
                     break
-                done, _ = wait(self.running, return_when=FIRST_COMPLETED)
+                # A signal that comes just before the wait begins is heeded only when that ends.
+                done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
                 for future in done:
                     free = sorted([*free, self._finish(future)])
         finally:

@@ -215,8 +215,13 @@ class Tuner:
         if range is not None:
             return make_axis(parameter, *range)
         header = self.journal.header
-        if header.get("parameter") == parameter:
-            return make_axis(parameter, *header["range"])
+        if self.measured and header.get("parameter") == parameter:
+            try:
+                low, high = header["range"]
+            except (KeyError, TypeError, ValueError):
+                problem = "its first line doesn't say what was searched"
+                raise UsageError(str(self.journal.path), problem, "name another file") from None
+            return make_axis(parameter, low, high)
         return reached(parameter, self.step, max_error, self._solve)
 
     def _solve(self, targets: Sequence[Target], step: int) -> Solution:
@@ -285,12 +290,14 @@ class Tuner:
         It is in the journal when this returns. Raises UsageError for what is no finite number,
         MachineError when the journal can't be written.
         """
-        values = [metric] if isinstance(metric, (int, float)) else list(metric)
-        values = [float(each) for each in values]
+        try:
+            values = tuple(map(float, metric))  # type: ignore[arg-type]
+        except TypeError:  # there is only one: a number, or an array without axes
+            values = (float(metric),)  # type: ignore[arg-type]
         if not values or not all(abs(each) < MOST for each in values):
             raise UsageError("metric=", f"{metric} is no finite number", "see what went wrong")
-        return self._end(trial, metric=math.fsum(values) / len(values), values=tuple(values),
-                         seconds=seconds)  # fmt: skip
+        mean = math.fsum(values) / len(values)
+        return self._end(trial, metric=mean, values=values, seconds=seconds)
 
     def fail(self, trial: Trial, why: str, *, seconds: float = 0.0) -> Evaluation:
         """A network that was asked for could not be measured; it may be asked for again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 import posthoc_cli
@@ -107,19 +109,22 @@ def test_ask_and_tell(walk: Path, minimize: bool) -> None:
     sign = 1 if minimize else -1
     with run.tuner(minimize=minimize, range="0.02:0.25", evaluations=10) as tuner:
         assert tuner.result().best is None
+        kinds = itertools.cycle([list, tuple, np.array, torch.tensor])
         asked = 0
         while trials := tuner.ask(3):
             assert len(trials) <= 3
             assert len({trial.target for trial in trials}) == len(trials)
             asked += len(trials)
             for trial in trials:
-                tuner.tell(trial, [3 + sign * log_distance(trial)] * 2, seconds=1.5)
+                value = 3 + sign * log_distance(trial)
+                tuner.tell(trial, next(kinds)([value] * 2), seconds=1.5)
         assert asked == 10
         tuned = tuner.result()
     assert tuned.best is not None
     assert tuned.best.metric == pytest.approx(3, abs=0.1)
     assert tuned.best.metric_interval[0] <= tuned.best.metric <= tuned.best.metric_interval[1]
     assert tuned.evaluations[0].values == (3 + sign * log_distance(trial_of(0.02)),) * 2
+    assert tuned.evaluations[3].values == pytest.approx([tuned.evaluations[3].metric] * 2)
     assert tuned.evaluations[0].seconds == 1.5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -301,13 +302,25 @@ def test_interrupted_it_says_what_is_known(
     assert {path.name for path in here.iterdir()} == {"log", "snapshots", "x.tune.jsonl"}
     shell = int((here / "log").read_text().split()[-1])
     for _ in range(1000):
-        try:
-            os.killpg(shell, 0)
-        except ProcessLookupError:
+        if not living(shell):
             break
         time.sleep(0.01)
     else:
         pytest.fail("the command still runs")
+
+
+def living(group: int) -> bool:
+    """Whether a process of the group runs; one that has ended and waits to be asked doesn't."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            states += [state] if int(its_group) == group else []
+    return not states or set(states) != {"Z"}
 
 
 def test_a_table_on_a_terminal(snapshots: Path) -> None:
