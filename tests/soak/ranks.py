@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.ranked import RankRun, group, run_groups
 from tests.soak.scenes import TEMPORARY, make_snapshots
@@ -43,13 +43,21 @@ def ranks(seed: int, tally: Tally, moments: int = MOMENTS) -> None:
                 )
                 for rank, at in batch
             ]
-            for (rank, at), (found,) in zip(batch, run_groups(folder, *groups), strict=True):
-                left = [run for own, run in enumerate(found) if own != rank]
-                slowest = max(slowest, *(run.seconds for run in left))
-                code = 1 if rank < SIZE else (130, 143)[at % 2]
-                losses = _losses(folder / f"k{at}", left, wanted, code)
-                losses += _again(folder, f"k{at}", wanted)
-                tally.count("kills of a rank" if rank < SIZE else "signals to all", losses)
+            ended = run_groups(folder, *groups)
+            found = [
+                _losses(
+                    folder / f"k{at}",
+                    [run for own, run in enumerate(runs) if own != rank],
+                    wanted,
+                    1 if rank < SIZE else (130, 143)[at % 2],
+                )
+                for (rank, at), (runs,) in zip(batch, ended, strict=True)
+            ]
+            slowest = max(slowest, *(run.seconds for (runs,) in ended for run in runs))
+            again = _again(folder, [f"k{at}" for _, at in batch], wanted)
+            for (rank, _), losses, more in zip(batch, found, again, strict=True):
+                kind = "kills of a rank" if rank < SIZE else "signals to all"
+                tally.count(kind, losses + more)
         tally.figures.append(f"all had ended after {slowest:.1f} s")
 
 
@@ -91,12 +99,19 @@ def _losses(into: Path, left: list[RankRun], wanted: bytes, code: int) -> list[s
     return losses
 
 
-def _again(folder: Path, into: str, wanted: bytes) -> list[str]:
-    """What is wrong after another call."""
-    output = folder / into / "x.safetensors"
-    words: list[Any] = [*WORDS, f"{into}/x.safetensors", *(["--force"] if output.exists() else [])]
-    ((again,),) = run_groups(folder, group(1, [words], f"{into}-again"))
-    losses = [] if again[0].code == 0 else [f"another call ended in {again[0].err!r}"]
-    if not output.exists() or output.read_bytes() != wanted:
-        losses.append("another call gave something else")
-    return losses + [f"left {path.name}" for path in output.parent.glob(f".*{TEMPORARY}")]
+def _again(folder: Path, names: Sequence[str], wanted: bytes) -> list[list[str]]:
+    """What is wrong after another call in each of these folders."""
+    groups = []
+    for name in names:
+        output = f"{name}/x.safetensors"
+        words = [*WORDS, output, *(["--force"] if (folder / output).exists() else [])]
+        groups.append(group(1, [words], f"{name}-again"))
+    found = []
+    for name, ((run,),) in zip(names, run_groups(folder, *groups), strict=True):
+        output = folder / name / "x.safetensors"
+        losses = [] if run.code == 0 else [f"another call ended in {run.err!r}"]
+        if not output.exists() or output.read_bytes() != wanted:
+            losses.append("another call gave something else")
+        losses += [f"left {path.name}" for path in output.parent.glob(f".*{TEMPORARY}")]
+        found.append(losses)
+    return found
