@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from posthoc_cli.tuning.process import Belief, FloatArray, fit
+from posthoc_cli.tuning.process import Belief, FloatArray, IntArray, fit
 
 Point = tuple[float, ...]
 
@@ -235,8 +235,35 @@ def _believe(
 ) -> tuple[Belief, _Units]:
     x = _unit(space, [each.point for each in observations])
     values = np.array([each.value for each in observations], dtype=np.float64)
+    good = _plausible(x, values)
+    x, values = x[good], values[good]
     units = _Units(x, values) if len(values) else _Units(np.zeros((1, 1)), np.zeros(1))
     return fit(x, units.to(values), at), units
+
+
+def _plausible(x: FloatArray, values: FloatArray) -> IntArray:
+    """Which of the values are taken: all but a few that went wrong, far too high between others.
+
+    One that is far too low can't be told from a narrow dip; the search measures there again.
+    """
+    good = np.argsort(x[:, 0], kind="stable")
+    while x.shape[1] == 1 and len(good) >= max(5, 0.8 * len(x)):
+        chords = [
+            np.interp(x[one, 0], x[others, 0], values[others])
+            for one, others in ((good[k], np.delete(good, k)) for k in range(1, len(good) - 1))
+        ]
+        rises = values[good[1:-1]] - chords
+        k = int(rises.argmax())
+        if rises[k] <= 10 * np.median(np.abs(rises)):
+            break
+        one, others = good[k + 1], np.delete(good, k + 1)
+        units = _Units(x[others], values[others])
+        there = fit(x[others], units.to(values[others]), x[[one]])
+        away = float(units.to(values[[one]])[0] - there.mean[0])
+        if away < 6 * math.sqrt(max(float(there.covariance[0, 0]), 0.0) + there.noise):
+            break
+        good = others
+    return np.sort(good)
 
 
 def _grid(space: Space) -> FloatArray:

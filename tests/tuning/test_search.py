@@ -93,6 +93,16 @@ def test_the_luckiest_sample_is_not_the_answer() -> None:
     assert 0.03 < known.noise < 0.3
 
 
+@pytest.mark.parametrize("bad", [20.0, 1e6])
+def test_a_value_that_went_wrong_hides_nothing(bad: float) -> None:
+    values = seen(SPACE, 10, lambda point: bowl(point) + 0.02 * math.sin(1000 * point[0]))
+    values[4] = Observation(values[4].point, bad)
+    known = posterior(SPACE, values)
+    assert known.best[0] == pytest.approx(0.1, rel=0.1)
+    assert known.noise < 0.2
+    assert not known.flat
+
+
 def test_equal_values_are_flat() -> None:
     known = posterior(SPACE, seen(SPACE, 7, lambda point: 5.0))
     assert known.flat
