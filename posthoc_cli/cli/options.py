@@ -50,7 +50,7 @@ FolderArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="FOLDER",
-        help="The folder of snapshots; or files and folders in it, by shell glob.",
+        help="The folder of snapshots, or its URL; or files and folders in it, by shell glob.",
         show_default=False,
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 _LONG_REVISION = re.compile(r"refs/(?:convert|pr)/[^/]+")
 """Those that have slashes of their own."""
+
+_WAITS = (0.2, 0.5, 1.0, 2.0, 4.0)
+"""Seconds before an answer that may pass is asked for again."""
 
 _LONGEST = 45.0
 """Seconds in which the hub has to answer."""
@@ -73,11 +77,16 @@ class Repository(Bucket):
         outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def ask() -> None:
-            try:
-                found = what(**self._repo, **asked)
-                outcome.put((list(found) if isinstance(found, Iterator) else found, None))
-            except Exception as error:
-                outcome.put((None, error))
+            for wait in (*_WAITS, None):
+                try:
+                    found = what(**self._repo, **asked)
+                    outcome.put((list(found) if isinstance(found, Iterator) else found, None))
+                    return
+                except Exception as error:
+                    if wait is None or not _may_pass(error):
+                        outcome.put((None, error))
+                        return
+                time.sleep(wait)
 
         # Its own requests wait without end, and no interrupt ends them.
         threading.Thread(target=ask, name="posthoc-hub", daemon=True).start()
@@ -107,7 +116,7 @@ class Repository(Bucket):
             return UsageError(where, "is no name of a repository", "write hf://OWNER/REPO/FOLDER")
         if isinstance(error, known.OfflineModeIsEnabled):
             return MachineError(str(path), "HF_HUB_OFFLINE forbids to ask the hub", "unset it")
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         if status in (401, 403):
             return MachineError(str(path), f"permission denied ({status})", login)
         problem = f"the hub answers {status}" if status else "no connection to the hub"
@@ -149,3 +158,14 @@ class Repository(Bucket):
         there = Url(*self._base.parts, *path.parts[self._depth :])
         found, data = await super().fetch(there, start, end)
         return File(path, found.size), data
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the hub may answer otherwise the next time: it is busy, or there was no answer."""
+    status = _status(error)
+    return status == 429 or status >= 500 or "Connect" in type(error).__name__
+
+
+def _status(error: Exception) -> int:
+    """The status of an answer that is an error; 0 where there was none."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)

@@ -312,6 +312,19 @@ def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> Non
     outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, line)
 
 
+def test_the_hub_is_asked_again(servers: Servers, posthoc_here: Posthoc, monkeypatch) -> None:
+    monkeypatch.setattr("posthoc_cli.storage.hub._WAITS", (0.0, 0.0))
+    servers.hub.token = "secret"
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with Proxy(servers.hub.url) as proxy:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", proxy.url)
+        proxy.add(Fault(path="/api/", status=503, count=2))
+        assert posthoc_here("inspect", "hf://me/ema/snapshots").code == 0
+        proxy.add(Fault(path="/api/", status=503, count=3))
+        line = "hf://me/ema: the hub answers 503; .*; try again"
+        outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, line)
+
+
 def test_nothing_there(
     servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
