@@ -13,7 +13,8 @@ from torch import Tensor
 
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats import open_network
-from posthoc_cli.storage import Reader, TensorInfo
+from posthoc_cli.solver.methods import METHODS
+from posthoc_cli.storage import ENDING, Reader, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.metadata import GAMMA, RUN
 from posthoc_cli.training.averaging import box_of
@@ -105,6 +106,8 @@ def synthesized(
     from posthoc_cli.api import open_snapshots  # only here: training itself needs none of it
 
     own = [path.name for path, _ in own_snapshots(folder, run)] if run is not None else []
+    if method in METHODS and not METHODS[method].takes_raw:
+        own = [name for name in own if not name.removesuffix(ENDING).endswith("-raw")]
     if run is not None and not own:
         raise SnapshotError(
             str(folder), "holds no snapshots of this run yet", "call checkpoint() first"

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.soak.tally import Tally
 from tests.training.processes import lost
 
-ROUNDS = {"pairs": 60, "kills": 150, "ranks": 3}
+ROUNDS = {"pairs": 60, "kills": 150, "ranks": 3, "sharded": 60}
 
 
 def trackers(seed: int, tally: Tally, share: float = 1.0) -> None:

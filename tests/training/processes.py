@@ -288,8 +288,99 @@ def _rank(folder: Path, rank: int, said: Any) -> None:
     os._exit(0)
 
 
+# Sharded, and one of them killed
+
+
+def sharded(folder: Path, count: int, seed: int) -> list[str]:
+    """One of three ranks is killed at `count` moments: the others end by themselves, and nothing
+    that looks whole is not; the next training goes on in the same folder."""
+    import torch.distributed.checkpoint.planner_helpers  # once, before it is forked
+    import torch.distributed.fsdp  # noqa: F401
+
+    losses, rng = [], random.Random(f"sharded/{seed}")
+    total = _FORK.Value("q", 0)
+    place = folder / "measured"
+    place.mkdir(parents=True)
+    for process in [fork(_sharded_rank, place, rank, 3, 0, False, total) for rank in range(3)]:
+        process.join(120)
+    calls, killed = total.value, 0
+    for number in range(count):
+        victim, background = rng.randrange(3), bool(number % 2)
+        at = rng.randrange(1, calls)
+        place = folder / str(number)
+        place.mkdir()
+        where = f"round {number}, rank {victim} killed at call {at}, background={background}"
+        begin = time.monotonic()
+        processes = [
+            fork(_sharded_rank, place, rank, 3, at if rank == victim else 0, background, total)
+            for rank in range(3)
+        ]
+        for process in processes:
+            process.join(60)
+            if process.exitcode is None:
+                losses.append(f"{where}: a rank hangs")
+                process.kill()
+        killed += processes[victim].exitcode == -signal.SIGKILL
+        if time.monotonic() - begin > 45:
+            losses.append(f"{where}: {time.monotonic() - begin:.0f} s until all had ended")
+        run = place / "snapshots"
+        names = [name for name in os.listdir(run) if not name.startswith(".")]
+        try:
+            for snapshot in read_folder(run).usable() if names else ():
+                if len(snapshot.index.files) != 3:
+                    losses.append(f"{where}: {snapshot.file} has {len(snapshot.index.files)} files")
+        except PosthocError as error:
+            losses.append(f"{where}: {error}")
+        again = PostHocEMA(small(), folder=run, checkpoint_every=1, overwrite=True)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        train(again.model, again, 1)
+        again.close()
+        if hidden := [name for name in os.listdir(run) if name.startswith(".")]:
+            losses.append(f"{where}: left {hidden}")
+    if killed < count / 2:
+        losses.append(f"only {killed} of {count} were killed")
+    return losses
+
+
+def _sharded_rank(
+    folder: Path, rank: int, size: int, at: int, background: bool, total: Any
+) -> None:
+    """Train a sharded network; killed at call `at`, if not 0."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("ignore")
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
+    model = fully_shard(small(), mesh=init_device_mesh("cpu", (size,)))
+    ema = PostHocEMA(
+        model, folder=folder / "snapshots", checkpoint_every=1, background=background, keep=2
+    )
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        for _ in range(4):
+            ema.update()
+        ema.close()
+    except RuntimeError:  # of a peer that is no more
+        os._exit(3)
+    sys.setprofile(None)
+    threading.setprofile(None)
+    if rank == 0 and not at:
+        total.value = calls
+    os._exit(0)
+
+
 if __name__ == "__main__":
     _FORK: Any = multiprocessing.get_context("fork")
-    function = {"pairs": pairs, "kills": kills, "ranks": ranks}[sys.argv[2]]
+    function = {"pairs": pairs, "kills": kills, "ranks": ranks, "sharded": sharded}[sys.argv[2]]
     for line in function(Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])):
         print(line)

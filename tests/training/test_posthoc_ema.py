@@ -424,5 +424,7 @@ def test_the_network_itself_beside_its_averages(tmp_path: Path, background: bool
     assert [(each.step, each.sigma_rel) for each in found] == [
         (step, width) for step in (4, 6) for width in (0.0, 0.05, 0.10)
     ]
+    for method in ("edm2", "blup"):  # the first has no use for the network itself
+        assert ema.synthesize(0.07, method=method).keys() == model.state_dict().keys()
     saved = load_file(tmp_path / "ema-step00000006-raw.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
