@@ -319,7 +319,8 @@ def own_step(path: Path, metadata: Mapping[str, str], run: str) -> int | None:
 
 def headers(folder: Path) -> list[SnapshotHeader]:
     """The files in a folder that may be snapshots, and the folders that a tracker has made."""
-    forget()
+    if isinstance(folder, Url):
+        forget()
     names = [name for name in list_folder(folder) if name[0] != "."] if is_folder(folder) else []
     files = [(folder / name, metadata_of(folder / name)) for name in names if name.endswith(ENDING)]
     parts = [(folder / name, metadata_of(folder / name)) for name in names if _OURS.search(name)]
