@@ -49,7 +49,8 @@ def synthesize(
             rich_help_panel=options.OUTPUT,
             show_default=False,
             help="The file or folder to write; with several targets a folder, or a template with "
-            "{sigma_rel}, {gamma}, {target} or {step}. A path that ends in / is made if need be.",
+            "{sigma_rel}, {gamma}, {target} or {step}. A path that ends in / is made if need be. "
+            "Also in a bucket: s3://, gs:// or az://.",
         ),
     ],
     targets: options.Targets,
