@@ -313,6 +313,7 @@ def _changes(walk: _Walk, new: NewFile) -> Callable[[str], bool]:
 def _write_tensor(
     walk: _Walk, outputs: Sequence[_Output], name: str, code: str, progress: Progress | None
 ) -> None:
+    places = {each.new.path: at for at, each in enumerate(outputs)}
     peaks: list[float] = []
     guess: list[How] = []
 
@@ -326,7 +327,10 @@ def _write_tensor(
             return Value(info.dtype, _copy(info.dtype, data, count), None)
         same, differs = slice(0, count), name in output.differ
         starts = anew and first == 0
-        how: How | None = output.usual if starts else guess[at]
+        how: How | None = guess[at]
+        if starts:  # as the tensor was stored before, unless there is a usual one
+            before = guess[places.get(output.new.base or output.new.path, at)]
+            how = before if output.usual is None else output.usual
         if not differs or (starts and base.same(info.dtype, data, same)):
             how = None
         rounded: Rounded | None = None
