@@ -30,6 +30,9 @@ BEAT = 0.5
 PATIENCE = 30
 """Beats without a sign of life after which a rank counts as lost."""
 
+_IN_DOUBT = 6
+"""Beats to wait for one of a rank that may have ended, and may only be busy."""
+
 _GRACE = 12
 """Beats that a rank has to end by itself once another is lost."""
 
@@ -76,7 +79,7 @@ class Peers:
         self._stop, self._over = threading.Event(), threading.Event()
         self._beats = [0] * size
         self._silent = [0] * size
-        self._rounds = 0
+        self._turns = self._rounds = 0  # of `_beat`; in the latter the store has answered
         self._ended: int | None = None
         self._noticed = self._broken = self._alone = False
         self.trouble: PosthocError | None = None
@@ -209,18 +212,27 @@ class Peers:
     def _find_lost(self) -> None:
         """Raise what tells which rank is lost, once a message couldn't be sent."""
         self._tell_failed()
-        before = list(self._beats)
-        for _ in range(6):
-            time.sleep(BEAT)
-            self._check()
-        while self.rank and self._beats[0] != before[0]:  # rank 0 tells, as soon as it notices
-            before = list(self._beats)
-            for _ in range(6):
-                time.sleep(BEAT)
-                self._check()
-        watched = range(1, self.size) if self.rank == 0 else [0]
-        self._lose([rank for rank in watched if self._beats[rank] == before[rank]])
+        if self.rank:  # rank 0 tells, as soon as it notices, unless it is the one
+            beat = -1
+            while beat != self._beats[0]:
+                beat = self._beats[0]
+                self._let_pass(2 * _IN_DOUBT)
+            self._lose([0])
+        else:
+            before, silent = list(self._beats), list(range(1, self.size))
+            for _ in range(4):
+                self._let_pass(_IN_DOUBT)
+                silent = [rank for rank in silent if self._beats[rank] == before[rank]]
+                if len(silent) == 1:
+                    break
+            self._lose(silent)
         self._check()
+
+    def _let_pass(self, beats: int) -> None:
+        turns = self._turns + beats
+        while self._turns < turns:
+            self._check()
+            time.sleep(0.01)
 
     def _lose(self, ranks: Sequence[int]) -> None:
         which = f"rank {ranks[0]}" if ranks else "a rank"
@@ -262,6 +274,7 @@ class Peers:
                 if self.rank and self._store.check(["end"]):
                     self._ended = int(self._store.get("end"))
                 self._rounds += 1
+            self._turns += 1
 
     def _watch(self) -> None:
         """End what can't go on: a rank is lost, or the store that all go by."""
