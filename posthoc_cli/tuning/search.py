@@ -139,12 +139,6 @@ def _told(covariance: FloatArray, at: int, noise: float) -> FloatArray:
     return told
 
 
-def best_point(space: Space, observations: Sequence[Observation]) -> Point:
-    """Where the mean of the curve is least: `posterior(...).best`, alone."""
-    grid = _grid(space)
-    return _point(space, _least(grid, _believe(space, observations, grid)[0].mean[None])[0])
-
-
 def posterior(space: Space, observations: Sequence[Observation], seed: int = 0) -> Posterior:
     """What is known after `observations`; `seed` is of the draws that the intervals are from."""
     grid = _grid(space)
