@@ -98,7 +98,7 @@ def plan(
       posthoc plan --steps 100000 --every 2000 --profiles 0.05,0.10,0.20
       posthoc plan --steps 100000 --every 1000 --window 10% --lr-decay 1-sqrt:20%
       posthoc plan --steps 1000000 --every 8000 --bytes-per-snapshot 1.2GB --json
-      posthoc plan --steps 600 --every 2 --bandwidth 3GB/s --bytes-per-snapshot 9GB
+      posthoc plan --steps 900 --every 30 --bandwidth 3GB/s --bytes-per-snapshot 9GB
     """
     widths = _read_widths(profiles)
     size = (
