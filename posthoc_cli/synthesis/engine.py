@@ -160,15 +160,14 @@ class Engine:
         """The same in the outputs' order, all bytes once, when it is known which tensors vary: by
         `settle`, of these chunks, and `note_all`."""
         self._settled = True
-        self.sum(sink, self._alike(chunks))
+        self.sum(sink, list(self._alike(chunks)))
 
     def check_unchanged(self) -> None:
         """Raise SnapshotError for a snapshot that is not as it was when its header was read."""
         check_unchanged(self._readers)
 
-    def sum(self, sink: Sink, chunks: Iterable[Chunk]) -> None:
+    def sum(self, sink: Sink, chunks: Sequence[Chunk]) -> None:
         """Hand the sums of `chunks` to `sink`, whether their tensors vary or not."""
-        chunks = list(chunks)
         with device_errors(self._device), self._ahead(chunks):
             run_workers(
                 self._cut(chunks),
