@@ -169,6 +169,7 @@ class ObjectFile:
                 block = self._blocks[at]
             count = min(len(view), len(block) - inside)
             memoryview(block)[inside : inside + count] = view[:count]
+            del block  # or the traceback of an error keeps it
             with self._state:
                 self._missing[at] -= count
                 self._written += count

@@ -22,12 +22,15 @@ from tests.servers.faults import Fault, Proxy
 
 pytest.importorskip("obstore")
 
+PART = 1 << 18
+
 TARGET = ("--sigma-rel", "0.07")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Buckets]:
     with Buckets("bucket") as server:
+        server.smallest_part = PART
         yield server
 
 
@@ -44,11 +47,11 @@ def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`large/` in `tmp_path`: snapshots of 12 MB, of which a third never varies."""
+    """`large/` in `tmp_path`: snapshots of several parts, of which a third never varies."""
     for name in ("PART", "HELD"):
-        monkeypatch.setattr(uploads, name, 5 << 20)
+        monkeypatch.setattr(uploads, name, PART)
     (tmp_path / "large").mkdir()
-    values = np.random.default_rng(0).standard_normal((3, 1 << 20)).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal((3, 1 << 17)).astype(np.float32)
     for step in (1000, 2000):
         for sigma_rel in ("0.05", "0.10"):
             tensors = {"a": values[0] * step, "frozen": values[1], "z": values[2] + step}
@@ -90,10 +93,10 @@ def test_a_file(
 SEVERAL = [
     ("emas/", TARGET, ("--gamma", "9", "-q")),
     ("emas-{target}.safetensors", TARGET, ("--window", "20%", "-q")),
-    ("emas.safetensors", TARGET, ("--max-shard-size", "5MB")),
-    ("emas/", TARGET, ("--gamma", "9", "--max-shard-size", "5MB")),
+    ("emas.safetensors", TARGET, ("--max-shard-size", "600kB")),
+    ("emas/", TARGET, ("--gamma", "9", "--max-shard-size", "600kB")),
     ("emas", TARGET, ("--layout", "folder")),
-    ("emas-{target}", TARGET, ("--gamma", "9", "--layout", "folder", "--max-shard-size", "9MB")),
+    ("emas-{target}", TARGET, ("--gamma", "9", "--layout", "folder", "--max-shard-size", "1100kB")),
 ]
 
 
@@ -138,9 +141,9 @@ def test_force_removes_what_was_part_of_the_old_output(
     server.put("bucket", "emax.safetensors", b"another's")
     names = [f"ema-0000{at}-of-00003.safetensors" for at in (1, 2, 3)]
     index = "ema.safetensors.index.json"
-    assert run("--max-shard-size", "4MB") == sorted([*names, index, "emax.safetensors"])
+    assert run("--max-shard-size", "500kB") == sorted([*names, index, "emax.safetensors"])
     assert run() == ["ema.safetensors", "emax.safetensors"]
-    assert len(run("--max-shard-size", "9MB")) == 4
+    assert len(run("--max-shard-size", "1100kB")) == 4
 
 
 def test_outputs_among_snapshots(
@@ -265,21 +268,25 @@ def test_interrupted(server: Buckets, proxy: Proxy, tmp_path: Path) -> None:
     ) as process:
         while not server.uploads and process.poll() is None:
             time.sleep(0.01)
-        begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == "posthoc: interrupted\n"
     assert process.returncode == 130
-    assert time.monotonic() - begin < 10
     assert not server.uploads
     assert written(server) == {}
 
 
-def test_moto(large: Path, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moto(tmp_path: Path, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same by an S3 that is not our own."""
+    (tmp_path / "raw").mkdir()
+    values = np.arange(3 << 20, dtype=np.float32)
+    for step in (1, 2):
+        where = tmp_path / "raw" / f"s{step}.safetensors"
+        save_file({"a": values * step}, where, {"step": str(step)})
     with s3.moto("bucket") as url:
         for name, value in environment(url).items():
             monkeypatch.setenv(name, value)
         out = "s3://bucket/a.safetensors"
+        words = ("synthesize", "raw", "--raw", "--window", "2", "-o", out)
         for more, code in (("-q", 0), ("-q", 2), ("--force", 0)):
-            assert posthoc_here("synthesize", "large", *TARGET, "-o", out, more).code == code
-        assert posthoc_here("verify", out, "large", "--full").code == 0
+            assert posthoc_here(*words, more).code == code
+        assert posthoc_here("verify", out, "raw", "--full").code == 0

@@ -19,10 +19,14 @@ def moto(*buckets: str) -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"
+        _ask(f"{url}/moto-api/reset", "POST")  # what another one had, this one has
         for bucket in buckets:
-            request = urllib.request.Request(f"{url}/{bucket}", method="PUT")
-            with urllib.request.urlopen(request):
-                pass
+            _ask(f"{url}/{bucket}", "PUT")
         yield url
     finally:
         server.stop()
+
+
+def _ask(url: str, method: str) -> None:
+    with urllib.request.urlopen(urllib.request.Request(url, method=method)):
+        pass

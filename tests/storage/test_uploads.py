@@ -21,13 +21,14 @@ from tests.servers.faults import Fault, Proxy
 
 pytest.importorskip("obstore")
 
-PART = 5 << 20
+PART = 1 << 18
 DATA = random.Random(0).randbytes(7 * PART + 3)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Buckets]:
     with Buckets("bucket") as server:
+        server.smallest_part = PART
         yield server
 
 
@@ -49,7 +50,7 @@ def url(name: str = "out", scheme: str = "s3") -> Path:
     return place(f"{scheme}://bucket/{name}")
 
 
-def write(file: ObjectFile, data: bytes, *, chunk: int = 1 << 19, shuffled: bool = False) -> None:
+def write(file: ObjectFile, data: bytes, *, chunk: int = 1 << 15, shuffled: bool = False) -> None:
     """Write `data` by four threads, each taking the next chunk."""
     offsets = list(range(0, len(data), chunk))
     if shuffled:
@@ -99,8 +100,8 @@ def test_far_ahead(server: Buckets, proxy: Proxy, monkeypatch: pytest.MonkeyPatc
     """A write that waits for those before it doesn't wait for ever."""
     monkeypatch.setattr(uploads, "LONGEST_LEAD", 0.01)
     with ObjectFile(url(), len(DATA)) as file:
-        for offset in reversed(range(0, len(DATA), 1 << 20)):
-            file.write_at(offset, DATA[offset : offset + (1 << 20)])
+        for offset in reversed(range(0, len(DATA), 1 << 16)):
+            file.write_at(offset, DATA[offset : offset + (1 << 16)])
     assert server.get("bucket", "out") == DATA
 
 
