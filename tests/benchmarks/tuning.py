@@ -8,8 +8,9 @@ between its most and its least in the range. Each method has 14 evaluations and 
 The regret is by how much the curve there is above its least, in parts of its depth; the distance is
 in log from the true best. `in` says how often the search's interval of 90 % holds the true best.
 
---scikit also runs what one would write with scikit-learn: a Matern kernel with noise, its
-parameters those that are most likely, and expected improvement. It takes ten times longer.
+--scikit also runs what one would write with scikit-learn (pip install scikit-learn): a Matern
+kernel with noise, its parameters those that are most likely, and expected improvement. It takes ten
+times longer.
 
 Exits with 1 where the search's median regret isn't below half of the grid's; without noise, where
 it is above the grid's.
