@@ -16,6 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+LEFT_BEHIND: list[str] = []
+"""What interrupted work couldn't undo, for the command to tell: an interrupt has no words."""
+
 
 def printable(text: str) -> str:
     """`text` with everything that could steer a terminal escaped, on one line.

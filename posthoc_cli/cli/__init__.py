@@ -19,13 +19,14 @@ from types import FrameType
 from typing import NoReturn
 
 from posthoc_cli.cli.ranks import find_place, run_as, trouble
-from posthoc_cli.errors import MachineError, PosthocError, printable
+from posthoc_cli.errors import LEFT_BEHIND, MachineError, PosthocError, printable
 
 _MOST_FILES = 1 << 16
 
 
 def main() -> int:
     """Run the command in `sys.argv`; returns the exit code."""
+    LEFT_BEHIND.clear()
     program = sys._getframe(1).f_globals.get("__name__") == "__main__"
     try:
         code = _main()
@@ -33,8 +34,8 @@ def main() -> int:
         if not isinstance(left.code, int):
             raise
         code = left.code
-        for note in getattr(left, "__notes__", ()):  # what it left behind
-            _say(f"posthoc: {note}")
+        for text in LEFT_BEHIND:
+            _say(f"posthoc: {text}")
     if program and "obstore" in sys.modules:
         # Its threads may still hold what Python takes away at its end, and would crash.
         _finish_stdout()
@@ -54,8 +55,8 @@ def _main() -> int:
         _collect_seldom()
         place = find_place()
         code = _run() if place is None else run_as(place, _run, _fail)
-    except KeyboardInterrupt as error:
-        code = _interrupted(error)
+    except KeyboardInterrupt:
+        code = _interrupted()
     except Exception as error:
         code = _fail(error)
     if place is not None:  # gloo's threads may still wait for a rank that is lost
@@ -75,17 +76,17 @@ def _run() -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         _finish_stdout()
         return 0
-    except KeyboardInterrupt as error:
-        return _interrupted(error)
+    except KeyboardInterrupt:
+        return _interrupted()
     except Exception as error:
         return _fail(error)
 
 
-def _interrupted(error: KeyboardInterrupt) -> int:
+def _interrupted() -> int:
     _finish_stdout()
     if lost := trouble():
         return _fail(lost)
-    _say("; ".join(["posthoc: interrupted", *getattr(error, "__notes__", ())]))
+    _say("; ".join(["posthoc: interrupted", *LEFT_BEHIND]))
     return 130
 
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from posthoc_cli.errors import PosthocError
+from posthoc_cli.errors import LEFT_BEHIND, PosthocError
 from posthoc_cli.storage import stores
 from posthoc_cli.storage.folders import copy_file
 from posthoc_cli.storage.outputs import Group, Output
@@ -119,6 +119,5 @@ def _tell_what_is_left(error: BaseException, files: Sequence[ObjectFile]) -> Non
         text = problem.format(found[0]) + more
         if isinstance(error, PosthocError):
             error.problem, error.remedy = f"{error.problem}; {text}", f"{error.remedy}; {remedy}"
-        else:  # an interrupt; Python 3.11 has a method for it
-            notes = getattr(error, "__notes__", [])
-            error.__notes__ = [*notes, f"{text}; {remedy}"]  # type: ignore[attr-defined]
+        else:
+            LEFT_BEHIND.append(f"{text}; {remedy}")

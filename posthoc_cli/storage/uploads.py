@@ -57,6 +57,13 @@ LONGEST_RETURN = 2.0
 async def _nothing() -> None: ...
 
 
+def _wait(work: concurrent.futures.Future[Any]) -> None:
+    """Wait for the end of `work`, a little at a time: an interrupt that comes right before a wait,
+    or to another thread, doesn't end it."""
+    while not work.done():
+        concurrent.futures.wait([work], 0.2)
+
+
 class Block(bytearray):
     """Bytes that are gathered, and then lent to the store's client until they have arrived."""
 
@@ -193,7 +200,7 @@ class ObjectFile:
         assert self._held or self._written == self.size, f"{self.path} is not whole"
         if self._task is not None:
             begin(self._queue.put(Block()))
-            concurrent.futures.wait([self._task])
+            _wait(self._task)
             assert not self._task.cancelled()
         self._raise_error()
 
@@ -210,7 +217,9 @@ class ObjectFile:
             raise already_exists(self.path)
         self._completing = threading.Event()
         try:
-            begin(self._complete(overwrite, new=before is None)).result()
+            completing = begin(self._complete(overwrite, new=before is None))
+            _wait(completing)
+            completing.result()
         except Exception as error:
             now = self._found(quiet=True)
             if now is None or now["size"] != self.size or now == before:
