@@ -39,6 +39,7 @@ def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """In front of an empty bucket."""
     server.buckets["bucket"].clear()
     server.uploads.clear()
+    monkeypatch.setattr(uploads, "LONGEST_RETURN", 0.1)
     with Proxy(server.url) as proxy:
         for name, value in server.environment(proxy.url).items():
             monkeypatch.setenv(name, value)
