@@ -69,7 +69,7 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
 
     `tell` prints an error and returns its exit code. What is wrong is told by one rank.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would say is said by us
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it would say is said by us
     from posthoc_cli.storage import ranks
 
     code = 1

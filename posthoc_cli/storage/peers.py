@@ -96,8 +96,11 @@ class Peers:
         pool = ThreadPoolExecutor(1, thread_name_prefix="posthoc-meeting")
         meeting = pool.submit(self._connect)
         pool.shutdown(wait=False)
+        until = time.monotonic() + MEETING.total_seconds()
         while not meeting.done():
             self._check()
+            if time.monotonic() > until:  # torch may take several times as long
+                raise self._not_met("no answer")
             time.sleep(0.01)
         meeting.result()
 
@@ -117,13 +120,13 @@ class Peers:
             # Not torch's default group, which is the user's own to make.
             self._gloo = ProcessGroupGloo(self._store, self.rank, self.size, _FOREVER)
         except (RuntimeError, ValueError, OSError) as error:
-            where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
             why = str(error).partition("\n")[0].partition(". ")[0]
-            raise MachineError(
-                where,
-                f"the {self.size} ranks didn't meet there ({why})",
-                "start all of them, with an address that each machine reaches",
-            ) from error
+            raise self._not_met(why) from error
+
+    def _not_met(self, why: str) -> MachineError:
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        remedy = "start all of them, with an address that each machine reaches"
+        return MachineError(where, f"the {self.size} ranks didn't meet there ({why})", remedy)
 
     # Messages
 
