@@ -126,7 +126,7 @@ def reading_ahead(
     if not files:
         yield
         return
-    from posthoc_cli.storage.fetching import fetching_ahead
+    from posthoc_cli.storage.remote.fetching import fetching_ahead
 
     places = (
         (step, *place)

@@ -16,9 +16,9 @@ from pathlib import Path
 from posthoc_cli.storage.aside import flush_folder, remove
 from posthoc_cli.storage.disk import already_exists, make_folder, write_errors
 from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.remote.uploads import copy_object, remove_object
 from posthoc_cli.storage.stores import exists, forget, is_folder, list_folder
 from posthoc_cli.storage.temporary import clean_up, locks_exist, make_temporary, temporary_name
-from posthoc_cli.storage.uploads import copy_object, remove_object
 from posthoc_cli.storage.writing import check_writable
 
 _UNSEEN = 5.0

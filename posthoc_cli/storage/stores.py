@@ -72,7 +72,7 @@ def store_of(path: Path) -> Store:
     """The store that a path or Url is of. Raises UsageError where what it needs isn't installed."""
     if not isinstance(path, Url):
         return _DISK
-    from posthoc_cli.storage.remote import remote_store
+    from posthoc_cli.storage.remote.objects import remote_store
 
     return remote_store(path)
 
@@ -134,7 +134,7 @@ def identity(path: Path) -> Hashable | None:
 def will_open(paths: Sequence[Path]) -> None:
     """Say that files and folders are going to be opened, in this order: a store begins with it."""
     if paths and isinstance(paths[0], Url):
-        from posthoc_cli.storage.remote import remote_store
+        from posthoc_cli.storage.remote.objects import remote_store
 
         remote_store(paths[0]).will_open(paths)
 
@@ -143,7 +143,7 @@ def forget() -> None:
     """Look anew for what lies in the stores: what was listed is as old as the last call."""
     import sys
 
-    if remote := sys.modules.get("posthoc_cli.storage.remote"):
+    if remote := sys.modules.get("posthoc_cli.storage.remote.objects"):
         remote.forget()
 
 
@@ -151,7 +151,7 @@ def abandon() -> None:
     """Wait for no store any longer, as an interrupt asks for it."""
     import sys
 
-    if fetching := sys.modules.get("posthoc_cli.storage.fetching"):
+    if fetching := sys.modules.get("posthoc_cli.storage.remote.fetching"):
         fetching.abandon()
 
 

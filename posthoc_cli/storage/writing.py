@@ -41,7 +41,9 @@ def make_output(path: Path, size: int, *, overwrite: bool = False, in_order: boo
     """A file or object to be written; without `in_order` its bytes may come in any order."""
     check_writable(path)
     if isinstance(path, Url):
-        from posthoc_cli.storage.uploads import ObjectFile  # only here: asyncio is slow to import
+        from posthoc_cli.storage.remote.uploads import (
+            ObjectFile,  # only here: asyncio is slow to import
+        )
 
         return ObjectFile(path, size, overwrite=overwrite, in_order=in_order)
     return atomic.AtomicFile(path, size, overwrite=overwrite)
@@ -52,7 +54,7 @@ def make_output_folder(
 ) -> OutputFolder:
     """A folder with `files`, copies of others and texts; see `folders.AtomicFolder`."""
     if isinstance(path, Url):
-        from posthoc_cli.storage.upload_groups import ObjectFolder
+        from posthoc_cli.storage.remote.upload_groups import ObjectFolder
 
         return ObjectFolder(path, files, copied, texts)
     return AtomicFolder(path, files, copied, texts)
@@ -61,7 +63,7 @@ def make_output_folder(
 def commit_together(groups: Sequence[Group]) -> contextlib.AbstractContextManager[None]:
     """Open the files of all groups for a `with` block, at the end of which all appear, or none."""
     if any(isinstance(group.path, Url) for group in groups):
-        from posthoc_cli.storage.upload_groups import upload_together
+        from posthoc_cli.storage.remote.upload_groups import upload_together
 
         return upload_together(groups)
     return atomic.commit_together(groups)

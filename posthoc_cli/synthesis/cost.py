@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from posthoc_cli.storage.fetching import BUDGET, GENERATIONS, LARGEST, MOST_IN_FLIGHT, SMALLEST
+from posthoc_cli.storage.remote.fetching import (
+    BUDGET,
+    GENERATIONS,
+    LARGEST,
+    MOST_IN_FLIGHT,
+    SMALLEST,
+)
 from posthoc_cli.synthesis.engine import BATCH, ROW_BYTES, WORKER_BYTES
 
 

@@ -35,7 +35,7 @@ model_of.LARGEST = 1 << 19  # as in the processes that are measured
 
 COMMAND = """
 import os, sys
-import posthoc_cli.storage.fetching as fetching
+import posthoc_cli.storage.remote.fetching as fetching
 from posthoc_cli.cli import main
 fetching.MOST_IN_FLIGHT = int(sys.argv.pop(1)) or fetching.MOST_IN_FLIGHT
 fetching.LARGEST = 1 << 19

@@ -18,7 +18,7 @@ from posthoc_cli.cli.scale import read_bandwidth, read_time
 from posthoc_cli.errors import UsageError
 from posthoc_cli.plotting import density
 from posthoc_cli.solver.profiles import Profile
-from posthoc_cli.storage.fetching import BUDGET, GENERATIONS, LARGEST
+from posthoc_cli.storage.remote.fetching import BUDGET, GENERATIONS, LARGEST
 from posthoc_cli.synthesis.cost import cost, request_size
 from tests.command import Posthoc, on_terminal, visible
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from posthoc_cli.storage import remote, sources, stores
+from posthoc_cli.storage import stores
+from posthoc_cli.storage.remote import objects, sources
 from tests.command import Posthoc, Run
 from tests.packing import averages, write
 from tests.servers.base import unused_url
@@ -313,7 +314,7 @@ def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> Non
 
 
 def test_the_hub_is_asked_again(servers: Servers, posthoc_here: Posthoc, monkeypatch) -> None:
-    monkeypatch.setattr("posthoc_cli.storage.hub._WAITS", (0.0, 0.0))
+    monkeypatch.setattr("posthoc_cli.storage.remote.hub._WAITS", (0.0, 0.0))
     servers.hub.token = "secret"
     monkeypatch.setenv("HF_TOKEN", "secret")
     with Proxy(servers.hub.url) as proxy:
@@ -378,7 +379,7 @@ def test_a_changed_object_is_noticed(
 
     def replaced(paths: list[Path]) -> None:
         heads(paths)
-        store = remote.remote_store(paths[0])
+        store = objects.remote_store(paths[0])
         for path in paths:
             with store.open(path, ""):
                 data = servers.buckets.get("bucket", f"changing/{path.name}")
@@ -428,7 +429,7 @@ def test_local_folders_import_none_of_it(snapshots: Path) -> None:
     code = (
         "import sys, posthoc_cli; run = posthoc_cli.open_snapshots('snapshots');"
         "run.solve(gamma=8).save('out.safetensors');"
-        "print({'obstore', 'huggingface_hub', 'asyncio', 'posthoc_cli.storage.remote'}"
+        "print({'obstore', 'huggingface_hub', 'asyncio', 'posthoc_cli.storage.remote.objects'}"
         " & sys.modules.keys())"
     )
     command = [sys.executable, "-c", code]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from posthoc_cli.storage import uploads
+from posthoc_cli.storage.remote import uploads
 from tests.command import ENVIRONMENT, Posthoc
 from tests.servers import s3
 from tests.servers.buckets import Buckets, environment

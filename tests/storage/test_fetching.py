@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from posthoc_cli.errors import SnapshotError
-from posthoc_cli.storage import fetching
-from posthoc_cli.storage.fetching import Read, RemoteFile, Stream, fetching_ahead
 from posthoc_cli.storage.places import File
+from posthoc_cli.storage.remote import fetching
+from posthoc_cli.storage.remote.fetching import Read, RemoteFile, Stream, fetching_ahead
 
 SIZE = 3 << 20
 

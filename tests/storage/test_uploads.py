@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from posthoc_cli.errors import LEFT_BEHIND, MachineError, PosthocError, UsageError
-from posthoc_cli.storage import uploads
 from posthoc_cli.storage.outputs import Group
 from posthoc_cli.storage.places import place
-from posthoc_cli.storage.uploads import ObjectFile
+from posthoc_cli.storage.remote import uploads
+from posthoc_cli.storage.remote.uploads import ObjectFile
 from posthoc_cli.storage.writing import commit_together
 from tests.servers.buckets import Buckets
 from tests.servers.faults import Fault, Proxy

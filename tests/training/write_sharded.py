@@ -160,7 +160,7 @@ def save(ema: PostHocEMA, place: Path) -> None:
 
 def in_a_bucket(mesh: DeviceMesh) -> list[str]:
     """At step 2 an object of process 1 can't be completed; step 6 is written twice."""
-    from posthoc_cli.storage.uploads import ObjectFile
+    from posthoc_cli.storage.remote.uploads import ObjectFile
 
     placed = ObjectFile.place
     ema = tracker(fsdp(network(), mesh), "s3://bucket/run", keep=2, background=True)

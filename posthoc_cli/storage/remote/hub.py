@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.sources import CLIENT, Bucket, Found, make_store, needs
+from posthoc_cli.storage.remote.sources import CLIENT, Bucket, Found, make_store, needs
 
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 

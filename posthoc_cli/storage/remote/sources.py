@@ -82,7 +82,7 @@ def make_store(url: Url, **options: Any) -> Any:
     host = url.parts[1]
     with errors(url):
         if url.scheme == "s3":
-            from posthoc_cli.storage.profiles import aws_options
+            from posthoc_cli.storage.remote.credentials import aws_options
 
             return store.S3Store(host, **aws_options(url), **options)
         if url.scheme == "gs":

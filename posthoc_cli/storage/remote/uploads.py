@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.storage.disk import already_exists, write_errors
-from posthoc_cli.storage.fetching import begin
 from posthoc_cli.storage.places import Url
-from posthoc_cli.storage.sources import make_store, told
+from posthoc_cli.storage.remote.fetching import begin
+from posthoc_cli.storage.remote.sources import make_store, told
 
 PART = 8 << 20
 """Bytes of a part. Stores want at least 5 MiB."""

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO, cast
 
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.storage.disk import changed, unreadable
-from posthoc_cli.storage.fetching import RemoteFile, Stream, begin
 from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.sources import Bucket, Server, Source
+from posthoc_cli.storage.remote.fetching import RemoteFile, Stream, begin
+from posthoc_cli.storage.remote.sources import Bucket, Server, Source
 
 HEAD = 512 << 10
 """Bytes of a file that are fetched when it is opened: the headers of most are shorter."""
@@ -47,7 +47,7 @@ def remote_store(path: Path) -> RemoteStore:
 
 def _source_of(url: Url) -> Source:
     if url.scheme == "hf":
-        from posthoc_cli.storage.hub import repository
+        from posthoc_cli.storage.remote.hub import repository
 
         return repository(url)
     return Server(url) if url.scheme.startswith("http") else Bucket(url)

@@ -12,7 +12,7 @@ from posthoc_cli.storage import stores
 from posthoc_cli.storage.folders import copy_file
 from posthoc_cli.storage.outputs import Group, Output
 from posthoc_cli.storage.places import File
-from posthoc_cli.storage.uploads import AT_ONCE, ObjectFile, remove_object
+from posthoc_cli.storage.remote.uploads import AT_ONCE, ObjectFile, remove_object
 
 
 class ObjectFolder:
