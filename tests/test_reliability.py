@@ -15,7 +15,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from posthoc_cli.storage import atomic as atomicfile
-from posthoc_cli.storage import readers as reading
 from posthoc_cli.synthesis import engine as synthesis
 from tests.command import ROOT, Posthoc
 from tests.soak.calls import ERRORS, SYSCALLS, unhooked
@@ -178,8 +177,8 @@ def test_short_reads_and_writes_are_gone_on_with(
     def short_write(fd: int, data: memoryview, offset: int) -> int:
         return write(fd, data[: len(data) // 2 + 1], offset)
 
-    monkeypatch.setattr(reading.os, "preadv", short_read)
-    monkeypatch.setattr(atomicfile.os, "pwrite", short_write)
+    monkeypatch.setattr(os, "preadv", short_read)
+    monkeypatch.setattr(os, "pwrite", short_write)
     assert posthoc_here(*SYNTHESIZE).code == 0
     assert (tmp_path / "x.safetensors").read_bytes() == (
         tmp_path / "whole.safetensors"
