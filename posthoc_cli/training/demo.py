@@ -115,6 +115,8 @@ def train(
             progress(step)
     final = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     states = [load_file(path) for path in tracked.checkpoint()]
+    for tracker in (saved, tracked):
+        tracker.close()
     return final, dict(zip(TRUE_PROFILES, states, strict=True))
 
 

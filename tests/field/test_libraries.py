@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from posthoc_cli import open_snapshots, verify
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -25,10 +23,16 @@ peft: Any = None
 
 
 @pytest.fixture(scope="module", autouse=True)
-def libraries() -> None:
-    """They take seconds to import: only by the process that runs these tests."""
-    for name in LIBRARIES:
-        globals()[name] = pytest.importorskip(name)
+def libraries() -> Iterator[None]:
+    """They take seconds to import: only by the process that runs these tests. Nothing is asked of
+    the hub, which other tests of that process may do."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for name in LIBRARIES:
+            globals()[name] = pytest.importorskip(name)
+        yield
 
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "scaler.pt")
