@@ -31,12 +31,6 @@ def make_folder(folder: Path, *, parents: bool = False) -> None:
         folder.mkdir(parents=parents, exist_ok=True)
 
 
-def remove_file(path: Path) -> None:
-    """Remove `path` if it is there."""
-    with write_errors(path):
-        path.unlink(missing_ok=True)
-
-
 def remove_whole(path: Path) -> None:
     """Remove the file or the whole folder `path`, if it is there."""
     with write_errors(path):

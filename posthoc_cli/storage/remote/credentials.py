@@ -12,10 +12,6 @@ from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import Url
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
-_IN_CONTAINERS = (
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
 
 
 def aws_options(url: Url) -> dict[str, Any]:
