@@ -44,7 +44,7 @@ def request_size(snapshots: int, targets: int) -> int:
     """
     sums = 8 * targets if snapshots > BATCH else 0
     element = 2 * min(snapshots, BATCH) + sums + 2 * targets
-    row = min(ROW_BYTES["cpu"], 2 * (WORKER_BYTES["cpu"] // element))
+    row = min(ROW_BYTES["store"], 2 * (WORKER_BYTES["store"] // element))
     most = max(min(BUDGET // (GENERATIONS * snapshots), LARGEST), SMALLEST)
     return max(most // row, 1) * row
 

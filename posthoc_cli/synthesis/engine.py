@@ -18,6 +18,7 @@ import numpy as np
 
 from posthoc_cli.storage import Reader
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, bytes_of, decode
+from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.readers import can_open, check_unchanged, reading_ahead
 from posthoc_cli.storage.workers import default_workers, run_workers
 from posthoc_cli.synthesis.accumulators import (
@@ -36,11 +37,13 @@ BATCH = 16
 """Snapshots that are read before they are summed: memory does not grow with their number. Where
 all fit in one batch, no sum ever goes through memory."""
 
-ROW_BYTES = {"cpu": 1 << 19, "device": 1 << 21}
+ROW_BYTES = {"cpu": 1 << 19, "store": 1 << 20, "device": 1 << 21}
 """Bytes read from a snapshot at a time. A worker's rows should stay in the processor's last cache
-until they are summed; much smaller ones cost more in calls, and write the outputs in bits."""
+until they are summed; much smaller ones cost more in calls, and write the outputs in bits. Of
+hundreds of snapshots in a store each row is a request, which may take as long as a row of twice
+the size."""
 
-WORKER_BYTES = {"cpu": 12 << 20, "device": 128 << 20}
+WORKER_BYTES = {"cpu": 12 << 20, "store": 24 << 20, "device": 128 << 20}
 """The most that a worker's rows, sums and results may take together: with many targets, or more
 snapshots than one batch has, chunks get smaller."""
 
@@ -114,7 +117,8 @@ class Engine:
         }
         self._device = device
         self._workers = workers or default_workers()
-        where = "cpu" if device == "cpu" else "device"
+        afar = any(isinstance(file.path, Url) for source in plan.sources for file in source.files)
+        where = "device" if device != "cpu" else "store" if afar else "cpu"
         self._row_bytes = max(row_bytes or ROW_BYTES[where], 8 * STRIDE)
         self._worker_bytes = WORKER_BYTES[where]
         several = any(segment.exponents for segment in plan.segments)

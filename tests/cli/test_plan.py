@@ -362,8 +362,8 @@ def test_what_can_not_be_planned_of_other_machines(posthoc_here: Posthoc) -> Non
 
 def test_requests_of_the_model_are_those_of_the_reader() -> None:
     """Whole rows of the engine, as many as the reader puts in a range of its budget."""
-    assert request_size(600, 1) == 1 << 19
-    assert request_size(16, 1) == (BUDGET // (GENERATIONS * 16) >> 19) << 19
+    assert request_size(600, 1) == 1 << 20
+    assert request_size(16, 1) == (BUDGET // (GENERATIONS * 16) >> 20) << 20
     assert request_size(2, 1) == LARGEST
     small = cost(4, 1000, 2, 3, 1e9, 0.1)
     assert (small.bytes_read, small.bytes_written) == (1334, 667)
