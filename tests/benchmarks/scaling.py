@@ -4,7 +4,7 @@
 
 `ranks`: one rank and two, of snapshots on the disk: what each reads, by /proc, beside an equal
 part. `requests`: snapshots in a bucket, whose server answers so late as is said, with so many
-requests of one row under way, as with hundreds of snapshots: seconds by the model, and measured. The
+requests of one row under way, as with hundreds of snapshots: seconds by the model, and true. The
 model's bandwidth is what was measured without latency. What the same command takes of smaller
 snapshots, which it looks at in as many places before it sums them, is taken off. Exits with 1 when
 a prediction is off by more than a half. All on this machine, which the server shares.
