@@ -22,8 +22,8 @@ def doubts(tuner: Tuner, best: Trial, belief: Posterior) -> Iterator[str]:
     """That the best is at an edge, the curve flat, or the networks too far off: a line each."""
     if belief.flat:
         yield (
-            f"the metric is flat within its noise: no {tuner.axis.parameter} is better than others "
-            "by more than chance"
+            f"the metric is flat within its noise: no {str(best.target).split()[0]} is better than "
+            "others by more than chance"
         )
     elif belief.at_edge:
         yield (

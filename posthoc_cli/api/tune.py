@@ -18,7 +18,7 @@ from posthoc_cli.api.solution import Progress
 from posthoc_cli.api.tuner import Trial, Tuned, Tuner, check_local
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder, remove_whole
-from posthoc_cli.storage.places import place
+from posthoc_cli.storage.places import is_url, place
 from posthoc_cli.tuning.journal import Evaluation
 from posthoc_cli.tuning.metric import CommandMetric
 from posthoc_cli.tuning.reading import NoMetric, finite
@@ -74,6 +74,11 @@ def tune(
         if not skip_existing:
             raise already_exists(place(output))
         search["evaluations"] = 0
+    journal = search.get("journal")
+    if output is not None and journal is not None and not is_url(output):
+        check_local("journal", journal)
+        if os.path.abspath(output) == os.path.abspath(journal):
+            raise UsageError("journal=", f"'{journal}' is the output", "name another file")
     search.setdefault("name", {"callable": _name(metric)})
     with Tuner(run, **search) as tuner, contextlib.ExitStack() as stack:
         if started:
@@ -229,6 +234,7 @@ class _Loop:
             self.queue = self.tuner.ask(1)
             return
         size = self.tuner.bytes_of_network() + _MARGIN
+        make_folder(self.place)  # again, if a metric has removed it
         count = max(int(min(count, free_bytes(self.place) // size)), 1)
         while True:
             self.queue = self.tuner.ask(count)

@@ -282,7 +282,7 @@ def _draw(tuner: Tuner, tuned: Tuned) -> None:
     """A line for each length that was measured, by length; then the best."""
     console = stdout_console()
     parameter = (
-        tuner.axis.parameter.replace("_", " ") if tuner.axis.parameter != "sigma_rel" else ""
+        tuner.axis.parameter.replace("_", "-") if tuner.axis.parameter != "sigma_rel" else ""
     )
     steps = ["step"] if tuner.steps else []
     table = plain_table(

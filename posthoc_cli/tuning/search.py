@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.tuning.process import Belief, FloatArray, IntArray, fit
 
@@ -23,6 +24,10 @@ LEVEL = 0.9
 SPREAD = 1.6449
 """Standard deviations to each side that hold as much of a normal variable."""
 DRAWS = 1000
+NO_GAIN = 1e-9
+"""In standard deviations of the values: by less than that nothing lowers the minimum."""
+SAME, ENOUGH = 1e-3, 0.5
+"""Of the range: points that are no other; of the gain: what a point tells that tells as much."""
 STEEP = 5.0
 """In differences between the least and the middle of the range: where steepness begins to count."""
 
@@ -102,9 +107,11 @@ def suggest(
     """The `count` points to evaluate next, while those `pending` are still being evaluated.
 
     Each is where a value is expected to lower the minimum of the curve's mean most: the expected
-    improvement for noisy values, also called knowledge gradient. A point that is pending or was
-    just chosen counts as if its value had come out as expected. The same input gives the same
-    points.
+    improvement for noisy values, also called knowledge gradient. Where no value is expected to
+    lower it, as when a metric without noise has told where its best is, it is where the curve is
+    known least. Of what was measured already another value is asked for only where no point beside
+    it tells about as much. A point that is pending or was just chosen counts as if its value had
+    come out as expected. The same input gives the same points.
     """
     grid = _grid(space)
     belief, _ = _believe(space, observations, grid)
@@ -112,9 +119,17 @@ def suggest(
     for point in pending:
         at = int(np.abs(grid - _unit(space, [point])).sum(axis=1).argmin())
         covariance = _told(covariance, at, belief.noise)
+    there = _unit(space, [*(each.point for each in observations), *pending])
+    away = np.abs(grid[:, None] - there).max(axis=2)  # [G, N]
+    new: npt.NDArray[np.bool_] = np.asarray(away.min(axis=1, initial=1.0) > SAME)
     found = []
     for _ in range(count):
-        at = int(_gains(belief.mean, covariance, belief.noise).argmax())
+        gains = _gains(belief.mean, covariance, belief.noise)
+        if gains.max() <= NO_GAIN:
+            gains = np.diag(covariance)
+        others = np.where(new, gains, 0.0)
+        at = int((others if others.max() > ENOUGH * gains.max() else gains).argmax())
+        new[at] = False
         covariance = _told(covariance, at, belief.noise)
         found.append(_point(space, grid[at]))
     return found

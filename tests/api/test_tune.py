@@ -249,8 +249,10 @@ def test_the_step_as_well(walk: Path) -> None:
 def test_doubts_are_told(walk: Path) -> None:
     run = posthoc_cli.open_snapshots(walk)
 
-    def notes(metric: Callable[[Trial, int], float], low: float = 0.05, **options: Any) -> str:
-        with run.tuner(minimize=True, range=(low, 0.2), **options) as tuner:
+    def notes(
+        metric: Callable[[Trial, int], float], low: float = 0.05, high: float = 0.2, **options: Any
+    ) -> str:
+        with run.tuner(minimize=True, range=(low, high), **options) as tuner:
             while trials := tuner.ask():
                 tuner.tell(trials[0], metric(trials[0], len(tuner.measured)))
             return "\n".join(tuner.result().notes)
@@ -260,6 +262,8 @@ def test_doubts_are_told(walk: Path) -> None:
     assert "sigma_rel 0.05, lies at the edge of the range" in edge
     noise = np.random.default_rng(0).standard_normal(14)
     assert "flat within its noise" in notes(lambda _, count: noise[count])
+    half_life = {"parameter": "half_life", "low": 100, "high": 200}
+    assert "no half-life is better" in notes(lambda _, count: noise[count], **half_life)
     # Between the first snapshots all are far off.
     far = notes(lambda trial, _: log_distance(trial) ** 2, step=190)
     assert "so that the error may have done it" in far

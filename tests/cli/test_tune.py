@@ -111,6 +111,13 @@ def test_commands_that_go_wrong(
     assert entries(snapshots.parent / "snapshots.tune.jsonl")[-1]["failed"]
 
 
+def test_a_command_that_removes_the_folder(snapshots: Path, posthoc_here: Posthoc) -> None:
+    metric = "rm -r $(dirname {file}); echo 1"
+    run = posthoc_here(*WORDS, metric, "--minimize", "--evaluations", "8")
+    assert run.code == 0, run
+    assert len(entries(snapshots.parent / "snapshots.tune.jsonl")) == 8
+
+
 def test_what_is_ambiguous_is_told_once(snapshots: Path, posthoc_here: Posthoc) -> None:
     words = (*WORDS, "echo {file} >&2; echo fid 3 of 5", "--minimize", "--evaluations", "3")
     run = posthoc_here(*words)
@@ -166,6 +173,13 @@ def test_what_is_ambiguous_is_told_once(snapshots: Path, posthoc_here: Posthoc) 
         (
             ["--metric", "a {file}", "--minimize", "--journal", "snapshots"],
             "snapshots: is no file; .*",
+        ),
+        (
+            [
+                *("--metric", "a {file}", "--minimize"),
+                *("--journal", "x.safetensors", "-o", "./x.safetensors"),
+            ],
+            "--journal: 'x.safetensors' is the output; name another file",
         ),
     ],
 )

@@ -126,6 +126,21 @@ def test_suggestions_lie_apart_and_keep_off_what_is_pending() -> None:
     assert both[0] != both[1]
 
 
+@pytest.mark.parametrize("best", [0.1, 0.3])
+def test_without_noise_nothing_is_measured_twice(best: float) -> None:
+    def metric(point: Point) -> float:
+        return math.cosh(math.log(point[0] / best))
+
+    values = seen(SPACE, 7, metric)
+    while len(values) < 14:
+        (point,) = suggest(SPACE, values)
+        values.append(Observation(point, metric(point)))
+    logs = sorted(math.log(each.point[0]) for each in values)
+    assert min(high - low for low, high in pairwise(logs)) > 0.005
+    # Once it is known where the best is, the rest goes to the widest gaps, not to one end.
+    assert max(high - low for low, high in pairwise(logs)) < 0.3
+
+
 def test_the_step_is_searched_too() -> None:
     def metric(point: Point) -> float:
         length, step = point
