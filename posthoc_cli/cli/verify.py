@@ -51,12 +51,13 @@ def verify(
     """
     load_numpy()
     from posthoc_cli.api import verify as verify_output
+    from posthoc_cli.storage.places import place
 
     with progress_bar("verify", None, not quiet) as advance:
         report = verify_output(out, folder, full=full, progress=advance)
     output = str(report.output)
     if as_json:
-        where = out.parent if folder is None else folder
+        where = report.output.parent if folder is None else place(folder)
         print_json(_describe(output, str(where), full, report))
     elif not report.problems:
         _say(output, report)

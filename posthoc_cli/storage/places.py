@@ -19,6 +19,9 @@ SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 _ALIKE = {"gcs": "gs", "s3a": "s3", "azure": "az", "abfs": "az", "abfss": "az"}
 """What other programs call them."""
 
+_NO_HOST = re.compile(r"[\s\\<>\"'`^|{}%?#]|^\.+$")
+"""What no bucket, host or owner is named like; obstore may panic at it."""
+
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
 
 if TYPE_CHECKING:
@@ -105,6 +108,8 @@ def place(given: str | os.PathLike[str]) -> Path:
     if scheme not in SCHEMES:
         if len(match[2]) < 2 or os.path.lexists(text):
             return as_it_is
+        if scheme == "file":
+            raise UsageError(text, "is a URL of the local disk", "give the path instead")
         kinds = either([f"{each}://" for each in SCHEMES])
         raise UsageError(text, f"{match[1]}:// is not known", f"give a path, {kinds}")
     rest = match[3]
@@ -115,6 +120,9 @@ def place(given: str | os.PathLike[str]) -> Path:
         rest = unquote(rest)
     host, _, key = rest.partition("/")
     key = posixpath.normpath(key.strip("/")) if key else ""
+    if _NO_HOST.search(host):
+        problem = f"'{host}' can't be the name of a bucket or host"
+        raise UsageError(text, problem, f"write {scheme}://{_NEXT[scheme]}")
     if not host or key.startswith(".."):
         raise UsageError(text, "is not a whole URL", f"write {scheme}://{_NEXT[scheme]}")
     return Url(f"{scheme}:", host, key)

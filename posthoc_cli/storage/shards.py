@@ -36,7 +36,7 @@ from posthoc_cli.storage.header import (
 )
 from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
-from posthoc_cli.storage.stores import exists, is_folder, list_folder, open_file
+from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder, open_file
 from posthoc_cli.storage.temporary import clean_up
 
 ENDING = ".safetensors"
@@ -353,7 +353,8 @@ def made_by_posthoc(path: Path) -> bool:
 def is_output(folder: Path) -> bool:
     """Whether an output of ours is this folder as a whole; raises MachineError where it can't be
     read."""
-    return read_manifest(folder) is not None and _has_recipe(folder)
+    # A file first: a server may refuse to tell what isn't there, and errors name what was given.
+    return not is_file(folder) and read_manifest(folder) is not None and _has_recipe(folder)
 
 
 def _has_recipe(path: Path) -> bool:

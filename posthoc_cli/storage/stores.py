@@ -87,7 +87,9 @@ def list_folder(
     try:
         return sorted(store_of(folder).list(folder))
     except FileNotFoundError:
-        raise UsageError(str(folder), "there is no such folder", "check the path") from None
+        pattern = set("*?[") & set(folder.name)
+        there = "give the folder, and only= the pattern" if pattern else "check the path"
+        raise UsageError(str(folder), "there is no such folder", there) from None
     except NotADirectoryError:
         raise UsageError(str(folder), "is not a folder", remedy) from None
     except OSError as error:

@@ -185,6 +185,8 @@ def test_only_and_pattern(servers: Servers, posthoc_here: Posthoc) -> None:
         "ema-{step}-{sigma_rel}.safetensors",
     )
     same(posthoc_here, servers.folder / "snapshots", url, *few)
+    line = ".*: there is no such folder; give the folder, and --only the pattern"
+    posthoc_here("inspect", f"{url}/*-0.05.*").failed(2, line)
 
 
 def test_files_by_name_where_a_server_lists_nothing(
@@ -202,6 +204,32 @@ def test_files_by_name_where_a_server_lists_nothing(
         one = posthoc_here("inspect", f"{folder}/{names[0]}", "--json")
         assert [each["file"] for each in one.json["snapshots"]] == names[:1]
         posthoc_here("inspect", folder).failed(1, f"{folder}: .*: permission denied .403.; .*")
+
+
+def test_files_of_a_server_that_hides_what_is_missing(
+    servers: Servers, posthoc_here: Posthoc
+) -> None:
+    """As public buckets do by https for who may not list them."""
+    name = sorted(path.name for path in (servers.folder / "snapshots").iterdir())[0]
+    with Files(servers.folder, index=False, hides=True) as files:
+        for missing in ("snapshots", "snapshots/x.safetensors"):
+            url = f"{files.url}/{missing}"
+            posthoc_here("inspect", url).failed(1, f"{url}: .*: permission denied .403.; .*")
+        one = posthoc_here("inspect", f"{files.url}/snapshots/{name}", "--json")
+        assert [each["file"] for each in one.json["snapshots"]] == [name]
+
+
+def test_links_from_the_root(servers: Servers, posthoc_here: Posthoc) -> None:
+    with Files(servers.folder, absolute=True) as files:
+        done = posthoc_here("inspect", f"{files.url}/snapshots", "--json")
+        assert len(done.json["snapshots"]) == 8
+
+
+def test_verify_names_urls(servers: Servers, posthoc_here: Posthoc) -> None:
+    url = servers.url("s3", "snapshots")
+    assert posthoc_here("synthesize", url, *WANTED, "-q", "-o", "x.safetensors").code == 0
+    done = posthoc_here("verify", "x.safetensors", url, "--json")
+    assert (done.json["folder"], done.json["ok"]) == (url, True)
 
 
 def test_plot(servers: Servers, posthoc_here: Posthoc, tmp_path: Path) -> None:
@@ -334,6 +362,24 @@ def test_nothing_there(
     line = f".*: no connection to {url[7:]}; check the network and the address"
     outcome(posthoc_here, "s3://bucket/snapshots").failed(1, line)
     outcome(posthoc_here, "http://no-such-host.invalid/run").failed(1, ".*no-such-host.invalid; .+")
+    posthoc_here("inspect", f"{url}/run").failed(1, f"{url}/run: .*: no connection to .*")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "", "http://", "http://a b"])
+def test_endpoints_that_are_none(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch, endpoint: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    line = f"AWS_ENDPOINT_URL: '{endpoint}' is no URL; write http:// or https:// and the host"
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(2, line)
+
+
+def test_an_account_that_is_missing(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    line = "az://bucket/snapshots: .*; set AZURE_STORAGE_ACCOUNT_NAME and .*"
+    outcome(posthoc_here, "az://bucket/snapshots").failed(1, line)
 
 
 def test_nothing_answers(

@@ -21,7 +21,7 @@ class FileHandler(Handler):
         elif path.is_dir():
             self._index(path, request.path)
         elif not path.is_file() or request.path.endswith("/"):
-            self.send(404, b"Not Found")
+            self.send(403 if owner.hides else 404, b"Not Found")
         else:
             self._file(path)
 
@@ -48,9 +48,11 @@ class FileHandler(Handler):
         if not where.endswith("/"):
             self.send(301, Location=quote(where) + "/")
             return
+        above = quote(where) if owner.absolute else ""
         names = sorted(each.name + "/" * each.is_dir() for each in path.iterdir())
         rows = "".join(
-            f'<a href="{quote(name)}">{escape(name)}</a>  27-Nov-2026 12:00  -\n' for name in names
+            f'<a href="{above}{quote(name)}">{escape(name)}</a>  27-Nov-2026 12:00  -\n'
+            for name in names
         )
         page = (
             f"<html><body><h1>Index of {escape(where)}</h1><pre><a href='../'>../</a>\n{rows}</pre>"
@@ -59,7 +61,8 @@ class FileHandler(Handler):
 
 
 class Files(Server):
-    """The files below `folder`; without `index` folders can't be listed."""
+    """The files below `folder`; without `index` folders can't be listed, with `absolute` links
+    lead from the server's root, and with `hides` permission is denied for what isn't there."""
 
     handler = FileHandler
 
@@ -71,7 +74,10 @@ class Files(Server):
         etags: bool = True,
         times: bool = True,
         index: bool = True,
+        absolute: bool = False,
+        hides: bool = False,
     ) -> None:
         super().__init__()
         self.folder = folder
         self.ranges, self.etags, self.times, self.index = ranges, etags, times, index
+        self.absolute, self.hides = absolute, hides

@@ -50,6 +50,8 @@ def test_a_path_stays_what_it_is(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ("ftp://host/run", "ftp:// is not known"),
+        ("file:///run", "is a URL of the local disk"),
+        ("s3://my bucket/run", "'my bucket' can't be the name of a bucket"),
         ("s3://", "is not a whole URL"),
         ("s3://bucket/../other", "is not a whole URL"),
         ("https://host/a?X-Amz-Signature=1", "ends in a query"),

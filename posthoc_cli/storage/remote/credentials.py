@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import Url
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
+_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
 def aws_options(url: Url) -> dict[str, Any]:
     """What a profile says that the environment doesn't: keys, region, endpoint.
 
     Without keys in the environment the profile AWS_PROFILE, or `default`, is asked. One that signs
-    on or takes a role needs boto3. Raises UsageError for a profile that isn't there.
+    on or takes a role needs boto3. Raises UsageError for a profile that isn't there, and for an
+    endpoint that is no URL.
     """
+    for name in _ENDPOINTS:
+        _check_endpoint(name, os.environ.get(name))
     named = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
     profile = named or "default"
     keys = _section("AWS_SHARED_CREDENTIALS_FILE", "credentials", profile)
@@ -36,6 +41,7 @@ def aws_options(url: Url) -> dict[str, Any]:
         options["region"] = said["region"]
     if "endpoint_url" in said and not any(name.startswith("AWS_ENDPOINT") for name in os.environ):
         options["endpoint"] = said["endpoint_url"]
+        _check_endpoint(f"endpoint_url of the AWS profile '{profile}'", said["endpoint_url"])
     if any(name in os.environ for name in _KEYS):
         return options
     if "aws_access_key_id" in said and "aws_secret_access_key" in said:
@@ -53,6 +59,12 @@ def aws_options(url: Url) -> dict[str, Any]:
         session = boto3.Session(profile_name=named)
         options["credential_provider"] = Boto3CredentialProvider(session)
     return options
+
+
+def _check_endpoint(name: str, endpoint: str | None) -> None:
+    """Raise UsageError for one that obstore would panic at."""
+    if endpoint is not None and not re.fullmatch(r"https?://[^\s/]\S*", endpoint, re.IGNORECASE):
+        raise UsageError(name, f"'{endpoint}' is no URL", "write http:// or https:// and the host")
 
 
 def _section(variable: str, name: str, section: str) -> dict[str, str] | None:

@@ -20,7 +20,7 @@ from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.storage.disk import changed, unreadable
 from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.remote.fetching import RemoteFile, Stream, begin
-from posthoc_cli.storage.remote.sources import Bucket, Server, Source
+from posthoc_cli.storage.remote.sources import Bucket, Denied, Server, Source
 
 HEAD = 512 << 10
 """Bytes of a file that are fetched when it is opened: the headers of most are shorter."""
@@ -123,14 +123,20 @@ class RemoteStore:
             if beside in self._folders:
                 if key not in self._files:
                     return None
-            elif self._is_below_whole(beside):
+            elif self._is_below_whole(beside) or beside in self._single:
                 return None
             known = self._files.get(key) or self._single.get(key)
             if known is not None:
                 return known
         with contextlib.suppress(FileNotFoundError):
             begun = self._heads.get(key)
-            found = begun.result()[0] if begun else self._source.head(path)
+            try:
+                found = begun.result()[0] if begun else self._source.head(path)
+            except Denied:
+                # Who may not list a public bucket isn't told either what is missing in it.
+                if any(each.rpartition("/")[0] == beside for each in self._single):
+                    return None
+                raise
             with self._lock:
                 if key in self._files:
                     self._files[key] = found

@@ -180,7 +180,7 @@ class Server(Bucket):
             return [], False
         except _Refused:  # as a folder; its files may be there
             return [], False
-        links = _Links(key.rpartition("/")[2])
+        links = _Links(f"/{key}/" if key else "/")
         links.feed(page.decode("utf-8", "replace"))
         return [("", None), *((name, None) for name in links.names)], False
 
@@ -203,12 +203,13 @@ class _Links(HTMLParser):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
+        self._above = folder
         self.names: dict[str, None] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         link = dict(attrs).get("href") or ""
         parts = urlsplit(link)
-        name = unquote(parts.path).removeprefix("./")
+        name = unquote(parts.path).removeprefix(self._above).removeprefix("./")
         plain = not (parts.scheme or parts.netloc or parts.query or parts.fragment)
         if tag == "a" and plain and name and "/" not in name[:-1] and name.strip("./"):
             self.names[name] = None
@@ -225,6 +226,10 @@ def described(path: Path, about: Any) -> File:
 
 class _Refused(MachineError):
     """The error of a request that the server won't answer."""
+
+
+class Denied(_Refused):
+    """The error of a request without permission."""
 
 
 @contextlib.contextmanager
@@ -262,7 +267,7 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
         return MachineError(str(path), problem, "copy the files to a disk")
     if status in (401, 403):
         reason = f" ({code or status})"
-        return _Refused(str(path), f"{problem}: permission denied{reason}", _credentials(path))
+        return Denied(str(path), f"{problem}: permission denied{reason}", _credentials(path))
     if status in (301, 302, 307) and "s3" in text.lower():
         return MachineError(str(path), "is in another region", "set AWS_REGION to the bucket's")
     if status is not None:
@@ -279,7 +284,13 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     if kind:
         return MachineError(str(path), f"{problem}: the connection to {where} was lost", check)
     line = printable(" ".join(text.split("Debug source:")[0].split()))
+    if any(words in text for words in _UNSET):
+        remedy = _credentials(path)
     return MachineError(str(path), f"{problem} ({line[:200]})", remedy)
+
+
+_UNSET = ("Account must be specified", "Invalid Access Key", "One of service account")
+"""What obstore says of settings that are missing or make no sense."""
 
 
 def _status(text: str) -> int | None:
