@@ -24,19 +24,22 @@ _SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
 """What torchrun, and a step of srun, say in the environment. A batch script has only the first and
 last of Slurm's: it is no step."""
 
+_MOST_DIGITS = 9
+
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     """This process's place among the ranks; None where it is alone.
 
     Raises UsageError when the variables make no sense.
     """
-    names = next((each for each in (_TORCH, _SLURM) if {*each[:2]} <= {*environment}), None)
+    said = {name for name, text in environment.items() if text}
+    names = next((each for each in (_TORCH, _SLURM) if {*each[:2]} <= said), None)
     if names is None:
         return None
     found = []
     for name in names:
-        text = environment.get(name, "0")
-        if not text.isascii() or not text.isdecimal():
+        text = environment.get(name) or "0"
+        if not text.isascii() or not text.isdecimal() or len(text) > _MOST_DIGITS:
             raise UsageError(
                 name, f"'{text}' is not a whole number", "start it by torchrun or srun"
             )
@@ -62,6 +65,9 @@ def check_address(place: Place, environment: Mapping[str, str] = os.environ) -> 
             problem = f"is not set, and this is one of {place.size} tasks that share a call"
             remedy = f"set it to {example}; or start each alone, by env -u SLURM_PROCID -u RANK"
             raise UsageError(name, problem, remedy)
+    port = environment["MASTER_PORT"]
+    if not port.isascii() or not port.isdecimal() or not 0 < int(port[:_MOST_DIGITS]) < 1 << 16:
+        raise UsageError("MASTER_PORT", f"'{port}' is no port", "set it to a free one, as 29500")
 
 
 def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception], int]) -> int:

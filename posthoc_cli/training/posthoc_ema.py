@@ -304,7 +304,9 @@ class PostHocEMA:
         if self._met is self.folder:
             return
         sharded = others() and any(map(is_sharded, named_tensors(self.model).values()))
-        if sharded and self._writer.parts is None and self._writer.chain is None:
+        if sharded and self._writer.chain is not None:  # a saved state may have any one's run
+            self.run = Ranks(str(self.folder)).from_first(lambda: self.run)
+        elif sharded and self._writer.parts is None:
             self._writer.parts = Parts(Ranks(str(self.folder)))
         if self._writer.parts is not None:
             ranks = self._writer.parts.ranks
@@ -355,10 +357,8 @@ class PostHocEMA:
         if state.get("version") != 1:
             raise ValueError("not a state of PostHocEMA")
         if tuple(state["gammas"]) != self.gammas:
-            raise ValueError(
-                f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}; "
-                "make PostHocEMA with the profiles that the run began with"
-            )
+            problem = f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}"
+            raise ValueError(f"{problem}; make PostHocEMA with those that the run began with")
         self.wait()
         # Before the first update the averages are but places for what is loaded.
         self._averages.load(state["averages"] if state["step"] else [], state.get("rank"))

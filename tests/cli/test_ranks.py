@@ -321,6 +321,12 @@ def test_variables_that_make_no_sense() -> None:
         find_place(TORCH | {"RANK": "4"})
     with pytest.raises(UsageError, match=r"MASTER_ADDR: is not set, and this is one of 3 tasks"):
         check_address(Place(0, 3, 0), STEP)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE: '9{20}' is not a whole number"):
+        find_place(TORCH | {"WORLD_SIZE": "9" * 20})
+    for port in ("0", "abc", "-5", "99999", "9" * 30):
+        with pytest.raises(UsageError, match=f"MASTER_PORT: '{port}' is no port"):
+            check_address(Place(0, 3, 0), {"MASTER_ADDR": "here", "MASTER_PORT": port})
+    assert find_place({"RANK": "", "WORLD_SIZE": ""}) is None
 
 
 def test_a_program_that_a_rank_starts_is_alone(posthoc: Posthoc, snapshots: Path) -> None:

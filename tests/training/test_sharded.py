@@ -163,6 +163,9 @@ def test_differences_of_several_processes(trained: Path, way: str) -> None:
         whole = load_file(trained / "plain" / name)
         for tensor, value in rebuilt(folder / name).items():
             np.testing.assert_allclose(value, whole[tensor], rtol=0, atol=2e-3)
+    if way == "fsdp":  # whose state any process may save
+        runs = {process["run of fsdp delta"] for process in said(trained, 4)}
+        assert runs == {read_header(folder / name).metadata["run"] for name in names(folder)}
 
 
 def test_parts_in_a_bucket(

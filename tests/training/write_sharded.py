@@ -141,6 +141,7 @@ def four(folder: Path, said: dict[str, Any]) -> None:
             model, options = shard(network(), mesh), {"store": "delta", "dtype": torch.float16}
             delta = tracker(model, folder / f"{way} delta", background=way == "fsdp", **options)
             walk(delta, STEPS)
+            said[f"run of {way} delta"] = delta.state_dict()["run"]
             delta.close()
         walk(ema, LAST)
         ema.close()
