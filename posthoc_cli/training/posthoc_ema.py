@@ -358,7 +358,7 @@ class PostHocEMA:
             raise ValueError("not a state of PostHocEMA")
         if tuple(state["gammas"]) != self.gammas:
             problem = f"the state is of gammas {tuple(state['gammas'])}, not {self.gammas}"
-            raise ValueError(f"{problem}; make PostHocEMA with those that the run began with")
+            raise ValueError(f"{problem}; give the profiles that the run began with")
         self.wait()
         # Before the first update the averages are but places for what is loaded.
         self._averages.load(state["averages"] if state["step"] else [], state.get("rank"))
