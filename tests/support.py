@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.solver.profiles import Profile
+from posthoc_cli.storage import Reader, TensorIndex
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.header import TensorInfo, read_header
 from posthoc_cli.synthesis.plan import TensorPlan, make_plan, newest_of
@@ -116,3 +117,15 @@ def plan_of(snapshots: Sequence[Snapshot], **options: Any) -> TensorPlan:
     """The plan of a set of snapshots, as the library makes it."""
     newest = newest_of([snapshot.step for snapshot in snapshots])
     return make_plan([snapshot.index for snapshot in snapshots], newest, **options)
+
+
+def contents(index: TensorIndex) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of each tensor, read as the engine reads them."""
+    found = {}
+    with Reader(index) as reader:
+        for name, info in index.tensors.items():
+            data = bytearray(info.end - info.start)
+            reader.read(info.start, memoryview(data))
+            found[name] = info.dtype, info.shape, bytes(data)
+        reader.check_unchanged()
+    return found

@@ -17,9 +17,10 @@ import pytest
 from posthoc_cli.errors import IncompleteError, SnapshotError
 from posthoc_cli.formats import distributed
 from posthoc_cli.formats.distributed import is_distributed, read_distributed
-from posthoc_cli.storage import Reader, TensorIndex, read_header
+from posthoc_cli.storage import read_header
 from posthoc_cli.storage.readers import fingerprint
 from tests.command import ENVIRONMENT, ROOT, Posthoc
+from tests.support import contents
 
 KEYS = {"plain": "state.network"}
 
@@ -32,17 +33,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def contents(index: TensorIndex) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    found = {}
-    with Reader(index) as reader:
-        for name, info in index.tensors.items():
-            data = bytearray(info.end - info.start)
-            reader.read(info.start, memoryview(data))
-            found[name] = info.dtype, info.shape, bytes(data)
-        reader.check_unchanged()
-    return found
 
 
 @pytest.mark.parametrize("way", ["fsdp", "tensor_parallel", "placed", "plain", "megatron", "hf"])

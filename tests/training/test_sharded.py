@@ -22,12 +22,13 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.formats import open_network
 from posthoc_cli.snapshots.folder import read_folder
-from posthoc_cli.storage import Reader, TensorIndex, read_header
+from posthoc_cli.storage import read_header
 from posthoc_cli.training.claim import LOCK
 from posthoc_cli.training.sharded import Piece, share_out
 from tests.command import ENVIRONMENT, ROOT, Posthoc
 from tests.packing import rebuilt
 from tests.servers.buckets import Buckets
+from tests.support import contents
 from tests.training.networks import folder_bytes
 from tests.training.write_sharded import EVERY, LAST, REFUSED, STEPS, network, tracker, walk
 
@@ -64,16 +65,6 @@ def said(folder: Path, size: int) -> list[dict[str, Any]]:
     """What each of so many processes was told; one that was killed says nothing."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob(f"said-{size}-*.json"))]
     assert not [each["failed"] for each in found if "failed" in each]
-    return found
-
-
-def contents(index: TensorIndex) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    found = {}
-    with Reader(index) as reader:
-        for name, info in index.tensors.items():
-            data = bytearray(info.end - info.start)
-            reader.read(info.start, memoryview(data))
-            found[name] = info.dtype, info.shape, bytes(data)
     return found
 
 
