@@ -83,9 +83,11 @@ def searched_steps(run: Run, last: int) -> tuple[int, ...]:
 
 def identity(run: Run, step: int) -> str:
     """What tells these snapshots, and how they are read, from others: 32 hex digits."""
-    from posthoc_cli.storage import fingerprint
+    from posthoc_cli.storage.readers import fingerprints
 
     digest = hashlib.sha256()
-    for snapshot in run.until(step)[0]:
-        digest.update(f"{fingerprint(snapshot.index)} {snapshot.profile.as_dict()}\n".encode())
+    snapshots = run.until(step)[0]
+    known = fingerprints([snapshot.index for snapshot in snapshots])  # of a store's many at once
+    for each, snapshot in zip(known, snapshots, strict=True):
+        digest.update(f"{each} {snapshot.profile.as_dict()}\n".encode())
     return digest.hexdigest()[:32]
