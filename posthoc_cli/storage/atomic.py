@@ -211,16 +211,18 @@ class JoinedFile(AtomicFile):
 
 
 @contextlib.contextmanager
-def opened(files: Sequence[AtomicFile]) -> Iterator[None]:
+def opened(files: Sequence[Output], groups: Sequence[Group] = ()) -> Iterator[None]:
     """Have `files` open for a `with` block that commits one after the other; what it has not
-    committed is removed.
+    committed is removed. What they may replace is said by their `groups`, if they have any.
 
     Raises UsageError and MachineError as AtomicFile does.
     """
     try:
         for folder in {file.path.parent for file in files}:
             clean_up(folder)
-        for file in files:
+        for group in groups:
+            group.replaced()
+        for file in () if groups else files:
             file.check_absent()
         check_space(files)
         for file in files:
@@ -242,14 +244,7 @@ def commit_together(groups: Sequence[Group]) -> Iterator[None]:
     run doesn't end putting files in the same places.
     """
     files = [file for group in groups for file in group.files]
-    try:
-        for folder in {file.path.parent for file in files}:
-            clean_up(folder)
-        for group in groups:
-            group.replaced()
-        check_space(files)
-        for file in files:
-            file.open()
+    with opened(files, groups):
         yield
         for file in files:
             file.finish()
@@ -259,9 +254,6 @@ def commit_together(groups: Sequence[Group]) -> Iterator[None]:
                 for path in sorted({group.path for group in groups})
             ]
             _put_in_place(groups, locked=all(held))
-    finally:
-        for file in files:
-            file.discard()
 
 
 def _put_in_place(groups: Sequence[Group], *, locked: bool) -> None:
