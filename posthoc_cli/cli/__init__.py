@@ -34,6 +34,7 @@ def main() -> int:
         if not isinstance(left.code, int):
             raise
         code = left.code
+        _abandon()
         for text in LEFT_BEHIND:
             _say(f"posthoc: {text}")
     if program and "obstore" in sys.modules:
@@ -84,10 +85,17 @@ def _run() -> int:
 
 def _interrupted() -> int:
     _finish_stdout()
+    _abandon()
     if lost := trouble():
         return _fail(lost)
     _say("; ".join(["posthoc: interrupted", *LEFT_BEHIND]))
     return 130
+
+
+def _abandon() -> None:
+    """Remove the temporary files that an interrupt has kept from being removed."""
+    if temporary := sys.modules.get("posthoc_cli.storage.temporary"):
+        temporary.abandon()
 
 
 def _fail(error: Exception) -> int:

@@ -43,6 +43,9 @@ _ABANDONED_AFTER = 60.0
 _UNLOCKED_ABANDONED_AFTER = 3600.0
 """The same for one that could not be locked, where others can be."""
 
+_made: dict[Path, int] = {}
+"""The temporary files and locks of this process that may still be there, and their open files."""
+
 
 def locks_exist() -> bool:
     """Whether the system has locks; a file system may still have none."""
@@ -58,6 +61,7 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
     kind = ""
     while True:
         place = temporary_name(path, kind)
+        _remember(place)
         made = False
         try:
             if folder:
@@ -65,7 +69,7 @@ def make_temporary(path: Path, *, folder: bool = False) -> tuple[int, Path]:
                 made = True
                 if fcntl is None:
                     return -1, place
-            fd = os.open(place, os.O_RDONLY if folder else flags, 0o666)
+            fd = _made[place] = os.open(place, os.O_RDONLY if folder else flags, 0o666)
         except OSError as error:
             if not made:
                 raise
@@ -153,6 +157,27 @@ def clean_up(folder: Path) -> None:
                     _remove_if_abandoned(folder / name, unlocked=bool(found["kind"]))
 
 
+def abandon() -> None:
+    """Remove what this process has made and not removed.
+
+    For the end of an interrupted process: an interrupt may also come while an earlier error is
+    cleaned up, and where no handler is in force yet.
+    """
+    for place, fd in list(_made.items()):
+        with contextlib.suppress(OSError):
+            if fcntl is not None and _has_name(fd, place):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+    for folder in {place.parent for place in list(_made)}:
+        clean_up(folder)
+
+
+def _remember(place: Path) -> None:
+    for other in list(_made):
+        if not os.path.lexists(other):
+            _made.pop(other, None)
+    _made[place] = -1
+
+
 def recover(aside: Path, output: Path, *, locked: bool) -> None:
     """Finish or undo what a killed run has left at `aside` of an output, if there is something.
 
@@ -197,10 +222,11 @@ def locked_output(path: Path, wait: float) -> contextlib.AbstractContextManager[
 def _locked(lock: Path, output: Path, wait: float) -> Iterator[bool]:
     fd, held, locked = -1, False, None
     until = time.monotonic() + wait
+    _remember(lock)
     try:
         while fcntl is not None:
             with write_errors(output):
-                fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                fd = _made[lock] = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
                 locked = _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its last holder may have removed it before it was locked.
                 held = bool(locked) and _has_name(fd, lock)
@@ -218,12 +244,16 @@ def _locked(lock: Path, output: Path, wait: float) -> Iterator[bool]:
                 time.sleep(0.01)
         yield held
     finally:
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                if held or (locked and _has_name(fd, lock)):
-                    os.unlink(lock)
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if held:
+                os.unlink(lock)
+        with contextlib.suppress(OSError):
+            if fd >= 0:
                 os.close(fd)
+        if not held and fcntl is not None:
+            # An interrupt may come when it is made or locked, before anyone knows of it.
+            with contextlib.suppress(OSError):
+                _remove_if_abandoned(lock, unlocked=False)
 
 
 def _lock(fd: int, how: int) -> bool | None:
