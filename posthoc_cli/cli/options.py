@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -147,8 +147,10 @@ QuietOption = Annotated[
 ]
 
 
-def read_size(option: str, text: str) -> int:
-    """`1.2GB`, `300 MB`, `1GiB` or a number of bytes. Raises UsageError."""
+def read_size(option: str, text: str | None) -> int | None:
+    """`1.2GB`, `300 MB`, `1GiB` or a number of bytes; None for None. Raises UsageError."""
+    if text is None:
+        return None
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([kmgt]i?)?b?", text.strip().lower())
     if match is None or not float(match[1]):
         raise UsageError(option, f"'{text}' is no size", "give, say, 1.2GB")
@@ -362,20 +364,7 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
         kind = "--raw checkpoints" if reading.raw else "EMAs of --ema-decay"
         raise UsageError("--profiles", f"not used, as {kind} have none", "leave it out")
     check_choice("--from", reading.tool, tools())
-    return open_snapshots(
-        paths,
-        pattern=reading.pattern,
-        profiles=read_numbers("--profiles", reading.profiles) if reading.profiles else None,
-        only=reading.only or (),
-        exclude=reading.exclude or (),
-        run=reading.run,
-        raw=reading.raw,
-        ema_decay=reading.ema_decay,
-        skip_incomplete=reading.skip_incomplete,
-        copy=reading.copy or (),
-        drop=reading.drop or (),
-        lora=reading.lora,
-        key=reading.key,
-        tool=reading.tool,
-        update_every=reading.update_every,
-    )
+    given: dict[str, Any] = {each.name: getattr(reading, each.name) for each in fields(reading)}
+    if reading.profiles:
+        given["profiles"] = read_numbers("--profiles", reading.profiles)
+    return open_snapshots(paths, **{name: each for name, each in given.items() if each is not None})

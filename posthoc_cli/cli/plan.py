@@ -101,11 +101,7 @@ def plan(
       posthoc plan --steps 900 --every 30 --bandwidth 3GB/s --bytes-per-snapshot 9GB
     """
     widths = _read_widths(profiles)
-    size = (
-        None
-        if bytes_per_snapshot is None
-        else options.read_size("--bytes-per-snapshot", bytes_per_snapshot)
-    )
+    size = options.read_size("--bytes-per-snapshot", bytes_per_snapshot)
     if not 1 <= every <= steps:
         raise UsageError("--every", f"{every} is not from 1 to {steps}", "give fewer than --steps")
     if steps > 2**53:
