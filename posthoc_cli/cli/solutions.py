@@ -180,6 +180,15 @@ def titles(solution: Solution) -> list[str]:
     return [*own, *(group_title(group, solution.step) for group in solution.groups)]
 
 
+def best_known_error(solution: Solution) -> tuple[str, list[float]]:
+    """What tells best how near each target comes, under its heading."""
+    if solution.expected is not None:  # then it is known what comes of the profile error
+        return "expected error", solution.expected.relative.tolist()
+    if solution.run.raw:  # which have no profile to be off by
+        return "largest weight", solution.solved.weights.max(axis=1).tolist()
+    return "profile error", solution.solved.profile_error.tolist()
+
+
 def describe(paths: Sequence[str], solution: Solution) -> dict[str, Any]:
     """What --json prints; docs/json.md has its schema."""
     solved = solution.solved

@@ -13,6 +13,7 @@ from posthoc_cli.cli.drawing import Bars, Row, draw_weights
 from posthoc_cli.cli.lists import read_target_for
 from posthoc_cli.cli.lora import load_numpy
 from posthoc_cli.cli.solutions import (
+    best_known_error,
     describe,
     note_large_errors,
     open_and_warn,
@@ -192,11 +193,7 @@ def _draw_lines(console: Console, solution: Solution) -> None:
     from rich.text import Text
 
     solved = solution.solved
-    kind, errors = "profile error", solved.profile_error.tolist()
-    if solution.run.raw:
-        kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
-    if solution.expected is not None:  # then it is known what comes of the profile error
-        kind, errors = "expected error", solution.expected.relative.tolist()
+    kind, errors = best_known_error(solution)
     powers = all(target.gamma is not None for target in solution.wanted)
     first = ["sigma_rel", "gamma"] if powers else []
     table = plain_table(

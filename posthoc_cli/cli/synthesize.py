@@ -22,6 +22,7 @@ from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing, 
 from posthoc_cli.cli.lists import read_target_for
 from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
 from posthoc_cli.cli.solutions import (
+    best_known_error,
     describe,
     group_title,
     note_large_errors,
@@ -147,9 +148,7 @@ def synthesize(
 
     if max_error is not None:
         check_max_error(max_error)
-    shard_bytes = (
-        None if max_shard_size is None else options.read_size("--max-shard-size", max_shard_size)
-    )
+    shard_bytes = options.read_size("--max-shard-size", max_shard_size)
     wanted, rules = targets.read(), read_target_for(target_for)
     made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or (), "lora": lora}
     made |= {"lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
@@ -239,11 +238,7 @@ def _draw(solution: Solution, written: Sequence[Output]) -> None:
 
     console = stdout_console()
     solved = solution.solved
-    kind, errors = "profile error", solved.profile_error.tolist()
-    if solution.run.raw:  # which have no profile to be off by
-        kind, errors = "largest weight", solved.weights.max(axis=1).tolist()
-    if solution.expected is not None:
-        kind, errors = "expected error", solution.expected.relative.tolist()
+    kind, errors = best_known_error(solution)
     plain = solution.plain
     rivals = [] if plain is None else solution.errors[plain].relative.tolist()
     headings = ["size", "time", "sum of weights", "noise gain", kind]
