@@ -79,9 +79,8 @@ def demo(
         for sigma_rel in TRUE_PROFILES:
             made[method, sigma_rel] = load_file(output / f"{method}-{sigma_rel}.safetensors")
 
-    table = plain_table()
-    for heading in ("sigma_rel", "edm2 off by", "blup off by", "loss of edm2's", "of the tracked"):
-        table.add_column(heading, justify="right")
+    headings = ("sigma_rel", "edm2 off by", "blup off by", "loss of edm2's", "of the tracked")
+    table = plain_table(right=headings)
     for sigma_rel, truth in tracked.items():
         away = distance(truth, final)
         table.add_row(

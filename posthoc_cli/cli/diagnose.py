@@ -26,7 +26,7 @@ def describe_estimates(solution: Solution, estimates: Sequence[MethodEstimate]) 
         "values": solution.sample.moments.values,
         "not_finite": solution.sample.moments.broken,
         "misfit": solution.sample.trajectory.misfit,
-        "left_out": _number(solution.sample.trajectory.left_out),
+        "left_out": solution.sample.trajectory.left_out,
         "raised": solution.sample.trajectory.raised,
         "targets": [
             _describe_target(solution, at, estimates) for at, _ in enumerate(solution.targets)
@@ -51,10 +51,6 @@ def _describe_target(
         "distance": float(solution.expected.distance[at]),
         "methods": [_describe_estimate(estimate, at) for estimate in estimates],
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _describe_estimate(estimate: MethodEstimate, at: int) -> dict[str, Any]:

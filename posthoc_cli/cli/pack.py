@@ -108,13 +108,13 @@ def _errors(run: Run) -> _Errors:
     widths = [snapshot.sigma_rel for snapshot in run.snapshots if snapshot.sigma_rel > 0]
     low, high = (min(widths), max(widths)) if widths else (0.05, 0.1)
     targets = sorted({0.6 * low, (low * high) ** 0.5, min(1.5 * high, 0.25)})
+    targets = [float(f"{each:.2g}") for each in targets]
     try:
-        solution = run.solve(sigma_rel=[float(f"{each:.2g}") for each in targets], method="blup")
+        solution = run.solve(sigma_rel=targets, method="blup")
     except SnapshotError:  # as of too few snapshots: what is stored is none the worse
         return None
     assert solution.expected_error is not None
-    names = [float(f"{each:.2g}") for each in targets]
-    return list(zip(names, solution.expected_error.tolist(), strict=True))
+    return list(zip(targets, solution.expected_error.tolist(), strict=True))
 
 
 def _describe(
@@ -141,23 +141,17 @@ def _describe(
         "bytes_before": sum(one.job.snapshot.bytes for one in packed),
         "bytes": sum(one.bytes for one in packed),
         "expected": [
-            {"sigma_rel": width, "before": _finite(one), "after": _finite(other)}
+            {"sigma_rel": width, "before": one, "after": other}
             for (width, one), (_, other) in zip(before or (), after or (), strict=False)
         ],
         "warnings": describe_warnings(run.warnings),
     }
 
 
-def _finite(error: float) -> float | None:
-    return error if abs(error) < float("inf") else None
-
-
 def _draw(run: Run, output: str, packed: Sequence[Packed], before: _Errors, after: _Errors) -> None:
     console = stdout_console()
     if before and after:
-        table = plain_table()
-        for heading in ("target", "expected error before", "after"):
-            table.add_column(heading, justify="right")
+        table = plain_table(right=["target", "expected error before", "after"])
         for (width, one), (_, other) in zip(before, after, strict=True):
             table.add_row(f"sigma_rel {width:g}", percent(one), percent(other))
         print_table(console, table)

@@ -128,9 +128,8 @@ def describe_costs(costs: Sequence[Cost]) -> list[dict[str, Any]]:
 
 def draw_costs(console: Console, costs: Sequence[Cost], targets: int) -> None:
     """A line for one node and one for several: what each moves, and how long that takes."""
-    table = plain_table()
-    for heading in ("nodes", "each reads", "writes", "requests", "bytes", "waiting", "in all"):
-        table.add_column(heading, justify="right")
+    headings = ("nodes", "each reads", "writes", "requests", "bytes", "waiting", "in all")
+    table = plain_table(right=headings)
     for one in costs:
         times = (duration(each) for each in (one.transfer, one.waiting, one.seconds))
         moved = in_bytes(one.bytes_read), in_bytes(one.bytes_written), f"{one.requests:,}"

@@ -52,9 +52,7 @@ def command(name: str, folder: str, reading: Reading) -> str:
             continue
         if value is True:
             words.append(option)
-        elif isinstance(value, str) and value == field.default:
-            continue
-        elif isinstance(value, str | int | float) and value is not False:
+        elif isinstance(value, str | int | float):
             words += [option, str(value)]
         elif value:
             words += [word for each in value for word in (option, str(each))]
