@@ -182,22 +182,16 @@ class Run:
         self,
         output: str | os.PathLike[str],
         *,
-        sigma_rel: Values = None,
-        gamma: Values = None,
-        window: Values = None,
-        lr_decay: Values = None,
-        decay: Values = None,
-        half_life: Values = None,
         step: int | None = None,
         layout: str = "file",
+        **targets: Values,
     ) -> list[Path]:
         """Where `solve(...).save(output)` will write; raises UsageError where it can't."""
         from posthoc_cli.synthesis.paths import output_paths
 
         name = own_name(self.folder)
         _, step = self.until(step)
-        targets = make_targets(sigma_rel, gamma, window, lr_decay, decay, half_life)
-        return output_paths(os.fspath(output), name, targets, step, layout=layout)
+        return output_paths(os.fspath(output), name, make_targets(**targets), step, layout=layout)
 
     def solve(
         self,

@@ -114,25 +114,8 @@ def read_folder(
 ) -> FolderContents:
     """Read what the snapshots in `folder` hold: files of any format, shards and folders.
 
-    Arguments:
-        folder: the folder; or files and folders that lie in one, as a shell's glob gives them.
-        pattern: a file-name pattern, as `compile_pattern` takes it.
-        profiles: the sigma_rel values by index, for names that have an index.
-        only: globs for the files to use, by name or path below the folder: no other is opened.
-        exclude: globs for those to leave out.
-        run: of several training runs in the folder, the one to use.
-        raw: files that nothing says a profile of are no EMAs but plain checkpoints.
-        ema_decay: they are EMAs of this decay a step; with `raw`, those that are called `ema`.
-        skip_incomplete: leave out files whose end is missing, which are problems otherwise.
-        copy, drop: globs of tensors that won't be averaged, and may be as they like.
-        lora: "exact" where products of a LoRA's factors are averaged, whose ranks may differ.
-        key, tool: of checkpoints of other tools, where the network is, and what wrote them.
-        update_every: of averages that weren't updated at every step, at which of them they were.
-
-    Names that start with a dot, as our unfinished outputs have, never count.
-
-    Raises UsageError when an argument doesn't fit, SnapshotError when there is no file that may be
-    a snapshot, MachineError when one can't be read.
+    The arguments are those of `api.open_snapshots`, which raises the same. Names that start with a
+    dot, as our unfinished outputs have, never count.
     """
     folder, given = folder_of(folder)
     told = tell(pattern, profiles, raw, ema_decay)
