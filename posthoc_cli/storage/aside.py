@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,15 +36,23 @@ def identity_at(path: Path) -> Identity:
     return identity(os.lstat(path / MANIFEST if _is_folder(path) else path))
 
 
+def _status(path: Path) -> os.stat_result | None:
+    """What is at `path`, if anything; a disk that doesn't answer is an error, and not nothing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.lstat(path)
+    return None
+
+
 def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def _is(path: Path, known: Sequence[int]) -> bool:
     """Whether what is at `path` is the one `known`."""
     try:
         number, size, changed = identity_at(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return size == known[1] and (number == known[0] or changed == known[2])
 
@@ -115,7 +124,7 @@ class Aside:
         if self.overlap:  # or it would name shards of both
             self._remove_new(list(self.new)[-1])
         for name in reversed(self.old):
-            if os.path.lexists(self.path / name):
+            if _status(self.path / name) is not None:
                 self._restore(name)
         for name in self.new:
             if name not in self.old:
@@ -141,8 +150,8 @@ class Aside:
 
     def _restore(self, name: str) -> None:
         aside, place = self.path / name, self.path.parent / name
-        if os.path.lexists(place):
-            if os.path.samestat(os.lstat(aside), os.lstat(place)):
+        if there := _status(place):
+            if os.path.samestat(os.lstat(aside), there):
                 os.unlink(aside)
                 return
             if name not in self.new or not _is(place, self.new[name]):

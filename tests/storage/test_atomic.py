@@ -16,7 +16,9 @@ import pytest
 from posthoc_cli.errors import MachineError, UsageError
 from posthoc_cli.storage import atomic as atomicfile
 from posthoc_cli.storage import temporary
+from posthoc_cli.storage.aside import Aside, identity_at
 from posthoc_cli.storage.atomic import AtomicFile, Group, commit_together
+from posthoc_cli.storage.metadata import MANIFEST
 
 
 def test_the_longest_name_a_folder_takes(tmp_path: Path) -> None:
@@ -472,3 +474,35 @@ def test_an_interrupt_right_after_a_temporary_is_made(
     with pytest.raises(KeyboardInterrupt):
         temporary.make_temporary(tmp_path / "out", folder=folder)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_disk_that_does_not_answer_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    """What was set aside stays known until it is put back."""
+    old = tmp_path / "old"
+    if folder:
+        old.mkdir()
+        (old / MANIFEST).write_text("old")
+    else:
+        old.write_text("old")
+    aside = Aside(tmp_path / ".aside", {"new": (0, 0, 0)}, {"old": identity_at(old)})
+    aside.make()
+    aside.write_journal()
+    aside.set_aside("old")
+
+    def silent(path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    for call in ("stat", "lstat"):
+        monkeypatch.setattr(os, call, silent)
+    for end in (aside.undo, aside.finish, aside.recover):
+        with pytest.raises(OSError, match=r"Input/output"):
+            end()
+    monkeypatch.undo()
+    known = Aside.load(aside.path)
+    assert known is not None
+    known.recover()
+    assert entries(tmp_path) == ["old"]
+    assert (old / MANIFEST if folder else old).read_text() == "old"
