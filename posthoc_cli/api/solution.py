@@ -189,7 +189,8 @@ class Solution:
                 the average of their products. `lora_rank` is the most that such factors may have,
                 `lora_tolerance` the part of the largest singular value below which they drop one.
             force: replace outputs that exist.
-            skip_existing: keep outputs that exist, and write the others.
+            skip_existing: keep outputs that exist and are what this would write, by their recipes,
+                and write the others; one that is anything else raises UsageError.
             progress: called, from any thread, with the bytes just read and all there are to read.
 
         Each output appears whole or not at all; when anything fails none does. Raises UsageError
@@ -219,27 +220,25 @@ class Solution:
             for at, group in enumerate(self.groups, len(self.targets))
         ]
 
-        def recipes(wanted: Sequence[int]) -> list[dict[str, Any]]:
-            make_folder(os.fspath(output), self.targets, layout)
-            known = fingerprints([snapshot.index for snapshot in self.snapshots])
-            return [
-                make_recipe(
-                    self.method,
-                    self.targets[at],
-                    self.step,
-                    self.snapshots,
-                    self.weights[at].tolist(),
-                    known,
-                    copied=copy,
-                    dropped=drop,
-                    groups=groups,
-                    lora=plan,
-                    how=self.run.contents.how,
-                    errors=self.errors_of(at),
-                )
-                for at in wanted
-            ]
-
+        make_folder(os.fspath(output), self.targets, layout)
+        known = fingerprints([snapshot.index for snapshot in self.snapshots])
+        recipes = [
+            make_recipe(
+                self.method,
+                target,
+                self.step,
+                self.snapshots,
+                self.weights[at].tolist(),
+                known,
+                copied=copy,
+                dropped=drop,
+                groups=groups,
+                lora=plan,
+                how=self.run.contents.how,
+                errors=self.errors_of(at),
+            )
+            for at, target in enumerate(self.targets)
+        ]
         return save_outputs(
             plan,
             weights,

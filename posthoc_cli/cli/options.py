@@ -138,7 +138,12 @@ LayoutOption = Annotated[
     ),
 ]
 SkipOption = Annotated[
-    bool, flag("--skip-existing", "Keep outputs that exist, and write the others.", OUTPUT)
+    bool,
+    flag(
+        "--skip-existing",
+        "Keep outputs that exist and are what is asked for, by their recipes; write the others.",
+        OUTPUT,
+    ),
 ]
 ForceOption = Annotated[bool, flag("--force", "Replace outputs that exist.", OUTPUT)]
 JsonOption = Annotated[bool, flag("--json", "Print the result as JSON.")]

@@ -21,6 +21,7 @@ from posthoc_cli.storage.workers import background_flush
 from posthoc_cli.storage.writing import commit_together
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.engine import Engine, Progress
+from posthoc_cli.synthesis.kept import Forms, check_kept
 from posthoc_cli.synthesis.lora_report import LoraReport, report_products
 from posthoc_cli.synthesis.nonfinite import NonfiniteReport, NonfiniteTensor, summarize
 from posthoc_cli.synthesis.output_files import (
@@ -75,7 +76,7 @@ def save_outputs(
     plan: TensorPlan | Products,
     weights: Weights,
     paths: Sequence[Path],
-    recipes: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
+    recipes: Sequence[Mapping[str, Any]],
     *,
     skip_existing: bool,
     beside: Companions | None,
@@ -84,12 +85,13 @@ def save_outputs(
 ) -> Saved:
     """Write the outputs, and with `skip_existing` none that is there; what came of all of them.
 
-    `recipes` makes the recipes of those targets that are to be written; `progress` is called with
-    the bytes just read and all there are; `more` is for `write_outputs`, which raises.
+    `progress` is called with the bytes just read and all there are; `more` is for `write_outputs`,
+    which raises. UsageError too where what is there isn't what would be written.
     """
     kept = [skip_existing and is_there(path, beside is not None) for path in paths]
     wanted = [at for at, there in enumerate(kept) if not there]
     outputs = {at: kept_output(path) for at, path in enumerate(paths) if kept[at]}
+    check_kept([outputs[at].path for at in outputs], [recipes[at] for at in outputs], _forms(plan))
     if not wanted:
         return Saved([outputs[at] for at in range(len(paths))], [], "")
     total = plan.bytes_to_read + (beside.bytes * len(wanted) if beside else 0)
@@ -98,7 +100,7 @@ def save_outputs(
         if progress is not None:
             progress(read, total)
 
-    made, places = recipes(wanted), [paths[at] for at in wanted]
+    made, places = [recipes[at] for at in wanted], [paths[at] for at in wanted]
     more |= {"beside": beside, "progress": count}
     written = write_outputs(plan, weights[:, wanted], places, made, **more)
     outputs.update(zip(wanted, written.outputs, strict=True))
@@ -106,6 +108,15 @@ def save_outputs(
     summary = ": ".join(summarize(rest, written.nonfinite)) if written.nonfinite else ""
     report = report_products(plan, weights[:, wanted], wanted, written.ranks)
     return Saved([outputs[at] for at in range(len(paths))], written.nonfinite, summary, report)
+
+
+def _forms(plan: TensorPlan | Products) -> Forms:
+    """The tensors of an output; the shapes of a LoRA's factors depend on their ranks."""
+    if isinstance(plan, TensorPlan):
+        return plan.tensors
+    made = plan.tensors([1] * len(plan.pairs))
+    own = plan.plan.tensors
+    return {name: (code, own[name][1] if name in own else None) for name, (code, _) in made.items()}
 
 
 def write_outputs(

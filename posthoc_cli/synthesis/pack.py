@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -162,7 +163,7 @@ def pack(
         begun = len(packed)
         while len(packed) - begun < len(segment):
             rest = segment[len(packed) - begun :]
-            made = _done(rest[0], _entry(rest[0], dtype), cache)
+            made = _done(rest[0], dtype, cache)
             if made is not None:
                 packed.append(Packed(rest[0], made.size, None))
                 if progress is not None:
@@ -215,19 +216,21 @@ def _dtypes(job: Job) -> dict[str, str]:
 
 def _entry(job: Job, dtype: str) -> str:
     """What a packed snapshot says it was made of."""
-    files = job.snapshot.index.files
-    return json.dumps(
-        {
-            "file": job.snapshot.file,
-            "bytes": sum(file.size for file in files),
-            "modified": max((file.modified for file in files), default=0),
-            "dtype": dtype,
-        }
-    )
+    index = job.snapshot.index
+    entry = {
+        "file": job.snapshot.file,
+        "bytes": sum(file.size for file in index.files),
+        "modified": max((file.modified for file in index.files), default=0),
+        "dtype": dtype,
+    }
+    if index.structure is not None:  # of several networks in a checkpoint, which it is
+        places = [(part.file, part.data_start, part.length) for part in index.parts]
+        entry["places"] = zlib.crc32(repr(places).encode())
+    return json.dumps(entry)
 
 
-def _done(job: Job, entry: str, cache: Cache) -> TensorIndex | None:
-    """What lies at the output, if it is what this makes of the snapshot."""
+def _done(job: Job, dtype: str, cache: Cache) -> TensorIndex | None:
+    """What lies at the output, if it is what this makes of the snapshot, step and profile too."""
     if not exists(job.output):
         return None
     try:
@@ -235,8 +238,8 @@ def _done(job: Job, entry: str, cache: Cache) -> TensorIndex | None:
     except PosthocError:
         return None
     base = None if job.base is None else job.base.name
-    same = there.metadata.get(PACKED) == entry and there.metadata.get(BASE) == base
-    return there if same else None
+    same = _metadata(job, dtype).items() <= there.metadata.items()
+    return there if same and there.metadata.get(BASE) == base else None
 
 
 def _write(

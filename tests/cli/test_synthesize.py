@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from posthoc_cli.solver import sigma_rel_to_gamma
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, on_terminal, visible, write_snapshot
 
 
@@ -75,15 +76,76 @@ def test_a_folder(posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, check_
     for name in names:
         assert np.all(load_file(tmp_path / "emas" / name)["body.bias"] == 3)
 
-    (tmp_path / "emas" / names[0]).write_bytes(b"mine")
+    kept = (tmp_path / "emas" / names[0]).read_bytes()
     (tmp_path / "emas" / names[2]).unlink()
     run = posthoc_here(*arguments, "--skip-existing", "--json")
     check_json("synthesize", run.json)
     assert [target["skipped"] for target in run.json["targets"]] == [True, True, False]
-    assert run.json["targets"][0]["bytes"] == 4
-    assert (tmp_path / "emas" / names[0]).read_bytes() == b"mine"
+    assert run.json["targets"][0]["bytes"] == len(kept)
+    assert (tmp_path / "emas" / names[0]).read_bytes() == kept
     assert (tmp_path / "emas" / names[2]).exists()
     assert run.err.count("skipped") == 2
+
+    (tmp_path / "emas" / names[0]).write_bytes(b"mine")
+    (tmp_path / "emas" / names[2]).unlink()
+    posthoc_here(*arguments, "--skip-existing", "-q").failed(
+        2, f".*{names[0]}: exists already, and .*"
+    )
+    assert (tmp_path / "emas" / names[0]).read_bytes() == b"mine"
+    assert not (tmp_path / "emas" / names[2]).exists()
+
+
+OTHERS = {
+    "a width": (["--sigma-rel", "0.08"], "is sigma-rel:0.07 at step 4000, not sigma-rel:0.08"),
+    "a step": (["--step", "3500"], "is sigma-rel:0.07 at step 4000, not .* at step 3500"),
+    "a kind": (["--window", "9%"], "is sigma-rel:0.07 at step 4000, not window:9% at step 4000"),
+    "a method": (["--method", "edm2"], "was made with --method blup, not 'edm2'"),
+    "a dtype": (["--dtype", "bfloat16"], "has 'body.weight' as F32, not BF16"),
+    "what is dropped": (["--drop", "head.*"], "was made with another --drop"),
+    "what is copied": (["--copy", "*.bias"], "was made with another --copy"),
+    "a part": (["--target-for", "*.bias=0.1"], "was made with another --target-for"),
+    "fewer": (["--exclude", "*-1000-*"], "was made of 8 snapshots, not 6"),
+    "profiles": (["--pattern", "ema-{step}-{decay}.*"], "was made with another step or profile"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_an_output_is_kept_only_if_it_is_what_is_asked_for(
+    posthoc_here: Posthoc, snapshots: Path, tmp_path: Path, case: str
+) -> None:
+    begin = ["synthesize", "snapshots", "-o", "x.safetensors"]
+    assert posthoc_here(*begin, "--sigma-rel", "0.07").code == 0
+    before = (tmp_path / "x.safetensors").read_bytes()
+    others, why = OTHERS[case]
+    if case not in ("a width", "a kind"):
+        others = [*others, "--sigma-rel", "0.07"]
+    run = posthoc_here(*begin, *others, "--skip-existing", "-q")
+    line = f"x.safetensors: exists already, and isn't what is asked for: it {why}.*; use --force .*"
+    run.failed(2, line)
+    assert (tmp_path / "x.safetensors").read_bytes() == before
+    assert posthoc_here(*begin, *others, "--force").code == 0
+    assert posthoc_here(*begin, *others, "--skip-existing").code == 0
+
+
+def test_snapshots_of_the_same_names_are_not_the_same(
+    posthoc_here: Posthoc, snapshots: Path, tmp_path: Path
+) -> None:
+    arguments = ["synthesize", "snapshots", "-o", "{sigma_rel}.safetensors"]
+    arguments += ["--sigma-rel", "0.06,0.07,0.08,0.09"]
+    assert posthoc_here(*arguments).code == 0
+    moved = snapshots.rename(tmp_path / "moved")
+    arguments[1] = "moved"
+    assert posthoc_here(*arguments, "--skip-existing").code == 0
+    by_gamma = [*arguments[:-2], "--gamma", f"{sigma_rel_to_gamma(0.07)!r}"]
+    by_gamma[3] = "0.07.safetensors"
+    assert posthoc_here(*by_gamma, "--skip-existing").code == 0
+    write_snapshot(moved / "ema-2000-0.05.safetensors", 2.1, step="2000", sigma_rel="0.05")
+    posthoc_here(*arguments, "--skip-existing").failed(
+        2,
+        r"0\.06\.safetensors: exists already, and .*: it was made of another "
+        r"'ema-2000-0\.05\.safetensors', or of other snapshots \(nor are others: "
+        r"'0\.07\.safetensors' .*, '0\.08\.safetensors' .*, 1 more\); .*",
+    )
 
 
 def test_a_template(posthoc_here: Posthoc, snapshots: Path, tmp_path: Path) -> None:

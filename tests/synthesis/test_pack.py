@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from posthoc_cli.api import open_snapshots, verify
@@ -78,6 +79,25 @@ def test_values_are_those_of_the_last_rounding(tmp_path: Path, dtype: str) -> No
             assert (np.abs(sums[name] - wanted[name]) <= spacing / 2 * (1 + 1e-9)).all()
             peak = np.abs(difference.astype(np.float64)).max()
             assert peak > 2.0**-4 or code == "BF16", "the format's range is used"
+
+
+@pytest.mark.parametrize("now", [{"ema_decay": 0.999}, {"ema_decay": 0.99, "key": "model"}])
+def test_what_is_there_is_of_the_same_profile_and_network(
+    tmp_path: Path, now: dict[str, Any]
+) -> None:
+    for step in (10, 20):
+        state = {"ema": {"w": torch.full((8,), 1.0 + step)}, "model": {"w": torch.zeros(8)}}
+        torch.save(state, tmp_path / f"model_{step}.pt")
+    before: dict[str, Any] = {"ema_decay": 0.99, "key": "ema"}
+    for how in (before, before | now):
+        snapshots = open_snapshots(tmp_path, **how).contents.usable()
+        jobs = plan_pack(snapshots, tmp_path / "packed")
+        if how == before:
+            assert all(one.seconds is not None for one in pack(jobs, "float16"))
+            assert all(one.seconds is None for one in pack(jobs, "float16"))
+        else:
+            with pytest.raises(UsageError, match="not what this makes"):
+                pack(jobs, "float16")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
