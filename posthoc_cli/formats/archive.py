@@ -12,13 +12,14 @@ STORED, DEFLATED = 0, 8
 
 _MAX_DIRECTORY = 8 << 20
 _END, _LOCATOR, _END_64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
-_ENTRY = struct.Struct("<4s4x2H8x2L3H8xL")
+_ENTRY = struct.Struct("<4s4x2H4x3L3H8xL")
 _WIDE = 0xFFFFFFFF
 
 
-Entry = tuple[int, int, int, int, int]
+Entry = tuple[int, int, int, int, int, int]
 """The byte at which an entry's header begins, the bytes it takes and those that it is, the method
-by which it is packed, and 1 for one that is encrypted: thousands of a class would take longer."""
+by which it is packed, its CRC-32, and 1 for one that is encrypted: thousands of a class would take
+longer."""
 
 
 def read_directory(file: BinaryIO, size: int) -> dict[str, Entry]:
@@ -31,7 +32,8 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         at, end, size_of, unpack = 0, len(data), _ENTRY.size, _ENTRY.unpack_from
         while at < end:
-            magic, flags, method, packed, length, names, extras, comments, header = unpack(data, at)
+            magic, flags, method, crc, packed, length, *sizes, header = unpack(data, at)
+            names, extras, comments = sizes
             begin = at + size_of
             at = begin + names + extras + comments
             if magic != b"PK\x01\x02" or at > end:
@@ -42,7 +44,7 @@ def read_directory(file: BinaryIO, size: int) -> dict[str, Entry]:
             name = data[begin : begin + names].decode("utf-8" if flags & 0x800 else "cp437")
             if name in entries:
                 raise corrupt(f"two entries are named {shown(name)}")
-            entries[name] = header, packed, length, method, flags & 1
+            entries[name] = header, packed, length, method, crc, flags & 1
     except EOFError:
         raise cut_short("its end is missing") from None
     except (struct.error, ValueError):
@@ -98,7 +100,7 @@ def entry_start(file: BinaryIO, size: int, entry: Entry, what: str) -> int:
 
     Raises SnapshotError for an entry that isn't there, or that is kept in an unknown way.
     """
-    header, packed, length, method, encrypted = entry
+    header, packed, length, method, _, encrypted = entry
     if encrypted or method not in (STORED, DEFLATED) or (method == STORED and packed != length):
         raise unsupported(
             f"a zip archive whose {shown(what)} is compressed or encrypted, and not deflated"

@@ -201,11 +201,11 @@ def _read_zip(file: BinaryIO, size: int, cache: Cache) -> tuple[Any, bytes]:
             raise corrupt(f"{shown(what)} is missing")
         storage.offset = offset = entry_start(file, size, entry, what)
         storage.swapped, storage.content = swapped, None
-        _, packed, length, method, _ = entry
+        _, packed, length, method, crc, _ = entry
         if storage.size > length:
             raise corrupt(f"{shown(what)} is shorter than its pickle says")
         if method == DEFLATED:
-            storage.content = Deflated(offset, packed, length)
+            storage.content = Deflated(offset, packed, length, crc=crc)
             if storage.size:
                 _inflated(file, storage.content, 1)
         taken += min(packed, storage.size)
@@ -221,7 +221,7 @@ def _unpickled(
     storages: dict[str, Storage] = {}
     values = NAMES, partial(claim_storage, storages), None, inert
     start = entry_start(file, size, entry, "data.pkl")
-    _, _, length, method, _ = entry
+    _, _, length, method, _, _ = entry
     if length > _MAX_PICKLE and method != DEFLATED:  # large arrays lie in it
         file.seek(start)
         root = unpickle(file, start + length, *values)
@@ -248,11 +248,11 @@ def _small(file: BinaryIO, size: int, entry: Entry | None, what: str, most: int)
     if entry is None:
         return b""
     start = entry_start(file, size, entry, what)
-    _, packed, length, method, _ = entry
+    _, packed, length, method, crc, _ = entry
     if length > most:
         raise corrupt(f"{what} is too long")
     if method == DEFLATED:
-        return _inflated(file, Deflated(start, packed, length), length)
+        return _inflated(file, Deflated(start, packed, length, crc=crc), length)
     file.seek(start)
     return file.read(length)
 
@@ -268,5 +268,5 @@ def _inflated(file: BinaryIO, content: Deflated, length: int) -> bytes:
     try:
         content.open([read])(0, memoryview(data))
     except SnapshotError as error:
-        raise corrupt(f"an entry is broken: {error.problem}") from None
+        raise corrupt(error.problem) from None
     return bytes(data)

@@ -2,6 +2,7 @@
 
 Inflating only goes forward. States to go on from are kept, some 50 kB each, where a read ended and
 on the way; a read starts at the nearest one before it. All files share `MOST_STATES` of them.
+States have the checksum of what comes before; a read that ends at the end checks it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ MOST_STATES = 512
 
 _INPUT, _OUTPUT = 1 << 14, 1 << 18
 
-State = tuple[int, Any]
-"""The place in the file from which on `decompressobj` takes bytes, and that object."""
+State = tuple[int, Any, int]
+"""The place in the file from which on `decompressobj` takes bytes, that object, and the CRC-32 of
+what it has given."""
 
 _states: OrderedDict[tuple[int, int], State] = OrderedDict()
 """By the number of what is open, and the place in its bytes; the one used last comes last."""
@@ -36,12 +38,16 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deflated:
-    """Content of a part: `length` bytes, which lie as `packed` bytes from `offset` in a file."""
+    """Content of a part: `length` bytes, which lie as `packed` bytes from `offset` in a file.
+
+    `crc` is the CRC-32 of the content, where it is known.
+    """
 
     offset: int
     packed: int
     length: int
     file: int = 0
+    crc: int | None = None
 
     def open(self, files: Sequence[ReadAt]) -> ReadAt:
         return _Opened(self, files[self.file]).read
@@ -57,7 +63,7 @@ class _Opened:
 
     def read(self, start: int, into: memoryview) -> None:
         """Fill `into` with the inflated bytes from `start` on; raises SnapshotError if broken."""
-        at, (place, inflating) = self._nearest(start)
+        at, (place, inflating, crc) = self._nearest(start)
         end = self._content.offset + self._content.packed
         kept, rest = at, b""
         while into:
@@ -78,12 +84,14 @@ class _Opened:
             if at >= start:
                 into[: len(data)] = data
                 into = into[len(data) :]
-            at += len(data)
+            at, crc = at + len(data), zlib.crc32(data, crc)
             if at - kept >= SPACING and into:
-                self._keep(at, place - len(rest), inflating)
+                self._keep(at, (place - len(rest), inflating, crc))
                 kept = at
         if at < self._content.length:
-            self._keep(at, place - len(rest), inflating)
+            self._keep(at, (place - len(rest), inflating, crc))
+        elif self._content.crc not in (None, crc):
+            raise broken("its checksum (CRC-32) is wrong")
 
     def _nearest(self, start: int) -> tuple[int, State]:
         with _lock:
@@ -91,13 +99,14 @@ class _Opened:
                 key = self._number, self._places[number]
                 if key in _states:
                     _states.move_to_end(key)
-                    place, inflating = _states[key]
-                    return key[1], (place, inflating.copy())
+                    place, inflating, crc = _states[key]
+                    return key[1], (place, inflating.copy(), crc)
                 del self._places[number]
-        return 0, (self._content.offset, zlib.decompressobj(-zlib.MAX_WBITS))
+        return 0, (self._content.offset, zlib.decompressobj(-zlib.MAX_WBITS), 0)
 
-    def _keep(self, at: int, place: int, inflating: Any) -> None:
-        state = place, inflating.copy()
+    def _keep(self, at: int, state: State) -> None:
+        place, inflating, crc = state
+        state = place, inflating.copy(), crc
         with _lock:
             if (self._number, at) not in _states:
                 bisect.insort(self._places, at)
@@ -106,11 +115,10 @@ class _Opened:
                 _states.popitem(last=False)
 
 
-def broken() -> SnapshotError:
+def broken(problem: str = "it can't be inflated") -> SnapshotError:
+    """The error for an entry; who knows the file adds its name."""
     return SnapshotError(
-        "a deflated entry",
-        "what it holds can't be inflated",
-        "copy the file again, or leave it out",
+        "", f"a deflated entry of it is broken: {problem}", "copy it again, or leave it out"
     )
 
 

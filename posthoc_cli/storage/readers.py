@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from posthoc_cli.errors import SnapshotError
 from posthoc_cli.storage.header import Part, ReadAt, TensorIndex, spans
 from posthoc_cli.storage.stores import abandon, open_input
 
@@ -47,6 +48,7 @@ class Reader:
     """
 
     def __init__(self, index: TensorIndex, *, keep_open: bool = True) -> None:
+        self._index = index
         self._parts = index.parts
         self._files = [open_input(file, keep_open=keep_open) for file in index.files]
         self._contents: dict[int, ReadAt] = {}
@@ -66,7 +68,13 @@ class Reader:
     def read(self, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of the snapshot's data from `start` on."""
         for at, offset, count in spans(self._parts, start, len(into)):
-            self._reads(at)(offset, into[:count])
+            try:
+                self._reads(at)(offset, into[:count])
+            except SnapshotError as error:
+                if error.subject:
+                    raise
+                file = self._index.files[self._parts[at].file]
+                raise SnapshotError(str(file.path), error.problem, error.remedy) from None
             into = into[count:]
 
     @property

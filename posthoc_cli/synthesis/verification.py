@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import IncompleteError, SnapshotError, UsageError
 from posthoc_cli.formats import is_there, open_network
 from posthoc_cli.snapshots.lora import without_rank
 from posthoc_cli.snapshots.wrappers import agree_on_names
@@ -32,6 +32,8 @@ from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_ten
 from posthoc_cli.synthesis.product_check import compare_products, written_ranks
 from posthoc_cli.synthesis.products import Products, make_products
 from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients
+
+_REMEDY = "give a file or folder that synthesize wrote"
 
 Form = tuple[str, tuple[int, ...]]
 """The dtype and shape of a tensor."""
@@ -64,8 +66,13 @@ def find_output(path: Path) -> TensorIndex:
     if not exists(path) and exists(index_path(path)):
         path = index_path(path)
     if file_status(path) is None:
-        raise UsageError(str(path), "there is no such file", "give what synthesize wrote")
-    return open_tensors(path)
+        raise UsageError(str(path), "there is no such file", _REMEDY)
+    try:
+        return open_tensors(path)
+    except IncompleteError:
+        raise
+    except SnapshotError as error:  # whose remedy is for a snapshot
+        raise SnapshotError(error.subject, error.problem, _REMEDY) from None
 
 
 def verify(
@@ -130,7 +137,7 @@ def _ingredients(out: TensorIndex) -> RecipeSources:
         raise SnapshotError(
             str(out.path),
             "posthoc didn't make it: it carries no recipe",
-            "give a file that synthesize wrote",
+            _REMEDY,
         )
     try:
         return ingredients(recipe)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -148,10 +149,14 @@ def test_sources(posthoc_here: Posthoc, made: Path, snapshots: Path, check_json)
         (["y.safetensors"], 2, "y.safetensors: there is no such file; .*"),
         ([], 2, "OUT: missing; .*"),
         (["snapshots/ema-1000-0.05.safetensors"], 3, ".*: posthoc didn't make it: .*"),
+        (["model.pt"], 3, "model.pt: a torch checkpoint .*; give a file .* that synthesize wrote"),
+        (["x.gguf"], 3, "x.gguf: a GGUF file.*; give a file .* that synthesize wrote"),
     ],
 )
 @pytest.mark.usefixtures("made")
 def test_refuses(posthoc_here: Posthoc, arguments: list[str], code: int, line: str) -> None:
+    torch.save({"w": torch.rand(3)}, "model.pt")
+    Path("x.gguf").write_bytes(b"GGUF" + bytes(99))
     posthoc_here("verify", *arguments).failed(code, line)
 
 
