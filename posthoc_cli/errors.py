@@ -14,10 +14,25 @@ PosthocError
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 LEFT_BEHIND: list[str] = []
 """What interrupted work couldn't undo, for the command to tell: an interrupt has no words."""
+
+
+_SECRET = re.compile(
+    r"""(?x) (?<=://) (?: (?<=http://|ttps://) [^/\s]* | [^/\s:@]* : [^/\s]* ) @  # a login
+    | (?<=\?) (?= \S* \b(?:sig|[a-z-]*signature|[a-z-]*token|[a-z-]*credential)= ) [^\s'"<>]*
+    """,
+    re.IGNORECASE,
+)
+"""What of a URL is nobody's business: a name and password, a query that is signed."""
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the logins and signatures of the URLs in it."""
+    return _SECRET.sub(lambda found: "" if found[0].endswith("@") else "...", text)
 
 
 def printable(text: str) -> str:
@@ -26,6 +41,8 @@ def printable(text: str) -> str:
     What a file says about itself (names, metadata) is not ours to trust: it passes through here
     before it is shown.
     """
+    if "://" in text:
+        text = without_secrets(text)
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
         for char in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import posixpath
 import re
@@ -9,20 +10,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from posthoc_cli.errors import UsageError, either
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
 """How the URLs begin that are read: buckets, servers, the Hugging Face hub."""
 
-_ALIKE = {"gcs": "gs", "s3a": "s3", "azure": "az", "abfs": "az", "abfss": "az"}
+_ALIKE = {
+    **dict.fromkeys(("azure", "abfs", "abfss", "wasb", "wasbs"), "az"),
+    "gcs": "gs",
+    "s3a": "s3",
+    "s3n": "s3",
+}
 """What other programs call them."""
 
-_NO_HOST = re.compile(r"[\s\\<>\"'`^|{}%?#]|^\.+$")
-"""What no bucket, host or owner is named like; obstore may panic at it."""
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|\w[\w.-]*)(?::[0-9]{1,5})?"
+_HOSTS = {
+    "s3": (_NAME, "BUCKET/FOLDER"),
+    "gs": (_NAME, "BUCKET/FOLDER"),
+    "az": (r"[A-Za-z0-9$][A-Za-z0-9_-]*(?:@[A-Za-z0-9.-]+)?", "CONTAINER/FOLDER"),
+    "https": (_HOST, "HOST/FOLDER"),
+    "http": (_HOST, "HOST/FOLDER"),
+    "hf": (_NAME, "OWNER/REPO/FOLDER"),
+}
+"""How buckets, hosts and owners are named, at other names obstore may panic; and what follows."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
+
+_ALMOST = re.compile(rf"({'|'.join([*SCHEMES, *_ALIKE, 'file'])}):(?!//)", re.IGNORECASE)
+"""How a text begins that was to be a URL, unless there is such a folder."""
+
+_PAGE = re.compile(r"(?:huggingface\.co|hf\.co)/(.+?)/(?:tree|blob)/([^/]+)(.*)")
+"""What a browser shows of a repository."""
+
+_SIGNED = re.compile(r"\?.*\b(?:sig|[a-z-]*signature|[a-z-]*token)=", re.IGNORECASE)
+
+_LOGIN = re.compile(r"(https?)://([^/\s]*)@([^/\s?#@]+)(.*)", re.IGNORECASE | re.DOTALL)
+
+_LOGINS: dict[tuple[str, ...], str] = {}
+"""What to send to servers whose URLs were given with a name and a password, by scheme and host."""
 
 if TYPE_CHECKING:
     _Local = Path
@@ -43,7 +71,10 @@ class Url(_Local):
     def __str__(self) -> str:
         parts = self.parts
         if parts and parts[0][:-1] in SCHEMES and parts[0].endswith(":"):
-            return f"{parts[0]}//{'/'.join(parts[1:])}"
+            inside = "/".join(parts[1:])
+            if parts[0].startswith("http"):  # what ends a path there is quoted, as it has to be
+                inside = re.sub("[%?#]", lambda found: quote(found[0]), inside)
+            return f"{parts[0]}//{inside}"
         return "/".join(parts) or "."
 
     def as_posix(self) -> str:
@@ -67,6 +98,11 @@ class Url(_Local):
     @property
     def scheme(self) -> str:
         return self.parts[0][:-1]
+
+    @property
+    def login(self) -> str | None:
+        """The value of the header that says who asks, where a URL of this server had a login."""
+        return _LOGINS.get(self.parts[:2])
 
     @property
     def key(self) -> str:
@@ -96,13 +132,17 @@ class File:
 def place(given: str | os.PathLike[str]) -> Path:
     """The path or Url that a user's text or path stands for.
 
+    A name and a password before the host are kept for the server alone: nothing shows them.
     Raises UsageError for a URL of an unknown kind, or one that is not whole.
     """
-    text = os.fspath(given)
+    text = without_login(os.fspath(given))
     as_it_is = given if isinstance(given, Path) else Path(text)
     match = None if isinstance(given, Url) else _URL.fullmatch(text)
     # A Path has lost a slash; a text with one names a folder.
     if match is None or (len(match[2]) < 2 and isinstance(given, str)):
+        almost = _ALMOST.match(text) if isinstance(given, str) else None
+        if almost and not os.path.lexists(text) and not os.path.lexists(almost[0]):
+            raise _not_whole(text, _ALIKE.get(almost[1].lower(), almost[1].lower()))
         return as_it_is
     scheme = _ALIKE.get(match[1].lower(), match[1].lower())
     if scheme not in SCHEMES:
@@ -112,30 +152,46 @@ def place(given: str | os.PathLike[str]) -> Path:
             raise UsageError(text, "is a URL of the local disk", "give the path instead")
         kinds = either([f"{each}://" for each in SCHEMES])
         raise UsageError(text, f"{match[1]}:// is not known", f"give a path, {kinds}")
-    rest = match[3]
+    host, _, key = match[3].partition("/")
     if scheme.startswith("http"):
-        if "?" in rest:
+        if "?" in key:
             remedy = "give an address that needs none"
             raise UsageError(text, "ends in a query, which is not supported", remedy)
-        rest = unquote(rest)
-    host, _, key = rest.partition("/")
+        page = _PAGE.fullmatch(f"{host}/{key}")
+        if page is not None:
+            name, revision, below = page.groups()
+            raise UsageError(text, "is a page to look at", f"write hf://{name}@{revision}{below}")
+        host, key = unquote(host), unquote(key)
+    elif _SIGNED.search(key):
+        remedy = "set AZURE_STORAGE_SAS_TOKEN" if scheme == "az" else "leave it out"
+        raise UsageError(text, "ends in a signature, which is not read from a URL", remedy)
     key = posixpath.normpath(key.strip("/")) if key else ""
-    if _NO_HOST.search(host):
+    if not host or len(match[2]) > 2 or key == ".." or key.startswith("../"):
+        raise _not_whole(text, scheme)
+    port = host.rpartition(":")[2] if scheme.startswith("http") else ""
+    if not re.fullmatch(_HOSTS[scheme][0], host) or (port.isdigit() and int(port) > 65535):
         problem = f"'{host}' can't be the name of a bucket or host"
-        raise UsageError(text, problem, f"write {scheme}://{_NEXT[scheme]}")
-    if not host or key.startswith(".."):
-        raise UsageError(text, "is not a whole URL", f"write {scheme}://{_NEXT[scheme]}")
+        if "@" in host:
+            problem = "has a name or a password, which no such URL takes"
+        raise UsageError(text, problem, f"write {scheme}://{_HOSTS[scheme][1]}")
     return Url(f"{scheme}:", host, key)
 
 
-_NEXT = {
-    "s3": "BUCKET/FOLDER",
-    "gs": "BUCKET/FOLDER",
-    "az": "CONTAINER/FOLDER",
-    "https": "HOST/FOLDER",
-    "http": "HOST/FOLDER",
-    "hf": "OWNER/REPO/FOLDER",
-}
+def without_login(text: str) -> str:
+    """`text`, or the URL of a server without name and password, which are kept for that server."""
+    match = _LOGIN.fullmatch(text)
+    if match is None:
+        return text
+    scheme, login, host, rest = match.groups()
+    given = base64.b64encode(unquote(login).encode()).decode()
+    _LOGINS[f"{scheme.lower()}:", unquote(host)] = f"Basic {given}"
+    return f"{scheme}://{host}{rest}"
+
+
+def _not_whole(text: str, scheme: str) -> UsageError:
+    if scheme == "file":
+        return UsageError(text, "is a URL of the local disk", "give the path instead")
+    return UsageError(text, "is not a whole URL", f"write {scheme}://{_HOSTS[scheme][1]}")
 
 
 def is_url(given: str | os.PathLike[str]) -> bool:

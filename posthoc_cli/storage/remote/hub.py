@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, unquote
 
 from posthoc_cli.errors import MachineError, UsageError
-from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.remote.sources import CLIENT, Bucket, Found, make_store, needs
+from posthoc_cli.storage.places import File, Url, place
+from posthoc_cli.storage.remote.sources import Found, Server, needs
 
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
@@ -47,8 +47,10 @@ def repository(url: Url) -> Repository:
     return Repository(url, *known)
 
 
-class Repository(Bucket):
+class Repository(Server):
     """A repository; its files never change, as they are those of one commit."""
+
+    lists = True
 
     def __init__(self, url: Url, kind: str, name: str, revision: str | None, depth: int) -> None:
         try:
@@ -57,7 +59,7 @@ class Repository(Bucket):
             raise needs(url, "huggingface_hub") from None
         self._hub = huggingface_hub
         self._api = huggingface_hub.HfApi(library_name="posthoc-cli")
-        self.root = Url(*url.parts[:depth])
+        self.root = root = Url(*url.parts[:depth])
         self._depth = depth
         self._repo = {"repo_id": name, "repo_type": kind}
         commit = self._ask(self.root, self._api.repo_info, revision=revision).sha
@@ -65,12 +67,9 @@ class Repository(Bucket):
         prefix = "" if kind == "model" else f"{kind}s/"
         at = quote(self._repo["revision"], safe="")
         token = huggingface_hub.get_token()
-        headers = {"authorization": f"Bearer {token}"} if token else {}
-        endpoint = f"{self._api.endpoint}/{prefix}{name}/resolve/{at}"
-        base = Url(*endpoint.replace("://", ":/").split("/"))
-        client = CLIENT | {"default_headers": headers}
-        self.store = make_store(base, client_options=client)
-        self._base = base
+        endpoint = cast(Url, place(self._api.endpoint))
+        super().__init__(endpoint, {"authorization": f"Bearer {token}"} if token else {})
+        self.root, self._files = root, endpoint / f"{prefix}{name}/resolve/{at}"
 
     def _ask(self, path: Path, what: Callable[..., Any], **asked: Any) -> Any:
         """What the hub answers, within a minute; raises FileNotFoundError, MachineError."""
@@ -123,8 +122,10 @@ class Repository(Bucket):
         return MachineError(str(path), problem, "check the network, or HF_ENDPOINT; try again")
 
     def key(self, path: Path) -> str:
-        inside = path.parts[0] == "hf:"
-        return "/".join(path.parts[self._depth if inside else 2 :])
+        return "/".join(path.parts[self._depth :])
+
+    def found_at(self, path: Path) -> tuple[Any, str]:
+        return super().found_at(self._files / self.key(path))
 
     def listing(self, key: str) -> tuple[Sequence[Found], bool]:
         tree = self._api.list_repo_tree
@@ -155,8 +156,7 @@ class Repository(Bucket):
 
     async def fetch(self, path: Url, start: int, end: int) -> tuple[File, memoryview]:
         # Where it comes from in the end has times and etags of its own.
-        there = Url(*self._base.parts, *path.parts[self._depth :])
-        found, data = await super().fetch(there, start, end)
+        found, data = await super().fetch(path, start, end)
         return File(path, found.size), data
 
 

@@ -16,17 +16,21 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.storage.disk import changed, unreadable
 from posthoc_cli.storage.places import File, Url
+from posthoc_cli.storage.remote.answers import Denied
 from posthoc_cli.storage.remote.fetching import RemoteFile, Stream, begin
-from posthoc_cli.storage.remote.sources import Bucket, Denied, Server, Source
+from posthoc_cli.storage.remote.sources import Bucket, Server, Source
 
 HEAD = 512 << 10
 """Bytes of a file that are fetched when it is opened: the headers of most are shorter."""
 
 HEADS = 64
 """Files whose beginnings are fetched before they are opened, and kept."""
+
+FEW = 4
+"""Files of a folder that are asked for by themselves; for more the folder is listed."""
 
 _STORES: dict[Url, RemoteStore] = {}
 _LOCK = threading.Lock()
@@ -68,8 +72,8 @@ class RemoteStore:
         self._files: dict[str, File | None] = {}
         self._folders: dict[str, set[str]] = {}
         self._whole: set[str] = set()  # folders of which all that is below is known
-        self._none: set[str] = set()  # what is no folder
-        self._single: dict[str, File] = {}  # files that were asked for by themselves
+        self._none: dict[str, Denied | None] = {}  # what is no folder, or can't be listed
+        self._single: dict[str, File | None] = {}  # what was asked for by itself
         self._heads: OrderedDict[str, Future[tuple[File, memoryview]]] = OrderedDict()
         self._to_come: list[Url] = []
         self._early: set[str] = set()  # of the heads, those that nobody has asked for yet
@@ -84,7 +88,9 @@ class RemoteStore:
         # A server that lists nothing: what the user has named is there.
         beside = f"{key}/" if key else ""
         known = {
-            each[len(beside) :].split("/")[0] for each in self._single if each.startswith(beside)
+            each[len(beside) :].split("/")[0]
+            for each, file in self._single.items()
+            if file and each.startswith(beside)
         }
         if not known:
             raise NotADirectoryError if self.is_file(folder) else FileNotFoundError
@@ -93,7 +99,7 @@ class RemoteStore:
     def is_folder(self, path: Path) -> bool:
         key = self._source.key(path)
         with self._lock:
-            if key not in self._folders and (key in self._files or key in self._single):
+            if key not in self._folders and (key in self._files or self._single.get(key)):
                 return False
         return self._names(key) is not None
 
@@ -116,34 +122,42 @@ class RemoteStore:
             return None
         with self._lock:
             beside = key.rpartition("/")[0]
+            asked = {
+                each: file
+                for each, file in self._single.items()
+                if each.rpartition("/")[0] == beside
+            }
             if self._source.lists:
-                self._names(beside)
-                if key in self._folders:
+                if len(asked) >= FEW:
+                    with contextlib.suppress(MachineError):
+                        self._names(beside)
+                if self._names(key) is not None:
                     return None
             if beside in self._folders:
                 if key not in self._files:
                     return None
-            elif self._is_below_whole(beside) or beside in self._single:
-                return None
-            known = self._files.get(key) or self._single.get(key)
-            if known is not None:
+            elif key in asked or self._is_below_whole(beside) or self._single.get(beside):
+                return asked.get(key)
+            if (known := self._files.get(key)) is not None:
                 return known
-        with contextlib.suppress(FileNotFoundError):
-            begun = self._heads.get(key)
-            try:
-                found = begun.result()[0] if begun else self._source.head(path)
-            except Denied:
-                # Who may not list a public bucket isn't told either what is missing in it.
-                if any(each.rpartition("/")[0] == beside for each in self._single):
-                    return None
-                raise
-            with self._lock:
-                if key in self._files:
-                    self._files[key] = found
-                else:
-                    self._single[key] = found
-            return found
-        return None
+        begun = self._heads.get(key)
+        try:
+            found = begun.result()[0] if begun else self._source.head(path)
+        except Denied as error:
+            # Who may not list a public bucket isn't told either what is missing in it.
+            if any(asked.values()):
+                return None
+            raise self._none.get(key) or error from None
+        except FileNotFoundError:
+            if (denied := self._none.get(key)) is not None:
+                raise denied from None
+            found = None
+        with self._lock:
+            if key in self._files:
+                self._files[key] = found
+            else:
+                self._single[key] = found
+        return found
 
     def _is_below_whole(self, key: str) -> bool:
         parts = key.split("/")
@@ -154,13 +168,17 @@ class RemoteStore:
         with self._lock:
             if key in self._folders or key in self._none or self._is_below_whole(key):
                 return self._folders.get(key)
-            found, whole = self._source.listing(key)
+            try:
+                found, whole = self._source.listing(key)
+            except Denied as error:  # its files may be there
+                self._none[key] = error
+                return None
             if whole:
                 self._whole.add(key)
             for below, file in found:
                 self._note(key, below, file)
             if key not in self._folders:
-                self._none.add(key)
+                self._none[key] = None
             return self._folders.get(key)
 
     def _note(self, key: str, below: str, file: File | None) -> None:

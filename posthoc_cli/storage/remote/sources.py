@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import Any, Protocol, cast
+from urllib.parse import quote, unquote, urlsplit
 
-from posthoc_cli.errors import MachineError, UsageError, printable
+from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import File, Url
+from posthoc_cli.storage.remote.answers import Refused, check_store, errors
 
 CLIENT = {
     "allow_http": True,  # where the endpoint says so
@@ -71,14 +70,14 @@ def needs(url: Url, module: str) -> UsageError:
     return UsageError(str(url), problem, "pip install 'posthoc-cli[remote]'")
 
 
-def make_store(url: Url, **options: Any) -> Any:
-    """obstore's store of the bucket or server of `url`; credentials come from the environment, the
-    profiles, or the machine."""
+def make_store(url: Url, headers: Mapping[str, str] | None = None) -> Any:
+    """obstore's store of the bucket of `url`, or of what is at and below it on a server, which is
+    sent `headers`; credentials come from the environment, the profiles, or the machine."""
     try:
         from obstore import store
     except ImportError:
         raise needs(url, "obstore") from None
-    options = dict[str, Any](client_options=CLIENT, retry_config=RETRY) | options
+    options: dict[str, Any] = {"client_options": CLIENT, "retry_config": RETRY}
     host = url.parts[1]
     with errors(url):
         if url.scheme == "s3":
@@ -92,7 +91,9 @@ def make_store(url: Url, **options: Any) -> Any:
             if account:
                 options["account_name"] = account.split(".")[0]
             return store.AzureStore(container, **options)
-        return store.HTTPStore.from_url(f"{url.scheme}://{host}", **options)
+        sent = {"authorization": url.login} if url.login else {}
+        options["client_options"] = CLIENT | {"default_headers": sent | dict(headers or {})}
+        return store.HTTPStore.from_url(f"{url.scheme}://{host}/{quote(url.key)}", **options)
 
 
 class Bucket:
@@ -106,6 +107,10 @@ class Bucket:
 
     def key(self, path: Path) -> str:
         return "/".join(path.parts[2:])
+
+    def found_at(self, path: Path) -> tuple[Any, str]:
+        """The store that has an object, and its key there."""
+        return self.store, self.key(path)
 
     def listing(self, key: str) -> tuple[Sequence[Found], bool]:
         import obstore
@@ -149,9 +154,9 @@ class Bucket:
         with errors(path):
             options: Any = {"range": (start, end)}
             try:
-                result = await obstore.get_async(self.store, self.key(path), options=options)
+                result = await obstore.get_async(*self.found_at(path), options=options)
             except obstore.exceptions.BaseError as error:
-                if start or _status(str(error)) != 416:
+                if start or "status code: 416" not in str(error):
                     raise
                 found = await asyncio.get_running_loop().run_in_executor(None, self.head, path)
                 return found, memoryview(b"")  # it is empty
@@ -163,12 +168,27 @@ class Server(Bucket):
 
     lists = False
 
+    def __init__(self, url: Url, headers: Mapping[str, str] | None = None) -> None:
+        self.root = Url(*url.parts[:2])
+        self._headers = headers
+        self.store = make_store(self.root, headers)
+        self._odd: dict[Path, Any] = {}
+
+    def found_at(self, path: Path) -> tuple[Any, str]:
+        key = "/".join(path.parts[2:])
+        if key.isprintable() and not set("[]|^") & set(key):
+            return self.store, key
+        # obstore doesn't quote these, and then follows no redirect: the URL of a store it takes.
+        if path not in self._odd:
+            self._odd[path] = make_store(cast(Url, path), self._headers)
+        return self._odd[path], ""
+
     def listing(self, key: str) -> tuple[Sequence[Found], bool]:
         import obstore
 
         try:
             with errors(self.root / key):
-                result = obstore.get(self.store, key)
+                result = obstore.get(*self.found_at(self.root / key))
                 if not _is_page(result):
                     return [], False
                 page = b""
@@ -178,7 +198,7 @@ class Server(Bucket):
                         return [], False
         except FileNotFoundError:
             return [], False
-        except _Refused:  # as a folder; its files may be there
+        except Refused:  # as a folder; its files may be there
             return [], False
         links = _Links(f"/{key}/" if key else "/")
         links.feed(page.decode("utf-8", "replace"))
@@ -188,7 +208,7 @@ class Server(Bucket):
         import obstore
 
         with errors(path):
-            result = obstore.get(self.store, self.key(path), options={"head": True})
+            result = obstore.get(*self.found_at(path), options={"head": True})
         if _is_page(result) and path.suffix.lower() not in (".html", ".htm"):
             raise FileNotFoundError
         return described(path, result.meta)
@@ -217,100 +237,6 @@ class _Links(HTMLParser):
 
 def described(path: Path, about: Any) -> File:
     """What a store says of an object."""
+    check_store(path, about["e_tag"] or about["version"])
     modified = int(about["last_modified"].timestamp()) * 10**9
     return File(path, about["size"], modified, None, about["e_tag"] or about["version"])
-
-
-# Errors
-
-
-class _Refused(MachineError):
-    """The error of a request that the server won't answer."""
-
-
-class Denied(_Refused):
-    """The error of a request without permission."""
-
-
-@contextlib.contextmanager
-def errors(path: Path) -> Iterator[None]:
-    """Raise a store's errors as one line each; FileNotFoundError as it is."""
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            raise told(path, str(error)) from None
-        raise
-    except (BaseError, ValueError, NotImplementedError) as error:
-        raise told(path, str(error)) from error
-
-
-def told(path: Path, text: str, doing: str = "read") -> MachineError:
-    """The error that a store's own text stands for, met when the object was read or "written"."""
-    remedy = "try again" if doing == "written" else "try again, or copy the files to a disk"
-    problem = f"cannot be {doing}"
-    status = _status(text)
-    code = (re.search(r"<Code>(\w+)</Code>", text) or ("", ""))[1]
-    kind = (re.search(r"kind: (\w+)", text) or ("", ""))[1]
-    where = printable(_host(text) or str(path))
-    if code in ("NoSuchBucket", "ContainerNotFound"):
-        what = "container" if code == "ContainerNotFound" else "bucket"
-        return MachineError(str(path), f"there is no such {what}", "check its name")
-    if "169.254.169.254" in text or "metadata.google.internal" in text:
-        return MachineError(str(path), "no credentials were found", _credentials(path))
-    if "Expired" in code or "Expired" in text:
-        return MachineError(str(path), f"{problem}: the credentials have expired", "renew them")
-    if "Range request not supported" in text or "NotPartial" in text:
-        problem = "is on a server that gives no parts of files"
-        return MachineError(str(path), problem, "copy the files to a disk")
-    if status in (401, 403):
-        reason = f" ({code or status})"
-        return Denied(str(path), f"{problem}: permission denied{reason}", _credentials(path))
-    if status in (301, 302, 307) and "s3" in text.lower():
-        return MachineError(str(path), "is in another region", "set AWS_REGION to the bucket's")
-    if status is not None:
-        return _Refused(
-            str(path), f"{problem}: the server answers {status}{code and f' ({code})'}", remedy
-        )
-    check = "check the network and the address"
-    if "dns error" in text or "failed to lookup" in text:
-        return MachineError(str(path), f"{problem}: there is no host {where}", check)
-    if kind == "Timeout" or "timed out" in text or "TimedOut" in text:
-        return MachineError(str(path), f"{problem}: {where} doesn't answer", check)
-    if kind == "Connect":
-        return MachineError(str(path), f"{problem}: no connection to {where}", check)
-    if kind:
-        return MachineError(str(path), f"{problem}: the connection to {where} was lost", check)
-    line = printable(" ".join(text.split("Debug source:")[0].split()))
-    if any(words in text for words in _UNSET):
-        remedy = _credentials(path)
-    return MachineError(str(path), f"{problem} ({line[:200]})", remedy)
-
-
-_UNSET = ("Account must be specified", "Invalid Access Key", "One of service account")
-"""What obstore says of settings that are missing or make no sense."""
-
-
-def _status(text: str) -> int | None:
-    found = re.search(r"status code: (\d{3})|status: (\d{3})", text)
-    return int(found[1] or found[2]) if found else None
-
-
-def _host(text: str) -> str:
-    found = re.search(r"https?://([^/\s\"',?]+)", text)
-    return found[1] if found else ""
-
-
-def _credentials(path: Path) -> str:
-    scheme = path.parts[0][:-1]
-    given = {
-        "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or for a public "
-        "bucket AWS_SKIP_SIGNATURE=true",
-        "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or for a public bucket "
-        "GOOGLE_SKIP_SIGNATURE=true",
-        "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or for a public "
-        "container AZURE_SKIP_SIGNATURE=true",
-    }
-    return given.get(scheme, "check the address, and whether you may read it")

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.storage.disk import already_exists, write_errors
 from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.remote.answers import check_store, told
 from posthoc_cli.storage.remote.fetching import begin
-from posthoc_cli.storage.remote.sources import make_store, told
+from posthoc_cli.storage.remote.sources import make_store
 
 PART = 8 << 20
 """Bytes of a part. Stores want at least 5 MiB."""
@@ -387,7 +388,9 @@ class ObjectFile:
         import obstore
 
         try:
-            return obstore.head(self.bucket, self._key)
+            found = obstore.head(self.bucket, self._key)
+            check_store(self.path, found["e_tag"] or found["version"])
+            return found
         except FileNotFoundError:
             return None
         except obstore.exceptions.BaseError as error:
