@@ -168,8 +168,7 @@ def place(given: str | os.PathLike[str]) -> Path:
     key = posixpath.normpath(key.strip("/")) if key else ""
     if not host or len(match[2]) > 2 or key == ".." or key.startswith("../"):
         raise _not_whole(text, scheme)
-    port = host.rpartition(":")[2] if scheme.startswith("http") else ""
-    if not re.fullmatch(_HOSTS[scheme][0], host) or (port.isdigit() and int(port) > 65535):
+    if not (is_host(host) if _HOSTS[scheme][0] == _HOST else re.fullmatch(_HOSTS[scheme][0], host)):
         problem = f"'{host}' can't be the name of a bucket or host"
         if "@" in host:
             problem = "has a name or a password, which no such URL takes"
@@ -186,6 +185,12 @@ def without_login(text: str) -> str:
     given = base64.b64encode(unquote(login).encode()).decode()
     _LOGINS[f"{scheme.lower()}:", unquote(host)] = f"Basic {given}"
     return f"{scheme}://{host}{rest}"
+
+
+def is_host(text: str) -> bool:
+    """Whether it is the name or address of a server, maybe with a port."""
+    port = text.rpartition(":")[2]
+    return bool(re.fullmatch(_HOST, text)) and (not port.isdigit() or int(port) <= 65535)
 
 
 def _not_whole(text: str, scheme: str) -> UsageError:

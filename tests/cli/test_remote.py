@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,7 +18,7 @@ from posthoc_cli.storage import stores
 from posthoc_cli.storage.remote import objects, sources
 from tests.command import Posthoc, Run
 from tests.packing import averages, write
-from tests.servers.base import unused_url
+from tests.servers.base import Request, unused_url
 from tests.servers.buckets import Buckets
 from tests.servers.faults import Fault, Proxy
 from tests.servers.files import Files
@@ -287,6 +288,91 @@ def test_few_requests(servers: Servers, posthoc_here: Posthoc) -> None:
     assert len(asked) <= 12
 
 
+ODD = ("a[1]", "a%20b 100%", "a#b?c=d", "+*{}|^&;", "ü 日本", "...", "tree")
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs", "az", "http", "hf"])
+def test_names_may_be_anything(
+    kind: str, servers: Servers, posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    """Of folders and files; `http` as its URLs have them quoted."""
+    for name in ODD:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in sorted((servers.folder / "snapshots").iterdir())[:2]:
+            shutil.copy(path, folder / f"{path.stem}{name}.safetensors")
+        servers.upload(folder)
+        url = servers.url(kind, quote(name) if kind == "http" else name)
+        done = posthoc_here("inspect", url, "--json")
+        assert done.code == 0, done
+        found = [each["file"] for each in done.json["snapshots"]]
+        assert found == sorted(path.name for path in folder.iterdir())
+        one = quote(found[0]) if kind == "http" else found[0]
+        done = posthoc_here("inspect", f"{url}/{one}", "--json")
+        assert [each["file"] for each in done.json["snapshots"]] == found[:1]
+        if kind in ("s3", "gs", "az") and "{" not in name:
+            out = f"{kind}://bucket/{name}/{kind}/{name}.safetensors"
+            assert posthoc_here("synthesize", folder, *WANTED, "-o", out).code == 0
+            assert posthoc_here("verify", out, url).code == 0
+
+
+def test_a_name_that_no_folder_has(servers: Servers, posthoc_here: Posthoc) -> None:
+    """It keeps its own folder from being listed, not those beside it, nor files by their URLs."""
+    name = sorted(path.name for path in (servers.folder / "snapshots").iterdir())[0]
+    data = servers.buckets.get("bucket", f"snapshots/{name}")
+    for key in ("odd/a\nb", "odd/deep//a", f"odd/run/{name}"):
+        servers.buckets.put("bucket", key, data)
+    line = "s3://bucket/odd: .*: a name below it has .*; rename that object, or .*"
+    posthoc_here("inspect", "s3://bucket/odd").failed(1, line)
+    assert posthoc_here("inspect", "s3://bucket/odd/run").code == 0
+    assert posthoc_here("inspect", f"s3://bucket/odd/run/{name}").code == 0
+
+
+def test_only_what_is_asked_for_is_listed(servers: Servers, posthoc_here: Posthoc) -> None:
+    """Permission may be for a folder alone, or for its files and not for the folder."""
+
+    def deny(request: Request) -> tuple[int, str] | None:
+        prefix = request.query.get("prefix", "")
+        refused = request.path == "/bucket" and not prefix.startswith(allowed)
+        return (403, "AccessDenied") if refused else None
+
+    servers.buckets.deny = deny
+    names = sorted(path.name for path in (servers.folder / "snapshots").iterdir())
+    for allowed, asked in (("snapshots/", ("",)), ("none", [f"/{name}" for name in names])):
+        urls = [f"s3://bucket/snapshots{name}" for name in asked]
+        assert posthoc_here("solve", *urls, *WANTED, "-q").code == 0, allowed
+    line = r"s3://bucket/snapshots: .*: permission denied .AccessDenied.; set AWS_ACCESS_KEY_ID .*"
+    outcome(posthoc_here, "s3://bucket/snapshots").failed(1, line)
+
+
+def test_a_password_is_for_the_server_alone(
+    servers: Servers, posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    with Files(servers.folder, login="Basic bWU6c2VjcmV0") as files:
+        shown = f"{files.url}/snapshots"
+        url = shown.replace("//", "//me:secret@")
+        line = f"{shown}: .*: permission denied .401.; .*"
+        outcome(posthoc_here, shown).failed(1, line)
+        runs = [
+            posthoc_here("inspect", url),
+            posthoc_here("inspect", url, "--json"),
+            posthoc_here("solve", url, *WANTED, "--json"),
+            posthoc_here("synthesize", url, *WANTED, "-o", "x.safetensors", "--json"),
+            posthoc_here("verify", "x.safetensors", url, "--json"),
+            posthoc_here("inspect", "x.safetensors"),
+        ]
+        assert [run.code for run in runs] == [0] * len(runs)
+        runs += [
+            posthoc_here("inspect", f"{url}/none"),
+            posthoc_here("solve", url, "--pattern", "{step}", "--run", "x"),
+            posthoc_here("synthesize", url, *WANTED, "-o", url),
+            posthoc_here("inspect", url.replace("snapshots", "a?X-Amz-Signature=secret")),
+            posthoc_here("inspect", url, f"--only={url}", "--nonsense"),
+        ]
+        assert not any("secret" in run.out + run.err for run in runs)
+        assert b"secret" not in (tmp_path / "x.safetensors").read_bytes()
+
+
 # Failures
 
 
@@ -325,6 +411,13 @@ def test_what_is_not_there(
         (403, "AccessDenied", r"permission denied \(AccessDenied\); set AWS_ACCESS_KEY_ID .+"),
         (403, "SignatureDoesNotMatch", r"permission denied \(SignatureDoesNotMatch\); .+"),
         (400, "ExpiredToken", "the credentials have expired; renew them"),
+        (403, "InvalidAccessKeyId", r"permission denied \(InvalidAccessKeyId\); check the keys.*"),
+        (403, "RequestTimeTooSkewed", "this machine's clock is wrong; set it, and try again"),
+        (400, "InvalidToken", ".* doesn't know the session token; check AWS_SESSION_TOKEN.*"),
+        (400, "TokenRefreshRequired", "the credentials have expired; renew them"),
+        (403, "InvalidObjectState", "it is archived; restore it.*"),
+        (301, "PermanentRedirect", "the bucket is in another region; set AWS_REGION .*"),
+        (400, "AuthorizationHeaderMalformed", "the bucket is in another region; .*"),
         (503, "SlowDown", r"the server answers 503 \(SlowDown\); try again.*"),
     ],
 )
@@ -333,6 +426,43 @@ def test_what_is_refused(
 ) -> None:
     servers.buckets.deny = lambda request: (status, code)
     outcome(posthoc_here, "s3://bucket/snapshots").failed(1, f".*: cannot be read: {line}")
+
+
+PAGE = b"<!DOCTYPE html><html><head><title>Log in</title></head><body></body></html>"
+NO_STORE = "what answers is no store of objects; check AWS_ENDPOINT_URL, .*log in"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "line"),
+    [
+        (200, PAGE, NO_STORE),
+        (200, PAGE.replace(b"<body>", b"<body><p>"), NO_STORE),
+        (200, b"<html/>", NO_STORE),
+        (200, b"", NO_STORE),
+        (200, b'{"status": "ok"}', NO_STORE),
+        (404, PAGE, NO_STORE),
+        (405, PAGE, NO_STORE),
+        (404, b"", ".* has no such bucket; check its name; check AWS_ENDPOINT_URL"),
+        (400, b"Client sent an HTTP request to an HTTPS server.", ".* wants https; check AWS.*"),
+        (407, b"", "the proxy asks for a login; .*"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+def test_what_is_no_store(
+    scheme: str,
+    status: int,
+    body: bytes,
+    line: str,
+    servers: Servers,
+    posthoc_here: Posthoc,
+    snapshots: Path,
+) -> None:
+    servers.proxy.add(Fault(status=status, body=body, count=-1))
+    line = line.replace("AWS_ENDPOINT_URL", ".*[A-Z]_.*").replace("AWS", ".*")
+    outcome(posthoc_here, f"{scheme}://bucket/snapshots").failed(1, f"{scheme}://bucket.*: {line}")
+    out = f"{scheme}://bucket/out.safetensors"
+    done = posthoc_here("synthesize", "snapshots", *WANTED, "-q", "-o", out)
+    done.failed(1, f"{scheme}://bucket/out.*: {line}")
 
 
 def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> None:
@@ -365,13 +495,36 @@ def test_nothing_there(
     posthoc_here("inspect", f"{url}/run").failed(1, f"{url}/run: .*: no connection to .*")
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "", "http://", "http://a b"])
+@pytest.mark.parametrize(
+    "endpoint", ["127.0.0.1:9000", "", "http://", "http://a b", "http://a:99999"]
+)
 def test_endpoints_that_are_none(
     servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     line = f"AWS_ENDPOINT_URL: '{endpoint}' is no URL; write http:// or https:// and the host"
     outcome(posthoc_here, "s3://bucket/snapshots").failed(2, line)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "value", "line"),
+    [
+        ("s3", "AWS_ENDPOINT_URL", "http://me:secret@host", "has a name or a password; .*"),
+        ("az", "AZURE_STORAGE_ENDPOINT", "nowhere", "'nowhere' is no URL; .*"),
+        ("s3", "AWS_SESSION_TOKEN", "secret\n", "has a line break, or the like; .*"),
+    ],
+)
+def test_variables_that_make_no_sense(
+    scheme: str,
+    name: str,
+    value: str,
+    line: str,
+    servers: Servers,
+    posthoc_here: Posthoc,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(name, value)
+    outcome(posthoc_here, f"{scheme}://bucket/snapshots").failed(2, f"{name}: {line}")
 
 
 def test_an_account_that_is_missing(

@@ -16,7 +16,9 @@ class FileHandler(Handler):
         assert isinstance(owner, Files)
         self.body()
         path = owner.folder / request.path.lstrip("/")
-        if request.method not in ("GET", "HEAD"):
+        if owner.login and self.headers.get("Authorization") != owner.login:
+            self.send(401, b"Who are you?", WWW_Authenticate="Basic")
+        elif request.method not in ("GET", "HEAD"):
             self.send(405, Allow="GET, HEAD")
         elif path.is_dir():
             self._index(path, request.path)
@@ -76,8 +78,9 @@ class Files(Server):
         index: bool = True,
         absolute: bool = False,
         hides: bool = False,
+        login: str | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
         self.ranges, self.etags, self.times, self.index = ranges, etags, times, index
-        self.absolute, self.hides = absolute, hides
+        self.absolute, self.hides, self.login = absolute, hides, login

@@ -35,7 +35,13 @@ _KNOWN = [
     ("<Code>ContainerNotFound<", "there is no such container", "check its name"),
     ("<Code>InvalidBucketName<", "{host} takes no such name for a bucket", "check it"),
     ("169.254.169.254|metadata.google.internal", "no credentials were found", "{keys}"),
-    ("Account must be specified|Invalid Access Key|One of service account", "{line}", "{keys}"),
+    (
+        "Account must be specified|Invalid Access Key|One of service account|SecretAccessKey"
+        "|service account file|pem file|SAS query",
+        "{line}",
+        "{keys}",
+    ),
+    ("Generic Config error", "{line}", "check the variables that set it up"),
     (
         "redirect without LOCATION|<Code>(PermanentRedirect|Authorization|IllegalLocation)",
         *_REGION,
@@ -87,7 +93,7 @@ _KNOWN = [
 ]
 """What may be said: a pattern, the problem and what to do."""
 
-_PAGE = r"(?is)invalid list response|status code: (30\d|40[0245]).*<(html|!doctype)"
+_PAGE = r"(?is)invalid list response|header missing|status code: (30\d|40[0245]).*<(html|!doctype)"
 _NO_STORE = "what answers is no store of objects", f"{{check}}, and {_LOGIN}"
 
 _WRONG_KEYS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AuthenticationFailed")
@@ -114,6 +120,10 @@ def errors(path: Path) -> Iterator[None]:
         raise
     except (BaseError, ValueError, NotImplementedError) as error:
         raise told(path, str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise told(path, f"obstore fails: {error}") from None
 
 
 def told(path: Path, text: str, doing: str = "read") -> MachineError:
@@ -126,7 +136,7 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     status, code = _first(r"status(?: code)?: (\d{3})", text), _first(r"<Code>(\w+)</Code>", text)
     words = {
         "cannot": cannot,
-        "host": host or str(path),
+        "host": host or "the store",
         "keys": _KEYS.get(scheme, "check the address, and whether you may read it"),
         "check": f"check {_ENDPOINTS.get(scheme, 'the address')}",
         "network": "check the network and the address",

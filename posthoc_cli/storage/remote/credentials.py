@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import UsageError
-from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.places import Url, is_host
 
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
-_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 
 def aws_options(url: Url) -> dict[str, Any]:
@@ -61,9 +65,24 @@ def aws_options(url: Url) -> dict[str, Any]:
     return options
 
 
+def check_environment(scheme: str) -> None:
+    """Raise UsageError for variables that obstore would panic at."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if not os.environ.get(name, "").isprintable():
+            raise UsageError(name, "has a line break, or the like", "set it without")
+    for name in _ENDPOINTS.get(scheme, ()):
+        _check_endpoint(name, os.environ.get(name))
+
+
 def _check_endpoint(name: str, endpoint: str | None) -> None:
-    """Raise UsageError for one that obstore would panic at."""
-    if endpoint is not None and not re.fullmatch(r"https?://[^\s/]\S*", endpoint, re.IGNORECASE):
+    """Raise UsageError for what leads to another store than the usual one, and is no URL."""
+    if endpoint is None:
+        return
+    match = re.fullmatch(r"https?://([^/\s?#]+)(/[^\s?#]*)?", endpoint, re.IGNORECASE)
+    if match and "@" in match[1]:
+        remedy = "leave them out: keys are given by variables of their own"
+        raise UsageError(name, "has a name or a password", remedy)
+    if match is None or not is_host(match[1]):
         raise UsageError(name, f"'{endpoint}' is no URL", "write http:// or https:// and the host")
 
 

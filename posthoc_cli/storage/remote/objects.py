@@ -32,7 +32,9 @@ HEADS = 64
 FEW = 4
 """Files of a folder that are asked for by themselves; for more the folder is listed."""
 
-_STORES: dict[Url, RemoteStore] = {}
+_STORES: dict[tuple[Url, str | None], RemoteStore] = {}
+"""By where they begin, and who asks."""
+
 _LOCK = threading.Lock()
 
 
@@ -42,11 +44,11 @@ def remote_store(path: Path) -> RemoteStore:
     if len(path.parts) < 2:
         raise UsageError(str(path), "is not a whole URL", "name a bucket or host too")
     with _LOCK:
-        for known in _STORES:
-            if path.is_relative_to(known):
-                return _STORES[known]
+        for (root, login), known in _STORES.items():
+            if path.is_relative_to(root) and login == path.login:
+                return known
         source = _source_of(path)
-        return _STORES.setdefault(source.root, RemoteStore(source))
+        return _STORES.setdefault((source.root, path.login), RemoteStore(source))
 
 
 def _source_of(url: Url) -> Source:

@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.remote.answers import Refused, check_store, errors
+from posthoc_cli.storage.remote.credentials import aws_options, check_environment
 
 CLIENT = {
     "allow_http": True,  # where the endpoint says so
@@ -79,10 +80,9 @@ def make_store(url: Url, headers: Mapping[str, str] | None = None) -> Any:
         raise needs(url, "obstore") from None
     options: dict[str, Any] = {"client_options": CLIENT, "retry_config": RETRY}
     host = url.parts[1]
+    check_environment(url.scheme)
     with errors(url):
         if url.scheme == "s3":
-            from posthoc_cli.storage.remote.credentials import aws_options
-
             return store.S3Store(host, **aws_options(url), **options)
         if url.scheme == "gs":
             return store.GCSStore(host, **options)
