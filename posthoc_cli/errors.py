@@ -82,6 +82,12 @@ def either(choices: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
+def quoted(names: Sequence[str], most: int) -> str:
+    """`'a', 'b' and 3 more`: at most so many of `names`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
 def percent(fraction: float) -> str:
     """`3.42%`: three digits that count."""
     value = 100 * fraction

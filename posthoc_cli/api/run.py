@@ -388,7 +388,8 @@ def _counted(
 
     Raises UsageError for a glob that fits no tensor that is averaged.
     """
-    from posthoc_cli.synthesis.plan import averaged_in_groups, check_groups, fits_any, newest_of
+    from posthoc_cli.storage import fits_any
+    from posthoc_cli.synthesis.plan import averaged_in_groups, check_groups, newest_of
 
     tensors = snapshots[newest_of([each.step for each in snapshots])].index.tensors
     check_groups(tensors, globs_of(groups), [each for each in tensors if fits_any(each, leave_out)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 
-from posthoc_cli.errors import LinkError, in_line
+from posthoc_cli.errors import LinkError, in_line, quoted
 
 
 def broken_links(problems: list[tuple[str, str]], found: Sequence[tuple[str, LinkError]]) -> None:
@@ -21,14 +21,13 @@ def broken_links(problems: list[tuple[str, str]], found: Sequence[tuple[str, Lin
         states[link] = error.state
     known = dict(problems)
     for link, names in by_link.items():
-        shown = ", ".join(f"'{name}'" for name in names[:3])
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         one = len(names) == 1
         which = f"{len(names)} snapshot{'' if one else 's'} {'is a' if one else 'are'} difference"
         state = known[link].rpartition("; ")[0] if link in known else states[link]
         message = (
             f"{state}, and {which}{'' if one else 's'} that build{'s' if one else ''} on it "
-            f"({shown}{more}); copy it again, or leave out what needs it with skip_incomplete=True"
+            f"({quoted(names, 3)}); copy it again, or leave out what needs it with "
+            "skip_incomplete=True"
         )
         problems[:] = [each for each in problems if each[0] != link]
         problems.append((link, in_line(message)))

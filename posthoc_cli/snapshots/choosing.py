@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import SnapshotError, UsageError, quoted
 from posthoc_cli.formats import index_of_shard, preferred, without_ending
 from posthoc_cli.snapshots.listing import Listing, Network, counts, title
 from posthoc_cli.snapshots.names import Pattern
@@ -66,9 +66,7 @@ def choose(
         return chosen and not any(fits(path) for fits in unwanted)
 
     kept = [each for each in networks if stays(each.path)]
-    choice = Choice(
-        left_out=[each for each in left_out if stays(each[0])],
-    )
+    choice = Choice(left_out=[each for each in left_out if stays(each[0])])
     if not kept and not (only or exclude) and not choice.left_out:
         raise SnapshotError(
             given[0] if given else "", "no snapshot, nor a folder with any", "give others"
@@ -92,7 +90,7 @@ def choose(
         if taken is not None:
             choice.names += taken
         elif counts(home.rpartition("/")[2]):
-            open_choices[_keys(inside)].append(home)
+            open_choices[tuple(dict.fromkeys(each.inside for each in inside))].append(home)
         else:
             files = sum(each.path.count("/") == 1 for each in inside)
             reason = f"a folder with {files} {ENDING} files and not one index"
@@ -251,18 +249,12 @@ def _explicit(
     )
 
 
-def _keys(inside: Sequence[Network]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(each.inside for each in inside))
-
-
 def _which(keys: tuple[str, ...], folders: int) -> str:
     """The problem of folders with several networks each, and what chooses which."""
     others = f", as {folders - 1} more do" if folders > 2 else ", as one more does"
-    shown = ", ".join(f"'{key}'" for key in keys[:4])
-    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
     choices = " or ".join(f"only='*/{key.removesuffix('.index.json')}'" for key in keys[:4])
     return (
-        f"holds {len(keys)} networks ({shown}{more}){others if folders > 1 else ''}; "
+        f"holds {len(keys)} networks ({quoted(keys, 4)}){others if folders > 1 else ''}; "
         f"choose one of them with {choices}"
     )
 

@@ -6,7 +6,6 @@ agree the few are named, else the newest snapshot, the last one, is right.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.snapshots.lora import different_alphas, pairs, without_rank
 from posthoc_cli.snapshots.majority import most
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.storage import TensorInfo
+from posthoc_cli.storage import TensorInfo, fits_any
 from posthoc_cli.storage.dtypes import FLOATS
 
 
@@ -146,7 +145,7 @@ def _difference(
                 same = same_kind and shapes[0] == shapes[1]
         else:
             same = dtypes
-        if not same and not any(fnmatch.fnmatchcase(name, glob) for glob in settled):
+        if not same and not fits_any(name, settled):
             return f"tensor '{name}' is {_form(here, dtypes)} here and {_form(there, dtypes)}"
     return None
 

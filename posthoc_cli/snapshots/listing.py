@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posthoc_cli.errors import MachineError, SnapshotError, UsageError
+from posthoc_cli.errors import MachineError, SnapshotError, UsageError, quoted
 from posthoc_cli.formats import (
     METADATA,
     as_snapshot,
@@ -190,14 +190,11 @@ def list_candidates(
             raise SnapshotError(str(folder / min(given)), problem, "give the snapshots' files")
         runs = [run for name in sorted(folders) for run in runs_below(folder, name, _BELOW + 1)]
         if runs and given is None:
-            more = (
+            one = (
                 "one of the folders below it that do" if runs[1:] else "the one below it that does"
             )
-            raise SnapshotError(
-                str(folder),
-                f"holds no {ENDING} files itself",
-                f"give {more}: {_listed(folder, runs)}",
-            )
+            remedy = f"give {one}: {quoted([str(folder / run) for run in runs], 3)}"
+            raise SnapshotError(str(folder), f"holds no {ENDING} files itself", remedy)
         raise SnapshotError(
             str(folder),
             f"holds no {ENDING} files, nor checkpoints of another kind",
@@ -218,11 +215,6 @@ def runs_below(folder: Path, name: str, levels: int) -> list[str]:
         stepped = network.home if counts(network.home.rpartition("/")[2]) else network.path
         runs.append(os.path.dirname(stepped))
     return list(dict.fromkeys(runs))
-
-
-def _listed(folder: Path, runs: Sequence[str]) -> str:
-    more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-    return ", ".join(f"'{folder / run}'" for run in runs[:3]) + more
 
 
 def counts(name: str) -> bool:

@@ -7,7 +7,6 @@ of different networks, and their average would be of neither.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from posthoc_cli.snapshots.majority import most
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.storage import Reader, TensorInfo
+from posthoc_cli.storage import Reader, TensorInfo, fits_any
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
 
 _FACTOR = re.compile(r"\.(?:lora|hada|lokr|b?oft|glora|dora)[._]")
@@ -115,7 +114,7 @@ def of_several_shapes(snapshots: Sequence[Snapshot], settled: Sequence[str] = ()
         name
         for name, info in (layouts[0].items() if len(layouts) > 1 else ())
         if any(name in other and other[name].shape != info.shape for other in layouts[1:])
-        and not any(fnmatch.fnmatchcase(name, glob) for glob in settled)
+        and not fits_any(name, settled)
     ]
 
 
@@ -138,11 +137,8 @@ def different_alphas(
     """
     if len(snapshots) < 2:
         return
-    names = [
-        name
-        for name in sorted(alphas(snapshots[-1].index.tensors))
-        if not any(fnmatch.fnmatchcase(name, glob) for glob in settled)
-    ]
+    found = sorted(alphas(snapshots[-1].index.tensors))
+    names = [name for name in found if not fits_any(name, settled)]
     if not names:
         return
     groups: dict[tuple[str | None, ...], list[Snapshot]] = {}
@@ -150,17 +146,17 @@ def different_alphas(
         tensors = snapshot.index.tensors
         with Reader(snapshot.index) as reader:
             # Tensors that aren't the same are told elsewhere.
-            found = tuple(
+            values = tuple(
                 _value(tensors[name].dtype, _read(reader, tensors[name]))
                 if name in tensors and tensors[name].elements == 1
                 else None
                 for name in names
             )
-        groups.setdefault(found, []).append(snapshot)
+        groups.setdefault(values, []).append(snapshot)
     place, where = most(list(groups.values()), snapshots[-1])
     right = list(groups)[place]
-    for found, group in groups.items():
-        for name, here, there in zip(names, found, right, strict=True):
+    for values, group in groups.items():
+        for name, here, there in zip(names, values, right, strict=True):
             if here is not None and there is not None and here != there:
                 for snapshot in group:
                     yield snapshot, f"tensor '{name}' is {here} here and {there} {where}"

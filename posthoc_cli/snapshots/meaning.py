@@ -7,13 +7,12 @@ average, a sample of their values is read, to know whether they differ at all.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from posthoc_cli.errors import percent
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.storage import Reader, TensorInfo
+from posthoc_cli.storage import Reader, TensorInfo, fits_any
 from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8
 
 MOSTLY = 0.05
@@ -128,13 +127,7 @@ def misfitting(snapshots: Sequence[Snapshot], settled: Sequence[str]) -> Iterato
 def _unsettled(
     tensors: Mapping[str, TensorInfo], settled: Sequence[str]
 ) -> Mapping[str, TensorInfo]:
-    if not settled:
-        return tensors
-    return {
-        name: info
-        for name, info in tensors.items()
-        if not any(fnmatch.fnmatchcase(name, glob) for glob in settled)
-    }
+    return {name: info for name, info in tensors.items() if not fits_any(name, settled)}
 
 
 def _placeholders(tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from posthoc_cli.errors import UsageError, printable
+from posthoc_cli.errors import UsageError, printable, quoted
 from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.solver.arrays import FloatArray
@@ -126,7 +126,7 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         yield (
             "",
             f"{len(unsaid)} of {len(snapshots)} snapshots don't say their run, as the others do: "
-            f"{_some(unsaid)}; they are taken for the same run's",
+            f"{quoted(unsaid, _SHOWN)}; they are taken for the same run's",
         )
     names = _groups(snapshots, {file: one.name for file, one in origins.items()})
     if len(names) > 1:
@@ -141,7 +141,7 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
             f"{earlier.step}: of two runs? (copies lose times)",
         )
     if not sure and (kinds := _kinds_of_names(snapshots)):
-        listed = " and ".join(_some([each.file for each in group]) for group in kinds)
+        listed = " and ".join(quoted([each.file for each in group], _SHOWN) for group in kinds)
         yield (
             "",
             f"steps of files that are named in two ways overlap: {listed}: of two runs? (only= and "
@@ -222,13 +222,7 @@ def _described(label: str, group: Sequence[Snapshot]) -> str:
     shown = label if len(label) <= 40 else label[:40] + "..."
     first, last = group[0].step, group[-1].step
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    return f"'{printable(shown)}' ({steps}: {_some([each.file for each in group])})"
-
-
-def _some(files: Sequence[str]) -> str:
-    shown = ", ".join(f"'{file}'" for file in files[:_SHOWN])
-    more = len(files) - _SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    return f"'{printable(shown)}' ({steps}: {quoted([each.file for each in group], _SHOWN)})"
 
 
 def _back_in_time(snapshots: Sequence[Snapshot]) -> tuple[Snapshot, Snapshot, float] | None:

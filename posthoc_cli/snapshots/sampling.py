@@ -9,7 +9,6 @@ memory grows with neither size nor number. Each file is opened once, and several
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,12 +21,8 @@ import numpy.typing as npt
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.snapshots.pieces import Layout, Piece, choose_pieces
-from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
-from posthoc_cli.storage.dtypes import (
-    FloatArray,
-    decode,
-    rounding_variances,
-)
+from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fits_any
+from posthoc_cli.storage.dtypes import FloatArray, decode, rounding_variances
 from posthoc_cli.storage.ranks import Part, Running, check_there, share
 from posthoc_cli.storage.readers import can_open, reading_ahead
 from posthoc_cli.storage.workers import MAX_WORKERS, run_workers
@@ -95,7 +90,7 @@ def sample_moments(
     tensors = {
         name: info
         for name, info in snapshots[-1].index.tensors.items()
-        if not any(fnmatch.fnmatchcase(name, glob) for glob in leave_out)
+        if not fits_any(name, leave_out)
     }
     pieces = choose_pieces(tensors, blocks, block)
     held = 8 if not any(each.index.links for each in snapshots) else 24

@@ -4,16 +4,13 @@ What is imported here is cheap; `blup`, `estimates` and `reach` are imported whe
 """
 
 from posthoc_cli.solver.averages import Decay as Decay
-from posthoc_cli.solver.averages import LrDecay as LrDecay
 from posthoc_cli.solver.averages import Schedule as Schedule
 from posthoc_cli.solver.averages import Scheduled as Scheduled
-from posthoc_cli.solver.averages import Window as Window
 from posthoc_cli.solver.averages import read_average as read_average
 from posthoc_cli.solver.methods import DEFAULT as DEFAULT
 from posthoc_cli.solver.methods import METHODS as METHODS
 from posthoc_cli.solver.methods import SolvedWeights as SolvedWeights
 from posthoc_cli.solver.methods import choose_method as choose_method
-from posthoc_cli.solver.methods import methods_for as methods_for
 from posthoc_cli.solver.methods import plain_method as plain_method
 from posthoc_cli.solver.methods import solve as solve
 from posthoc_cli.solver.methods import solve_apart as solve_apart

@@ -8,12 +8,12 @@ from posthoc_cli.storage.header import Cache as Cache
 from posthoc_cli.storage.header import Content as Content
 from posthoc_cli.storage.header import File as File
 from posthoc_cli.storage.header import Part as Part
-from posthoc_cli.storage.header import ReadAt as ReadAt
 from posthoc_cli.storage.header import TensorIndex as TensorIndex
 from posthoc_cli.storage.header import TensorInfo as TensorInfo
 from posthoc_cli.storage.header import make_header as make_header
 from posthoc_cli.storage.header import read_header as read_header
 from posthoc_cli.storage.header import spans as spans
+from posthoc_cli.storage.layout import fits_any as fits_any
 from posthoc_cli.storage.readers import Reader as Reader
 from posthoc_cli.storage.readers import fingerprint as fingerprint
 from posthoc_cli.storage.shards import ENDING as ENDING
@@ -25,7 +25,6 @@ from posthoc_cli.storage.shards import made_by_posthoc as made_by_posthoc
 from posthoc_cli.storage.shards import make_index as make_index
 from posthoc_cli.storage.shards import open_tensors as open_tensors
 from posthoc_cli.storage.shards import replaced_files as replaced_files
-from posthoc_cli.storage.shards import shard_names as shard_names
 from posthoc_cli.storage.shards import shard_paths as shard_paths
 from posthoc_cli.storage.shards import shards_of as shards_of
 from posthoc_cli.storage.shards import split as split

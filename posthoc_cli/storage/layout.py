@@ -6,10 +6,11 @@ all that it asks of a header is asked here, of bytes that were read. The tests c
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -44,6 +45,11 @@ class TensorInfo:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+
+def fits_any(name: str, globs: Sequence[str]) -> bool:
+    """Whether one of `globs` fits a tensor's name, in the same case."""
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def split_metadata(header: bytes) -> tuple[dict[str, str], bytes]:

@@ -10,7 +10,6 @@ from typing import Any
 from posthoc_cli.errors import SnapshotError
 from posthoc_cli.storage.metadata import MANIFEST
 from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder, open_file
-from posthoc_cli.storage.temporary import clean_up
 
 _LONGEST = 8 << 20
 """Bytes of the longest manifest that is read."""
@@ -47,16 +46,8 @@ def _is_inside(name: object) -> bool:
     )
 
 
-def existing_folder(path: Path) -> bool:
-    """Whether there is something at the output `path`, other than an empty folder.
-
-    What a killed run was replacing there is finished or undone before.
-    """
-    clean_up(path.parent)
-    return is_taken(path)
-
-
 def is_taken(path: Path) -> bool:
+    """Whether there is something at the output `path`, other than an empty folder."""
     if is_folder(path) and not os.path.islink(path):
         return bool(list_folder(path))
     return exists(path)

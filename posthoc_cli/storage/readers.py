@@ -92,9 +92,9 @@ class Reader:
             if part.content is None and self._files[part.file].remote:
                 yield self._files[part.file], offset, count
 
-    def read_file(self, at: int, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of file `at` of the index from `offset` on."""
-        self._files[at].read(offset, into)
+    def read_file(self, at: int, into: memoryview) -> None:
+        """Fill `into` with the first bytes of file `at` of the index."""
+        self._files[at].read(0, into)
 
     def _reads(self, at: int) -> ReadAt:
         """What reads part `at`; a content is opened once, as it may remember where it is."""
@@ -194,7 +194,7 @@ def fingerprint(index: TensorIndex) -> str:
         with reading_ahead([reader], lambda: ((0, reader, start, block) for start in starts)):
             for part in parts:
                 header = bytearray(part.data_start)
-                reader.read_file(part.file, 0, memoryview(header))
+                reader.read_file(part.file, memoryview(header))
                 digest.update(header)
             data = bytearray(block)
             for start in starts:

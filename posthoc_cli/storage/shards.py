@@ -37,7 +37,6 @@ from posthoc_cli.storage.header import (
 from posthoc_cli.storage.manifest import read_manifest
 from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.storage.stores import exists, is_file, is_folder, list_folder, open_file
-from posthoc_cli.storage.temporary import clean_up
 
 ENDING = ".safetensors"
 """Of safetensors files, in capitals too."""
@@ -330,15 +329,7 @@ def make_index(shards: Sequence[tuple[Path, Sequence[str]]], size: int) -> bytes
 
 
 def existing_output(path: Path) -> list[Path]:
-    """What exists of an output `path`: the file itself, or the index of its shards.
-
-    What a killed run was replacing there is finished or undone before.
-    """
-    clean_up(path.parent)
-    return _existing(path)
-
-
-def _existing(path: Path) -> list[Path]:
+    """What exists of an output `path`: the file itself, or the index of its shards."""
     return [name for name in (path, index_path(path)) if exists(name)]
 
 
@@ -373,7 +364,7 @@ def replaced_files(path: Path, files: Sequence[Path], overwrite: bool) -> list[P
     `overwrite` is false, or when a shard would take the place of a file that isn't one of these;
     MachineError when an index or a shard can't be read.
     """
-    found = _existing(path)
+    found = existing_output(path)
     if not overwrite:
         if found:
             raise already_exists(found[0])

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from posthoc_cli.snapshots.pieces import GOLDEN
 from posthoc_cli.storage import Reader, TensorIndex
-from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, decode
+from posthoc_cli.storage.dtypes import AVERAGED, DTYPES, FLOAT8, FloatArray, decode
 from posthoc_cli.storage.ranks import Part as RankPart
 from posthoc_cli.storage.ranks import Running, check_there, share
 from posthoc_cli.synthesis.accumulators import Weights
@@ -40,7 +40,6 @@ _FEWEST_BLOCKS = 64
 _MOST_READS = 1 << 16
 _MOST_BEGINNINGS = 4096
 
-FloatArray = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
 Progress = Callable[[int, int], None]

@@ -25,10 +25,11 @@ from posthoc_cli.storage import (
     split,
 )
 from posthoc_cli.storage.folders import own_manifest, replaced_folder
-from posthoc_cli.storage.manifest import existing_folder
+from posthoc_cli.storage.manifest import is_taken
 from posthoc_cli.storage.metadata import FORMAT, MANIFEST, RECIPE, carried_over
 from posthoc_cli.storage.outputs import Output as FileOutput
 from posthoc_cli.storage.stores import is_folder, size_of
+from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.storage.writing import OutputFolder, make_output, make_output_folder
 from posthoc_cli.synthesis.plan import Chunk, TensorPlan
 from posthoc_cli.synthesis.products import Products
@@ -191,7 +192,8 @@ def _manifest(beside: Companions, weights: Path, texts: Mapping[str, bytes]) -> 
 def is_there(path: Path, folder: bool) -> bool:
     """Whether there is something at an output, once what a killed run was replacing is finished or
     undone."""
-    return existing_folder(path) if folder else bool(existing_output(path))
+    clean_up(path.parent)
+    return is_taken(path) if folder else bool(existing_output(path))
 
 
 def kept_output(path: Path) -> Output:

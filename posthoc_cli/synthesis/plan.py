@@ -7,7 +7,6 @@ out a chunk needs nothing but the byte ranges it names.
 from __future__ import annotations
 
 import bisect
-import fnmatch
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import SnapshotError, UsageError, either, printable
-from posthoc_cli.storage import TensorIndex, TensorInfo, make_header
+from posthoc_cli.storage import TensorIndex, TensorInfo, fits_any, make_header
 from posthoc_cli.storage.dtypes import (
     AVERAGED,
     DTYPES,
@@ -317,11 +316,6 @@ def checkoutput_dtype(dtype: str) -> None:
         raise UsageError("dtype=", f"'{dtype}' is not known", remedy)
 
 
-def fits_any(name: str, globs: Sequence[str]) -> bool:
-    """Whether one of `globs` fits a tensor's name, in the same case."""
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
 def _can_be_summed(there: Sequence[TensorInfo | None]) -> bool:
     """Whether what the snapshots have of a tensor is of one shape and kind."""
     forms = {info and (info.dtype, info.shape) for info in there}
@@ -336,7 +330,7 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
     """The tensors that one of `globs` fits; raises UsageError for a glob that fits none."""
     matching: set[str] = set()
     for glob in globs:
-        found = {name for name in tensors if fnmatch.fnmatchcase(name, glob)}
+        found = {name for name in tensors if fits_any(name, [glob])}
         if not found:
             subject = f"{argument}='{glob}'"
             raise UsageError(subject, "matches no tensor", _such(tensors, glob))
@@ -346,7 +340,7 @@ def _matching(tensors: Iterable[str], globs: Sequence[str], argument: str) -> se
 
 def _such(tensors: Iterable[str], glob: str) -> str:
     """What to write in place of a glob that fits no name."""
-    if any(fnmatch.fnmatchcase(name, f"*{glob}*") for name in tensors):
+    if any(fits_any(name, [f"*{glob}*"]) for name in tensors):
         return f"write '*{glob}*': a glob fits whole names"
     return f"give one that does; a name is '{printable(next(iter(tensors), ''))}'"
 

@@ -25,7 +25,7 @@ from posthoc_cli.errors import SnapshotError, UsageError, either, printable
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.snapshots.lora import Pair, pairs
 from posthoc_cli.snapshots.lora_scale import PEFT, Scale, scales
-from posthoc_cli.storage import Reader, TensorIndex, TensorInfo
+from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fits_any
 from posthoc_cli.storage.dtypes import DTYPES, FLOAT8, FLOATS, FloatArray, decode
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.synthesis.accumulators import Weights
@@ -33,7 +33,6 @@ from posthoc_cli.synthesis.plan import (
     Groups,
     TensorPlan,
     common_group,
-    fits_any,
     make_plan,
     newest_of,
     output_dtype,

@@ -19,6 +19,7 @@ from posthoc_cli.storage import (
     TensorIndex,
     TensorInfo,
     fingerprint,
+    fits_any,
     index_path,
     open_tensors,
 )
@@ -28,7 +29,7 @@ from posthoc_cli.storage.metadata import read_recipe
 from posthoc_cli.storage.readers import of_each
 from posthoc_cli.storage.stores import exists, file_status, is_folder, will_open
 from posthoc_cli.synthesis.comparison import ANEW, Problem, Progress, compare, names_in_order
-from posthoc_cli.synthesis.plan import TensorPlan, fits_any, newest_of, plan_tensors
+from posthoc_cli.synthesis.plan import TensorPlan, newest_of, plan_tensors
 from posthoc_cli.synthesis.product_check import compare_products, written_ranks
 from posthoc_cli.synthesis.products import Products, make_products
 from posthoc_cli.synthesis.recipe import RecipeSources, Source, ingredients
