@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ import typer
 
 from posthoc_cli.cli import main
 from tests.command import COMMAND, ENVIRONMENT, ROOT, Posthoc, Run, write_snapshot
+from tests.servers.buckets import PART, Buckets
+from tests.servers.faults import Proxy
 
 sys.dont_write_bytecode = False  # of the test modules neither
 # Half of a small run is making the command line from its description: once a process is enough.
@@ -74,6 +76,30 @@ def snapshots(tmp_path: Path) -> Path:
             name = f"ema-{step}-{sigma_rel}.safetensors"
             write_snapshot(folder / name, step / 1000, step=str(step), sigma_rel=sigma_rel)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Buckets]:
+    """A server with the empty bucket `bucket`, which takes small parts of uploads."""
+    with Buckets("bucket") as server:
+        server.smallest_part = PART
+        yield server
+
+
+@pytest.fixture
+def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """In front of `server`, whose bucket is empty again; `s3://`, `gs://` and `az://` lead to it,
+    and parts are small."""
+    from posthoc_cli.storage.remote import uploads
+
+    server.buckets["bucket"].clear()
+    server.uploads.clear()
+    for name, value in (("PART", PART), ("HELD", PART), ("AT_ONCE", 2), ("LONGEST_RETURN", 0.1)):
+        monkeypatch.setattr(uploads, name, value)
+    with Proxy(server.url) as proxy:
+        for name, value in server.environment(proxy.url).items():
+            monkeypatch.setenv(name, value)
+        yield proxy
 
 
 @pytest.fixture

@@ -7,14 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from posthoc_cli.storage.remote import uploads
 from tests.command import ENVIRONMENT, Posthoc
 from tests.servers import s3
 from tests.servers.buckets import Buckets, environment
@@ -22,35 +20,12 @@ from tests.servers.faults import Fault, Proxy
 
 pytest.importorskip("obstore")
 
-PART = 1 << 18
-
 TARGET = ("--sigma-rel", "0.07")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Buckets]:
-    with Buckets("bucket") as server:
-        server.smallest_part = PART
-        yield server
-
-
 @pytest.fixture
-def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """In front of an empty bucket."""
-    server.buckets["bucket"].clear()
-    server.uploads.clear()
-    monkeypatch.setattr(uploads, "LONGEST_RETURN", 0.1)
-    with Proxy(server.url) as proxy:
-        for name, value in server.environment(proxy.url).items():
-            monkeypatch.setenv(name, value)
-        yield proxy
-
-
-@pytest.fixture
-def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def large(tmp_path: Path) -> Path:
     """`large/` in `tmp_path`: snapshots of several parts, of which a third never varies."""
-    for name in ("PART", "HELD"):
-        monkeypatch.setattr(uploads, name, PART)
     (tmp_path / "large").mkdir()
     values = np.random.default_rng(0).standard_normal((3, 1 << 17)).astype(np.float32)
     for step in (1000, 2000):

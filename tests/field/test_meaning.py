@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.command import Posthoc, Run
+from tests.snapshots.test_meaning import QUANTIZED
 from tests.support import read_tensors, write_layout, write_tensors
 
 F16, F32, F64, FLOAT8 = np.float16, np.float32, np.float64, ml_dtypes.float8_e4m3fn
@@ -97,59 +98,17 @@ def quantized(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) 
 
 
 @pytest.mark.parametrize(
-    ("tensors", "name", "scale"),
+    ("tool", "name", "scale"),
     [
-        pytest.param(
-            {
-                "q.qweight": ("I32", (8, 64)),
-                "q.qzeros": ("I32", (1, 8)),
-                "q.scales": ("F16", (1, 64)),
-                "q.g_idx": ("I32", (64,)),
-                "norm.weight": ("F16", (64,)),
-            },
-            "'q.qweight' (I32)",
-            "'q.g_idx'",
-            id="GPTQ",
-        ),
-        pytest.param(
-            {
-                "q.weight": ("U8", (512, 1)),
-                "q.weight.absmax": ("F32", (16,)),
-                "q.weight.quant_map": ("F32", (16,)),
-                "q.weight.quant_state.bitsandbytes__nf4": ("U8", (70,)),
-            },
-            "'q.weight' (U8)",
-            "'q.weight.absmax'",
-            id="bitsandbytes nf4",
-        ),
-        pytest.param(
-            {"q.weight": ("I8", (16, 64)), "q.SCB": ("F32", (16,)), "q.bias": ("F16", (16,))},
-            "'q.weight' (I8)",
-            "'q.SCB'",
-            id="bitsandbytes int8",
-        ),
-        pytest.param(
-            {
-                "q.weight": ("F8_E4M3", (16, 64)),
-                "q.scale_weight": ("F32", ()),
-                "scaled_fp8": ("F8_E4M3", (2,)),
-            },
-            "'q.weight' (F8_E4M3)",
-            "'q.scale_weight'",
-            id="ComfyUI scaled fp8",
-        ),
-        pytest.param(
-            {"q._weight_qdata": ("F8_E4M3", (16, 64)), "q._weight_scale": ("F32", (16, 1))},
-            "'q._weight_qdata' (F8_E4M3)",
-            "'q._weight_scale'",
-            id="torchao",
-        ),
+        ("GPTQ", "'q.qweight' (I32)", "'q.g_idx'"),
+        ("bitsandbytes nf4", "'q.weight' (U8)", "'q.weight.absmax'"),
+        ("bitsandbytes int8", "'q.weight' (I8)", "'q.SCB'"),
+        ("ComfyUI scaled fp8", "'q.weight' (F8_E4M3)", "'q.scale_weight'"),
+        ("torchao", "'q._weight_qdata' (F8_E4M3)", "'q._weight_scale'"),
     ],
 )
-def test_quantized(
-    posthoc_here: Posthoc, tmp_path: Path, tensors: dict, name: str, scale: str
-) -> None:
-    quantized(tmp_path / "run", tensors)
+def test_quantized(posthoc_here: Posthoc, tmp_path: Path, tool: str, name: str, scale: str) -> None:
+    quantized(tmp_path / "run", QUANTIZED[tool])
     for command in ("solve", "synthesize"):
         refused(
             posthoc_here(command, "run", *(OUT if command == "synthesize" else AT_LAST)),
@@ -160,7 +119,7 @@ def test_quantized(
     run = posthoc_here("synthesize", "run", *OUT, "--copy", "*q*")
     assert run.code == 0, run
     out, newest = (
-        read_tensors(tmp_path / file) if "I8" not in str(tensors) else {}
+        read_tensors(tmp_path / file) if "I8" not in str(QUANTIZED[tool]) else {}
         for file in ("out.safetensors", "run/model-4000.safetensors")
     )
     assert all(out[each].tobytes() == newest[each].tobytes() for each in out if "q" in each)

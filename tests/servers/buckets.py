@@ -21,6 +21,9 @@ from xml.sax.saxutils import escape, unescape
 
 from tests.servers.base import Handler, Request, Server
 
+PART = 1 << 18
+"""Bytes of the parts in which the tests upload."""
+
 ACCOUNT = "testaccount"
 KEY = "a2V5"
 

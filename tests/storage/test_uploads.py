@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,35 +16,12 @@ from posthoc_cli.storage.places import place
 from posthoc_cli.storage.remote import uploads
 from posthoc_cli.storage.remote.uploads import ObjectFile
 from posthoc_cli.storage.writing import commit_together
-from tests.servers.buckets import Buckets
+from tests.servers.buckets import PART, Buckets
 from tests.servers.faults import Fault, Proxy
 
 pytest.importorskip("obstore")
 
-PART = 1 << 18
 DATA = random.Random(0).randbytes(7 * PART + 3)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Buckets]:
-    with Buckets("bucket") as server:
-        server.smallest_part = PART
-        yield server
-
-
-@pytest.fixture
-def proxy(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """In front of an empty bucket; parts are small."""
-    server.buckets["bucket"].clear()
-    server.uploads.clear()
-    for name in ("PART", "HELD"):
-        monkeypatch.setattr(uploads, name, PART)
-    monkeypatch.setattr(uploads, "AT_ONCE", 2)
-    monkeypatch.setattr(uploads, "LONGEST_RETURN", 0.1)
-    with Proxy(server.url) as proxy:
-        for name, value in server.environment(proxy.url).items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 def url(name: str = "out", scheme: str = "s3") -> Path:

@@ -18,12 +18,6 @@ from tests.training.networks import folder_bytes, small, train
 pytest.importorskip("obstore")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Buckets]:
-    with Buckets("bucket") as server:
-        yield server
-
-
 @pytest.fixture
 def bucket(server: Buckets, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """An empty bucket's objects."""
