@@ -58,6 +58,20 @@ class Run:
 Posthoc = Callable[..., Run]
 
 
+def run_command(cwd: Path, *arguments: str | Path, **options: Any) -> Run:
+    """Run `posthoc` in `cwd`; `options` are those of subprocess.run."""
+    options = {"cwd": cwd, "env": ENVIRONMENT, "capture_output": True, **options}
+    words = [COMMAND, *map(str, arguments)]
+    done = subprocess.run(words, encoding="utf-8", check=False, **options)
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+def start_command(cwd: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start `posthoc` in `cwd`, with pipes from its stdout and stderr."""
+    options = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([COMMAND, *arguments], cwd=cwd, encoding="utf-8", **options)
+
+
 def write_snapshot(path: Path, value: float, **metadata: str) -> None:
     """A snapshot whose floating-point tensors are all `value`."""
     tensors = {

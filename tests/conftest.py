@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import pytest
 import typer
 
 from posthoc_cli.cli import main
-from tests.command import COMMAND, ENVIRONMENT, ROOT, Posthoc, Run, write_snapshot
+from tests.command import ENVIRONMENT, ROOT, Posthoc, Run, run_command, write_snapshot
 from tests.servers.buckets import PART, Buckets
 from tests.servers.faults import Proxy
 
@@ -37,16 +36,7 @@ def posthoc(tmp_path: Path) -> Posthoc:
     """Run `posthoc` with these arguments in `tmp_path`; `env` adds to the environment."""
 
     def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Run:
-        done = subprocess.run(
-            [COMMAND, *map(str, arguments)],
-            cwd=tmp_path,
-            env=ENVIRONMENT | (env or {}),
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-            check=False,
-        )
-        return Run(done.returncode, done.stdout, done.stderr)
+        return run_command(tmp_path, *arguments, env=ENVIRONMENT | (env or {}), timeout=120)
 
     return run
 

@@ -7,15 +7,13 @@ import os
 import resource
 import shutil
 import struct
-import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from posthoc_cli.storage.header import read_header
-from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.command import Run, run_command
 from tests.soak.fuzz import MOST_BYTES, harm_of
 from tests.soak.heavy import measured
 from tests.soak.scenes import make_snapshots
@@ -106,7 +104,7 @@ def _many(base: Path, count: int, limit: int, seed: int) -> list[str]:
          _sources),
     ):  # fmt: skip
         output = ["-o", "many.safetensors"] if arguments[0] == "synthesize" else []
-        run = _limited(base, [*arguments, *output], limited)
+        run = run_command(base, *arguments, *output, preexec_fn=limited)
         found = harm_of(run, codes=(0,))
         if not found and check(run) != count:
             found.append(f"{check(run)} snapshots")
@@ -119,16 +117,3 @@ def _many(base: Path, count: int, limit: int, seed: int) -> list[str]:
 
 def _sources(run: Run) -> int:
     return len(run.json["targets"][0]["weights"])
-
-
-def _limited(base: Path, arguments: list[str], limited: Callable[[], None]) -> Run:
-    done = subprocess.run(
-        [COMMAND, *arguments],
-        cwd=base,
-        env=ENVIRONMENT,
-        preexec_fn=limited,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from posthoc_cli.storage.disk import InputFile
-from tests.command import COMMAND, ENVIRONMENT, ROOT, Run
+from tests.command import ROOT, Run, run_command
 from tests.soak.fuzz import harm_of, run_here
 from tests.soak.scenes import make_snapshots
 from tests.soak.tally import Tally
@@ -167,18 +167,6 @@ def _changed(
     return losses
 
 
-def _posthoc(base: Path, *arguments: str) -> Run:
-    done = subprocess.run(
-        [COMMAND, *arguments],
-        cwd=base,
-        env=ENVIRONMENT,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
-    return Run(done.returncode, done.stdout, done.stderr)
-
-
 _APPENDING = """
 import os, sys, time
 from pathlib import Path
@@ -215,7 +203,7 @@ def _appending_trainer(base: Path, rng: random.Random, rounds: int, tally: Tally
             while not newest.exists():
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.3))
-            run = _posthoc(base, *words, *(["--skip-incomplete"] if skipping else []))
+            run = run_command(base, *words, *(["--skip-incomplete"] if skipping else []))
         losses = harm_of(run, codes=(0, 3))
         if run.code == 3 and newest.name not in run.err:
             losses.append(f"doesn't name {newest.name}: {run.err!r}")
@@ -229,7 +217,7 @@ def _appending_trainer(base: Path, rng: random.Random, rounds: int, tally: Tally
 
 def _honest(base: Path, newest: Path, run: Run, skipping: bool) -> list[str]:
     """The newest snapshot is in the recipe, and was whole; or it is not, which was said."""
-    used = newest.name in _posthoc(base, "inspect", "x.safetensors", "--all", "--json").out
+    used = newest.name in run_command(base, "inspect", "x.safetensors", "--all", "--json").out
     if not used and not (skipping and newest.name in run.err):
         return [f"left {newest.name} out, and said {run.err!r}"]
     return []
@@ -246,7 +234,7 @@ def _rewriting_trainer(base: Path, rounds: int, tally: Tally) -> None:
         ) as trainer:
             while not path.exists():
                 time.sleep(0.001)
-            runs = [_posthoc(base, "inspect", f"snapshots/{path.name}") for _ in range(3)]
+            runs = [run_command(base, "inspect", f"snapshots/{path.name}") for _ in range(3)]
             trainer.kill()
         losses = [loss for run in runs for loss in harm_of(run, codes=(0, 3))]
         path.unlink()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.command import ENVIRONMENT, Run, start_command
 from tests.soak.calls import Log, library, read_log
 from tests.soak.fuzz import harm_of
 from tests.soak.scenes import Scene, scenes
@@ -205,15 +205,10 @@ def _full_stdout(base: Path, tally: Tally) -> None:
         return
     inspect, solve = ["inspect", "snapshots"], ["solve", "snapshots", "--gamma", "3"]
     for words in (inspect, [*inspect, "--json"], solve, [*solve, "--csv"]):
-        with open("/dev/full", "w", encoding="utf-8") as full:
-            done = subprocess.run(
-                [COMMAND, *words],
-                cwd=base,
-                env=ENVIRONMENT,
-                stdout=full,
-                stderr=subprocess.PIPE,
-                encoding="utf-8",
-                check=False,
-            )
-        losses = harm_of(Run(done.returncode, "", done.stderr), codes=(1,))
+        with (
+            open("/dev/full", "w", encoding="utf-8") as full,
+            start_command(base, *words, stdout=full) as process,
+        ):
+            _, err = process.communicate()
+        losses = harm_of(Run(process.returncode, "", err), codes=(1,))
         tally.count("full stdouts", losses)

@@ -57,12 +57,8 @@ def replacing(
     what stands then is wholly that of one of them."""
     make_snapshots(base / "snapshots", 4, megabytes)
     kinds = [
-        [
-            "--sigma-rel",
-            sigma_rel,
-            *(["--max-shard-size", f"{megabytes / parts:g}MB"] if parts else []),
-        ]
-        for sigma_rel, parts in (("0.06", 3), ("0.07", 3), ("0.08", 6), ("0.09", 0))
+        ["--sigma-rel", width, *(["--max-shard-size", f"{megabytes / n:g}MB"] if n else [])]
+        for width, n in (("0.06", 3), ("0.07", 3), ("0.08", 6), ("0.09", 0))
     ]
     words = ["synthesize", "../snapshots", "-o", "written/x.safetensors", "--force"]
     (base / "race").mkdir()

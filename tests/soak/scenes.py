@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.command import Run, start_command
 
 TEMPORARY = ".posthoc-tmp"
 """How the names of unfinished outputs end."""
@@ -81,14 +81,7 @@ class Scene:
 
     def start(self, **options: object) -> subprocess.Popen[str]:
         """The command, started."""
-        return subprocess.Popen(
-            [COMMAND, *self.arguments],
-            cwd=self.base,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            **{"env": ENVIRONMENT, **options},  # type: ignore[call-overload]
-        )
+        return start_command(self.base, *self.arguments, **options)
 
     def run(self, **options: object) -> Run:
         with self.start(**options) as process:
@@ -190,16 +183,8 @@ def scenes(base: Path, megabytes: float = 16, seed: int = 0) -> Iterator[Scene]:
     yield _scene(base, "a folder over a folder", other, old=whole.new, index=manifest)
     make_checkpoints(base / "checkpoints", megabytes=megabytes, seed=seed)
     yield _scene(base, "convert", ["convert", "../checkpoints", "written"], several=True)
-    packed = [
-        "pack",
-        "../snapshots",
-        "written",
-        "--dtype",
-        "float8_e4m3fn",
-        "--keyframe-every",
-        "2",
-    ]
-    yield _scene(base, "pack", packed, several=True)
+    packed = "pack ../snapshots written --dtype float8_e4m3fn --keyframe-every 2"
+    yield _scene(base, "pack", packed.split(), several=True)
 
 
 def scenes_of_several(base: Path, seed: int = 0) -> Iterator[Scene]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.command import Run, run_command
 from tests.soak.fuzz import harm_of
 from tests.soak.scenes import make_snapshots
 from tests.soak.tally import Tally
@@ -80,19 +80,9 @@ def special(seed: int, tally: Tally) -> None:
 
 def _posthoc(base: Path, *arguments: str) -> Run:
     try:
-        done = subprocess.run(
-            [COMMAND, *arguments],
-            cwd=base,
-            env=ENVIRONMENT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-            timeout=HUNG,
-        )
+        return run_command(base, *arguments, stdin=subprocess.DEVNULL, timeout=HUNG)
     except subprocess.TimeoutExpired:
         return Run(-1, "", f"{arguments} hung")
-    return Run(done.returncode, done.stdout, done.stderr)
 
 
 def _among_snapshots(base: Path, make: Callable[[Path], None], name: str) -> list[str] | None:

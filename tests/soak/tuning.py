@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.command import COMMAND, ENVIRONMENT, Run
+from tests.command import Run, start_command
 from tests.soak.fuzz import harm_of
 from tests.soak.kill import none_ignored
 from tests.soak.scenes import make_snapshots
@@ -69,14 +69,7 @@ class _Search:
         self.log.unlink(missing_ok=True)
 
     def start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [COMMAND, *self.words],
-            cwd=self.work,
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-        )
+        return start_command(self.work, *self.words)
 
     def run(self) -> Run:
         with self.start() as process:
