@@ -249,13 +249,6 @@ def test_reading_maps_nothing_and_looks_once(
 @pytest.mark.parametrize(
     "index",
     [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"weight_map":{}}',
-        b'{"weight_map":[]}',
-        b'{"weight_map":{"a":1}}',
-        b'{"weight_map":{"a":"../x.safetensors"}}',
         b'{"weight_map":{"a":"/x.safetensors"}}',
         b'{"weight_map":{"a":"x\\u0000.safetensors"}}',
         b'{"weight_map":{"a":"\\ud800.safetensors"}}',
@@ -267,7 +260,7 @@ def test_reading_maps_nothing_and_looks_once(
         b'{"weight_map":{"a":"x.safetensors"},"n":1' + b"0" * 10_000 + b"}",
         b'{"weight_map":{"\xff":"x.safetensors"}}',
     ],
-    ids=range(17),
+    ids=range(10),
 )
 def test_an_index_that_makes_no_sense(index: bytes, tmp_path: Path) -> None:
     header = f'{{"a":{entry()}}}'.encode()

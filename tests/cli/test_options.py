@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from posthoc_cli.api import run as api_run
 from posthoc_cli.cli.lists import MAX_VALUES, read_list, shortest
 from posthoc_cli.errors import UsageError
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, Run
-from tests.support import write_kohya
 
 
 def numbers(*texts: str) -> list[float]:
@@ -119,34 +117,6 @@ def test_help_fits_80_columns(posthoc: Posthoc, posthoc_here: Posthoc) -> None:
         for option in ("--pattern", "--profiles", "--only", "--json", "-q, --quiet"):
             assert option in page.out
         assert max(map(len, page.out.splitlines())) <= 80
-
-
-def test_examples_in_help_run(posthoc_here: Posthoc, snapshots: Path) -> None:
-    made = snapshots.parent / "ema-0.07.safetensors"
-    (snapshots.parent / "checkpoints").mkdir()
-    for epoch in (1, 2, 3, 4):
-        path = snapshots.parent / "checkpoints" / f"lora-{epoch:06d}.safetensors"
-        write_kohya(path, epoch, ss_steps=str(100 * epoch), ss_epoch=str(epoch))
-    ran = []
-    for command in ("synthesize", "inspect", "solve"):  # so that there is something to inspect
-        for example in re.findall(
-            r"^ {4}posthoc (.*)$", posthoc_here(command, "-h").out, re.MULTILINE
-        ):
-            arguments = shlex.split(example.partition(" > ")[0].replace("*0.050*", "*0.05*"))
-            run = posthoc_here(*arguments)
-            assert run.code == 0, example
-            told = (
-                "an error of up to",
-                "profile error of up to",
-                "what they do is",
-                "the products of",
-                "no config.json",
-            )
-            assert all(any(each in line for each in told) for line in run.err.splitlines()), run.err
-            assert run.out
-            ran.append(example)
-    assert len(ran) >= 12
-    assert made.exists()
 
 
 @pytest.mark.parametrize(
