@@ -20,7 +20,6 @@ from typing import NoReturn
 
 from posthoc_cli.cli.ranks import find_place, run_as, trouble
 from posthoc_cli.errors import LEFT_BEHIND, MachineError, PosthocError, printable
-from posthoc_cli.storage.places import without_login
 
 _MOST_FILES = 1 << 16
 
@@ -50,7 +49,10 @@ def _main() -> int:
     with contextlib.suppress(AttributeError):  # a stream that a caller has put in its place
         # A name that the terminal's encoding lacks is escaped, and stops nothing.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.argv[1:] = map(without_login, sys.argv[1:])  # nothing that shows them shows a password
+    if any("://" in each for each in sys.argv[1:]):
+        from posthoc_cli.storage.places import without_login  # only here: it takes NumPy
+
+        sys.argv[1:] = map(without_login, sys.argv[1:])  # nothing that shows them shows a password
     place = None
     try:
         _clean_up_when_terminated()
