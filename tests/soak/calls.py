@@ -231,7 +231,7 @@ def fail_at(stage: Stage, scene: Scene, kind: str, after: int, times: int) -> li
     lasting = times > 1
     if run.code == 0 and found != scene.new and kind not in NOT_CLEANED:
         losses.append(f"exit code 0, but {sorted(found)}")
-    one_by_one = "convert" in scene.arguments
+    one_by_one = scene.arguments[0] in ("convert", "pack")
     undone = not one_by_one and not (lasting and kind in NO_UNDOING)
     if run.code != 0 and found != scene.old and undone:
         losses.append(f"exit code {run.code}, and {sorted(found)}: {run.err!r}")
