@@ -7,6 +7,7 @@ PosthocError
     ├── IncompleteError    ... a part of one isn't there: it may still be being written
     │   └── LinkError      ... a file that a delta builds on is missing, broken or another
     ├── NoNetworkError     ... a file holds something else: a log, an optimizer's state
+    ├── NoValuesError      ... nothing in their values is finite
     ├── UnknownError       ... nothing says the step and profile of one
     └── AmbiguousError     ... their names can be read in two ways
 """
@@ -151,6 +152,10 @@ class LinkError(IncompleteError):
 
 class NoNetworkError(SnapshotError):
     """A file holds something else than a network: a log, an optimizer's state."""
+
+
+class NoValuesError(SnapshotError):
+    """Nothing in the values of snapshots is finite, so that nothing can be measured."""
 
 
 class UnknownError(SnapshotError):

@@ -19,7 +19,7 @@ from posthoc_cli.synthesis import engine as synthesis
 from tests.command import ROOT, Posthoc
 from tests.soak.calls import ERRORS, SYSCALLS, unhooked
 from tests.soak.calls import calls as calls_section
-from tests.soak.changing import CHANGES, _changed, _reads
+from tests.soak.changing import CHANGES, METHODS, _changed, _reads
 from tests.soak.disk import _too_large
 from tests.soak.kill import interrupt, kill
 from tests.soak.races import _race, replacing
@@ -206,7 +206,7 @@ def test_missing_space_is_told_before_the_work_begins(
 def test_a_snapshot_that_changes_is_named(change: str, tmp_path: Path) -> None:
     make_snapshots(tmp_path / "whole", 4, megabytes=0.2)
     rng = random.Random(SEED)
-    for method in ("edm2", "blup"):
+    for method in METHODS:
         calls = _reads(tmp_path, method)
         for _ in range(3):
             assert _changed(tmp_path, CHANGES[change], rng, method, calls) == []

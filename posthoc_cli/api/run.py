@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.api.solution import Progress, Solution
-from posthoc_cli.errors import SnapshotError, UsageError
+from posthoc_cli.errors import NoValuesError, SnapshotError, UsageError
 from posthoc_cli.snapshots import FolderContents, read_folder, select
 from posthoc_cli.snapshots.lora import of_several_shapes
 from posthoc_cli.snapshots.snapshot import Snapshot, check_norms
@@ -368,7 +368,7 @@ class Run:
             if key not in self._samples:
                 self._samples[key] = fit_snapshots(snapshots, leave_out)
             sampled = self._samples[key]
-        except SnapshotError as error:
+        except NoValuesError as error:
             if needed:
                 raise
             return None, error.problem

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import SnapshotError
+from posthoc_cli.errors import NoValuesError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.snapshots.pieces import Layout, Piece, choose_pieces
 from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fits_any
 from posthoc_cli.storage.dtypes import FloatArray, decode, rounding_variances
 from posthoc_cli.storage.ranks import Part, Running, check_there, share
-from posthoc_cli.storage.readers import can_open, reading_ahead
+from posthoc_cli.storage.readers import can_open, check_unchanged, reading_ahead
 from posthoc_cli.storage.workers import MAX_WORKERS, run_workers
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def sample_moments(
     """Measure a consistent set of snapshots on some `blocks * block` of their elements.
 
     `leave_out` are globs of tensors that won't be averaged, and so shall not count. Raises
-    SnapshotError when no sampled element is finite in all snapshots or a file changed since its
-    header was read, MachineError when one can't be read.
+    NoValuesError when no sampled element is finite in all snapshots, SnapshotError when a file
+    changed since its header was read, MachineError when one can't be read.
     """
     if block is None:
         block = BLOCK if len(snapshots) <= VERY_MANY else BLOCK // 2
@@ -103,7 +103,7 @@ def sample_moments(
         sums.add(each)
     sampled = sum(piece.count for piece in pieces)
     if sampled and sums.broken == sampled:
-        raise SnapshotError(
+        raise NoValuesError(
             str(snapshots[-1].index.path.parent),
             "every value that was sampled is NaN or infinite in some snapshot",
             "leave out the snapshots taken after training broke, with only= or step=",
@@ -159,6 +159,8 @@ def _sum_part(
             for group in groups[at]:
                 _add(sums, indexes, readers, group)
             found.append((at, sums))
+        # What lies in a store is asked for by its etag each time.
+        check_unchanged([reader for reader in readers.values() if not reader.remote])
     yield from ()  # there is nothing to agree on
     return found
 

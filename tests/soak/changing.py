@@ -22,6 +22,9 @@ from tests.soak.tally import Tally
 ROUNDS = 30
 """Of each change."""
 
+METHODS = ("edm2", "blup", "solve")
+"""Of a synthesize; or weights alone, for which a sample is read."""
+
 TRAINER_ROUNDS = 40
 
 
@@ -94,10 +97,10 @@ def changing(seed: int, tally: Tally, rounds: int = ROUNDS, trainers: int = TRAI
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         base = Path(scratch)
         make_snapshots(base / "whole", megabytes=4, seed=seed)
-        calls = {method: _reads(base, method) for method in ("edm2", "blup")}
+        calls = {method: _reads(base, method) for method in METHODS}
         for name, change in CHANGES.items():
             for number in range(rounds):
-                method = ("edm2", "blup")[number % 2]
+                method = METHODS[number % len(METHODS)]
                 losses = _changed(base, change, rng, method, calls[method])
                 tally.count(f"inputs {name}", losses)
         if trainers:
@@ -106,8 +109,10 @@ def changing(seed: int, tally: Tally, rounds: int = ROUNDS, trainers: int = TRAI
 
 
 def _synthesize(base: Path, method: str) -> Run:
-    words = ["synthesize", str(base / "snapshots"), "--sigma-rel", "0.07", "--method", method]
-    return run_here([*words, "-o", str(base / "x.safetensors")])
+    words = [str(base / "snapshots"), "--sigma-rel", "0.07"]
+    if method == "solve":
+        return run_here(["solve", *words])
+    return run_here(["synthesize", *words, "--method", method, "-o", str(base / "x.safetensors")])
 
 
 def _fresh(base: Path) -> Path:
@@ -130,7 +135,7 @@ def _reads(base: Path, method: str) -> int:
     with mock.patch.object(InputFile, "_read_some", counted):
         run = _synthesize(base, method)
     assert run.code == 0, run.err
-    (base / "x.safetensors").unlink()
+    (base / "x.safetensors").unlink(missing_ok=True)
     return count
 
 
