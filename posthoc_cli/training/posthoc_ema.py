@@ -42,7 +42,6 @@ from posthoc_cli.training.counting import (
     check_counts,
     crosses_multiple,
     next_step,
-    resolve_gamma,
     resolve_profiles,
 )
 from posthoc_cli.training.ranks import Ranks, agree, heard_by_all, others
@@ -393,30 +392,31 @@ class PostHocEMA:
         gamma: float | None = None,
         step: int | None = None,
         method: str = "edm2",
+        **target: Any,
     ) -> dict[str, Tensor]:
         """The EMA of another length, as a state dict in host memory, in the network's dtypes.
 
-        `step` is the target step, by default the last snapshot's. Made from this run's snapshots
-        in the folder, or, before the first update, from all that the folder holds.
+        `target` is one of another kind, `window`, `lr_decay`, `decay` or `half_life`; `target_for`
+        gives some tensors their own: as `Run.solve` has them. `step` is the target step, by default
+        the last snapshot's. Made of this run's snapshots in the folder, or, before the first
+        update, of all that the folder holds.
 
-        Raises ValueError unless one of `sigma_rel` and `gamma` is given; UsageError for a step
-        out of range; SnapshotError or MachineError when the snapshots can't be used.
+        Raises ValueError unless there is one target, or for one out of bounds; UsageError for a
+        step out of range; SnapshotError or MachineError when the snapshots can't be used.
         """
-        gamma = resolve_gamma(sigma_rel, gamma)
         self.wait()
         run = self.run if self.step else None
         named, averaged = named_tensors(self.model), self._averages.roles.averaged
-        return synthesized(self.folder, run, named, averaged, gamma, step, method)
+        wanted = {"sigma_rel": sigma_rel, "gamma": gamma, **target}
+        return synthesized(self.folder, run, named, averaged, wanted, step, method)
 
     @contextlib.contextmanager
     def lend(
         self,
         sigma_rel: float | None = None,
         *,
-        gamma: float | None = None,
-        step: int | None = None,
-        method: str = "edm2",
         model: nn.Module | None = None,
+        **how: Any,
     ) -> Iterator[nn.Module]:
         """Lend the network (or `model`) what `synthesize` makes, then give it its own weights back.
 
@@ -427,7 +427,7 @@ class PostHocEMA:
         """
         self._check_not_lent()
         borrower = self.model if model is None else model
-        state = self.synthesize(sigma_rel, gamma=gamma, step=step, method=method)
+        state = self.synthesize(sigma_rel, **how)
         own = {name: each for name, each in named_tensors(borrower).items() if name in state}
         if any(map(is_sharded, own.values())):
             raise TypeError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from posthoc_cli.storage import ENDING, Reader, TensorInfo
 from posthoc_cli.storage.dtypes import DTYPES
 from posthoc_cli.storage.metadata import GAMMA, RUN
 from posthoc_cli.training.averaging import box_of
+from posthoc_cli.training.counting import resolve_gamma
 from posthoc_cli.training.snapshot_files import headers, own_snapshots, own_step
 
 _BAND = 1 << 24
@@ -96,14 +98,18 @@ def synthesized(
     run: str | None,
     named: Mapping[str, Tensor],
     averaged: Callable[[str], bool],
-    gamma: float,
+    target: Mapping[str, Any],
     step: int | None,
     method: str,
 ) -> dict[str, Tensor]:
-    """The EMA of exponent `gamma` at `step`, in the dtypes of `named`, in host memory; of `run`'s
-    snapshots, or of all that `folder` holds. Of tensors
-    that aren't `averaged` it has the last snapshot's."""
+    """The average that `target` says, as `Run.solve` has it, at `step`, in the dtypes of `named`,
+    in host memory; of `run`'s snapshots, or of all that `folder` holds. Of tensors that aren't
+    `averaged` it has the last snapshot's. Raises ValueError unless it is one average."""
     from posthoc_cli.api import open_snapshots  # only here: training itself needs none of it
+
+    target = {key: value for key, value in target.items() if value is not None}
+    if target.keys() - {"target_for"} <= {"sigma_rel", "gamma"}:
+        resolve_gamma(target.get("sigma_rel"), target.get("gamma"))
 
     own = [path.name for path, _ in own_snapshots(folder, run)] if run is not None else []
     if method in METHODS and not METHODS[method].takes_raw:
@@ -113,8 +119,10 @@ def synthesized(
             str(folder), "holds no snapshots of this run yet", "call checkpoint() first"
         )
     solution = open_snapshots(folder, only=[escape(name) for name in own]).solve(
-        gamma=gamma, step=step, method=method
+        **target, step=step, method=method
     )
+    if len(solution.targets) != 1:
+        raise ValueError(f"give one target, not {len(solution.targets)}")
     dtypes = {name: tensor.dtype for name, tensor in named.items()}
     exact = any(dtype in (torch.float64, torch.complex128) for dtype in dtypes.values())
     names = solution.snapshots[-1].index.tensors

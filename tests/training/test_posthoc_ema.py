@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from posthoc_cli import KarrasEMA, PostHocEMA
+from posthoc_cli.api import open_snapshots
 from posthoc_cli.errors import SnapshotError, UsageError
 from posthoc_cli.snapshots.folder import read_folder
 from posthoc_cli.snapshots.sampling import fit_snapshots
@@ -346,6 +348,27 @@ def test_synthesize_gives_the_networks_dtypes_and_only_this_run(tmp_path: Path) 
         ema.synthesize(sigma_rel=0.1, step=99)
     with pytest.raises(ValueError, match="one of the two"):
         ema.synthesize()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [{"window": 7}, {"lr_decay": "1-sqrt:40%"}, {"decay": 0.8}, {"half_life": "20%"}],
+)
+def test_targets_are_those_of_the_library(tmp_path: Path, target: dict[str, Any]) -> None:
+    ema = PostHocEMA(small(), folder=tmp_path, checkpoint_every=5, dtype=None)
+    train(ema.model, ema, 20)
+    more = {"target_for": {"*bias": 0.1}, "step": 15, "method": "blup"}
+    solution = open_snapshots(tmp_path).solve(**target, **more)
+    made = ema.synthesize(**target, **more)
+    for name, value in solution.state_dict().items():
+        assert torch.equal(made[name], value)
+    with ema.lend(**target, **more) as lent:
+        assert all(torch.equal(made[name], each) for name, each in lent.state_dict().items())
+    for wrong in ({"sigma_rel": 0.1}, {"gamma": 3}):
+        with pytest.raises(ValueError, match="one target"):
+            ema.synthesize(**wrong, **target)
+    with pytest.raises(UsageError, match=r"out of bounds|no length|less than|longer than"):
+        ema.synthesize(**{key: -1 if key != "lr_decay" else "1-sqrt:99" for key in target})
 
 
 def test_synthesize_before_the_first_update_uses_the_whole_folder(tmp_path: Path) -> None:
