@@ -72,10 +72,11 @@ def plot(
     from posthoc_cli.storage.places import place
     from posthoc_cli.storage.stores import exists
     from posthoc_cli.storage.temporary import clean_up
-    from posthoc_cli.storage.writing import make_output
+    from posthoc_cli.storage.writing import check_writable, make_output
     from posthoc_cli.tuning.journal import is_journal
 
     path = place(output)
+    check_writable(path)
     if path.suffix.lower() not in plotting.FORMATS:
         raise UsageError("-o", f"'{output}' doesn't end in .png, .svg or .pdf", "choose one")
     clean_up(path.parent)

@@ -22,7 +22,11 @@ _FORMAT = re.compile(r"0?[0-9]{0,2}(\.[0-9]{1,2})?[dfeg]?")
 
 
 def is_folder(output: str) -> bool:
-    """Whether an output names a folder: one that exists, or a path that ends in a separator."""
+    """Whether an output names a folder: one that exists, or a path that ends in a separator.
+
+    Raises UsageError for a URL of what can only be read.
+    """
+    check_writable(place(output))
     separators = tuple(filter(None, (os.sep, os.altsep)))
     return output.endswith(separators) or stores.is_folder(place(output))
 
@@ -38,7 +42,6 @@ def output_paths(
     """
     if layout not in LAYOUTS:
         raise UsageError("layout=", f"'{layout}' is not known", f"choose {either(LAYOUTS)}")
-    check_writable(place(output))
     folders = layout == "folder"
     gathered = collects(output, targets, layout)
     if gathered:

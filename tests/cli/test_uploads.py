@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from posthoc_cli.storage.remote import sources
 from tests.command import ENVIRONMENT, Posthoc
 from tests.servers import s3
 from tests.servers.buckets import Buckets, environment
@@ -181,13 +182,20 @@ def test_other_commands(
 @pytest.mark.parametrize("url", ["https://host/x.safetensors", "hf://me/net/x.safetensors"])
 def test_what_is_only_read(snapshots: Path, posthoc_here: Posthoc, url: str) -> None:
     done = posthoc_here("synthesize", "snapshots", *TARGET, "-o", url)
-    done.failed(2, rf"{url}: \w+:// can be read, but not written; write to .*")
+    line = rf"{url}: \w+:// can be read, but not written; write to .*"
+    done.failed(2, line)
+    metric = ("--metric", "wc -c < {file}", "--minimize")
+    posthoc_here("tune", "snapshots", *metric, "-o", url).failed(2, line)
+    figure = url.replace("safetensors", "svg")
+    line = line.replace("safetensors", "svg")
+    posthoc_here("plot", "snapshots", *TARGET, "-o", figure).failed(2, line)
 
 
 REFUSALS = {
     (403, "AccessDenied"): "permission denied",
     (400, "ExpiredToken"): "expired",
     (401, "Unauthorized"): "permission denied",
+    (403, "QuotaExceeded"): "the store is full",
 }
 
 
@@ -206,6 +214,31 @@ def test_refusals(
         server.deny = None
     done.failed(1, rf"s3://bucket/a\.safetensors: .*{REFUSALS[refusal]}.*; .*")
     assert written(server) == {}
+
+
+ANSWERS = {
+    b"<Error><Code>InternalError</Code></Error>": "the server answers InternalError; try again",
+    b"<Error><Code>SlowDown</Code></Error>": "the server answers SlowDown; try again",
+    b"<html/>": "what answers is no store of objects; check AWS_ENDPOINT_URL, .*",
+}
+
+
+@pytest.mark.parametrize("body", ANSWERS, ids=str)
+def test_an_error_that_is_called_a_success(
+    server: Buckets,
+    proxy: Proxy,
+    large: Path,
+    posthoc_here: Posthoc,
+    monkeypatch: pytest.MonkeyPatch,
+    body: bytes,
+) -> None:
+    """As S3 does at the end of an upload: it has answered 200 before it knows."""
+    monkeypatch.setattr(sources, "RETRY", {**sources.RETRY, "max_retries": 1})
+    proxy.add(Fault(method="POST", path="uploadId", status=200, body=body, count=-1))
+    done = posthoc_here("synthesize", "large", *TARGET, "-o", "s3://bucket/a.safetensors")
+    done.failed(1, rf"s3://bucket/a\.safetensors: .*{ANSWERS[body]}")
+    assert written(server) == {}
+    assert not server.uploads
 
 
 def test_no_bucket(server: Buckets, proxy: Proxy, snapshots: Path, posthoc_here: Posthoc) -> None:

@@ -160,6 +160,8 @@ class BucketHandler(Handler):
             absent = headers.get("if-none-match") == "*"
             absent |= headers.get("x-goog-if-generation-match") == "0"
             known = headers.get("if-match")
+            if not owner.conditions:
+                absent = known = None
             if (absent and there) or (known and (there is None or there.etag != known)):
                 azure = status == 201
                 self._fail(409 if azure else 412, "BlobAlreadyExists" if azure else "Precondition")
@@ -279,7 +281,8 @@ class Buckets(Server):
     """Buckets in memory: `buckets[bucket][key]`; `uploads` and `blocks` are what is not complete.
 
     `page` is how many keys a listing gives at once; `deny` may refuse a request by a status and a
-    code, such as `(403, "AccessDenied")` or `(400, "ExpiredToken")`.
+    code, such as `(403, "AccessDenied")` or `(400, "ExpiredToken")`; without `conditions` those of
+    requests are overlooked.
     """
 
     handler = BucketHandler
@@ -293,6 +296,7 @@ class Buckets(Server):
         self.lock = threading.Lock()
         self.page = page
         self.smallest_part = 5 << 20
+        self.conditions = True
         self.deny: Callable[[Request], tuple[int, str] | None] | None = None
 
     def begin(self, bucket: str, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from email.utils import formatdate
 from html import escape
 from pathlib import Path
@@ -52,6 +53,10 @@ class FileHandler(Handler):
             return
         above = quote(where) if owner.absolute else ""
         names = sorted(each.name + "/" * each.is_dir() for each in path.iterdir())
+        if owner.page:
+            text = owner.page(f"{self.headers['Host']}{quote(where)}", names)
+            self.send(200, text.encode(), Content_Type=owner.page_type)
+            return
         rows = "".join(
             f'<a href="{above}{quote(name)}">{escape(name)}</a>  27-Nov-2026 12:00  -\n'
             for name in names
@@ -63,9 +68,13 @@ class FileHandler(Handler):
 
 
 class Files(Server):
-    """The files below `folder`; without `index` folders can't be listed, with `absolute` links
-    lead from the server's root, and with `hides` permission is denied for what isn't there."""
+    """The files below `folder`; without `index` folders can't be listed, with `absolute` links lead
+    from the server's root, with `hides` permission is denied for what isn't there, and `login` is
+    the header that all has to be asked with. `page` may write the index of a folder, given where it
+    is and the names in it."""
 
+    page: Callable[[str, list[str]], str] | None = None
+    page_type = "text/html; charset=utf-8"
     handler = FileHandler
 
     def __init__(

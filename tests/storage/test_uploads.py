@@ -16,6 +16,7 @@ from posthoc_cli.storage.places import place
 from posthoc_cli.storage.remote import uploads
 from posthoc_cli.storage.remote.uploads import ObjectFile
 from posthoc_cli.storage.writing import commit_together
+from tests.servers.base import Request
 from tests.servers.buckets import PART, Buckets
 from tests.servers.faults import Fault, Proxy
 
@@ -108,7 +109,56 @@ def test_a_condition_is_the_stores_business(server: Buckets, proxy: Proxy) -> No
     assert server.get("bucket", "out") == b"newer"
 
 
+@pytest.mark.parametrize("size", [100, len(DATA)])
+def test_a_store_without_conditions(
+    server: Buckets, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """It overlooks them, or knows that it has none: then what is there is only looked at."""
+
+    def deny(request: Request) -> tuple[int, str] | None:
+        return (501, "NotImplemented") if "if-none-match" in request.headers else None
+
+    for attribute, value in (("conditions", False), ("deny", deny)):
+        server.buckets["bucket"].clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(server, attribute, value)
+            with ObjectFile(url(), size) as file:
+                write(file, DATA[:size])
+            assert server.get("bucket", "out") == DATA[:size]
+            with pytest.raises(UsageError, match="exists"), ObjectFile(url(), size):
+                raise AssertionError
+            with pytest.raises(UsageError, match="exists"), ObjectFile(url("new"), size) as file:
+                write(file, DATA[:size])
+                server.put("bucket", "new", b"newer")
+            assert server.get("bucket", "new") == b"newer"
+
+
+CONFLICT = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
+
+
+def test_two_at_the_same_moment(server: Buckets, proxy: Proxy) -> None:
+    proxy.add(Fault(method="PUT", status=409, body=CONFLICT))
+    with ObjectFile(url(), 100) as file:
+        write(file, DATA[:100])
+    assert server.get("bucket", "out") == DATA[:100]
+    server.buckets["bucket"].clear()
+    both = [ObjectFile(url(), 100), ObjectFile(url(), len(DATA))]
+    for file in both:
+        file.open()
+        write(file, DATA[: file.size])
+        file.finish()
+    both[0].commit()
+    with pytest.raises(UsageError, match="exists"):
+        both[1].commit()
+    for file in both:
+        file.discard()
+    assert server.get("bucket", "out") == DATA[:100]
+    assert not server.uploads
+
+
+INTERNAL = b'<?xml version="1.0"?>\n  \n<Error><Code>InternalError</Code></Error>'
 PASSING = [
+    Fault(method="POST", path="uploadId", status=200, body=INTERNAL),
     Fault(method="POST", path="uploads", after=0),
     Fault(method="POST", path="uploads", status=503),
     Fault(method="PUT", status=500, count=3),
@@ -141,6 +191,8 @@ LASTING = [
     Fault(method="PUT", path="partNumber=7", status=403, count=-1),
     Fault(method="PUT", path="partNumber=8", status=403, count=-1),  # of the few bytes at the end
     Fault(method="POST", path="uploadId", status=403, count=-1),
+    Fault(method="POST", path="uploadId", status=200, body=b"<html/>", count=-1),
+    Fault(method="PUT", path="partNumber=2&", status=400, body=INTERNAL, count=-1),
 ]
 
 

@@ -67,6 +67,11 @@ _KNOWN = [
         "{cannot}: it is archived",
         "restore it, or copy it to another storage class",
     ),
+    (
+        "<Code>QuotaExceeded|StorageFull|status code: 507",
+        "{cannot}: the store is full",
+        "make room there, or write elsewhere",
+    ),
     ("HTTPS? request to an HTTPS|request was sent to HTTPS", "{host} wants https", "{check}"),
     ("InvalidContentType", "{host} has no https", "write http://, or {check}"),
     (
@@ -81,7 +86,7 @@ _KNOWN = [
     (
         "Range request not supported|NotPartial",
         "is on a server that gives no parts of files",
-        "copy the files to a disk",
+        "copy the files to a disk, or have nginx, Apache or Caddy serve them",
     ),
     (
         "invalid path: Error parsing Path",
@@ -93,7 +98,9 @@ _KNOWN = [
 ]
 """What may be said: a pattern, the problem and what to do."""
 
-_PAGE = r"(?is)invalid list response|header missing|status code: (30\d|40[0245]).*<(html|!doctype)"
+_PAGE = (
+    r"(?is)got invalid \w+ response|header missing|status code: (30\d|40[0245]).*<(html|!doctype)"
+)
 _NO_STORE = "what answers is no store of objects", f"{{check}}, and {_LOGIN}"
 
 _WRONG_KEYS = ("SignatureDoesNotMatch", "InvalidAccessKeyId", "AuthenticationFailed")
@@ -158,8 +165,8 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     if status in ("401", "403"):
         remedy = "{keys}" if code not in _WRONG_KEYS else "check the keys, and whose they are"
         return line(f"{{cannot}}: permission denied ({code or status})", remedy, Denied)
-    if status:
-        answer = f"{status} ({code})" if code else status
+    if status or code:
+        answer = f"{status} ({code})" if status and code else status or code
         return line(f"{{cannot}}: the server answers {answer}", again, Refused)
     kind = _first(r"kind: (\w+)", text)
     if kind == "Timeout" or "timed out" in text or "TimedOut" in text:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Protocol, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import File, Url
@@ -200,7 +201,8 @@ class Server(Bucket):
             return [], False
         except Refused:  # as a folder; its files may be there
             return [], False
-        links = _Links(f"/{key}/" if key else "/")
+        host = self.root.parts[1]
+        links = _Links(f"http://{host}/{quote(key)}/" if key else f"http://{host}/")
         links.feed(page.decode("utf-8", "replace"))
         return [("", None), *((name, None) for name in links.names)], False
 
@@ -215,24 +217,28 @@ class Server(Bucket):
 
 
 def _is_page(result: Any) -> bool:
-    return str(result.attributes.get("Content-Type", "")).startswith("text/html")
+    kind = str(result.attributes.get("Content-Type", "")).lower()
+    return kind.startswith(("text/html", "application/xhtml"))
 
 
 class _Links(HTMLParser):
-    """The names that an index page links to; those of folders end in a slash."""
+    """The names below a folder that its index page links to; those of folders end in a slash."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        self._above = folder
+        self._folder = self._base = folder
         self.names: dict[str, None] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        link = dict(attrs).get("href") or ""
-        parts = urlsplit(link)
-        name = unquote(parts.path).removeprefix(self._above).removeprefix("./")
-        plain = not (parts.scheme or parts.netloc or parts.query or parts.fragment)
-        if tag == "a" and plain and name and "/" not in name[:-1] and name.strip("./"):
-            self.names[name] = None
+        link = (dict(attrs).get("href") or "").strip()
+        with contextlib.suppress(ValueError):  # what is no URL links to nothing
+            parts, folder = urlsplit(urljoin(self._base, link)), urlsplit(self._folder)
+            if tag == "base":
+                self._base = parts.geturl()
+            name = unquote(parts.path).removeprefix(unquote(folder.path))
+            inside = parts.netloc == folder.netloc and name != unquote(parts.path)
+            if tag == "a" and inside and name and "/" not in name[:-1] and name.strip("./"):
+                self.names[name] = None
 
 
 def described(path: Path, about: Any) -> File:

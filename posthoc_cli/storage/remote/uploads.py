@@ -347,20 +347,8 @@ class ObjectFile:
             self._completing.set()
 
     async def _put(self, overwrite: bool) -> None:
-        import obstore
-
         if self._held:
-            mode: Any = "overwrite" if overwrite else "create"
-            data = self._blocks[0] if self.size else b""
-            try:
-                await obstore.put_async(
-                    self.bucket, self._key, data, mode=mode, use_multipart=False
-                )
-            except obstore.exceptions.AlreadyExistsError:
-                # A first try may have come through, and its answer was lost.
-                found = await obstore.get_async(self.bucket, self._key)
-                if found.meta["size"] != self.size or await found.bytes_async() != data:
-                    raise already_exists(self.path) from None
+            await self._put_at_once(self._blocks[0] if self.size else b"", overwrite)
         else:
             writer, self._writer = self._writer, None
             try:
@@ -368,6 +356,33 @@ class ObjectFile:
             except Exception as error:
                 self.left = "performing DELETE" in str(error)  # it was to be aborted
                 raise
+
+    async def _put_at_once(self, data: bytes | Block, overwrite: bool) -> None:
+        """Send it by one request, which fails where there is one already: not all stores see to
+        that, or know how to."""
+        import obstore
+
+        mode: Any = "overwrite" if overwrite else "create"
+        for pause in (0.1, 0.5, 2.0):
+            try:
+                await obstore.put_async(
+                    self.bucket, self._key, data, mode=mode, use_multipart=False
+                )
+                return
+            except obstore.exceptions.AlreadyExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    # A first try may have come through, and its answer was lost.
+                    found = await obstore.get_async(self.bucket, self._key)
+                    if found.meta["size"] != self.size or await found.bytes_async() != data:
+                        raise already_exists(self.path) from None
+                    return
+            except obstore.exceptions.BaseError as error:
+                if mode == "overwrite" or "status code: 501" not in str(error):
+                    raise
+                mode = "overwrite"
+            await asyncio.sleep(pause)
+        problem = "is being written by someone else in the same moment"
+        raise MachineError(str(self.path), problem, "try again")
 
     async def _abort(self) -> None:
         writer, self._writer = self._writer, None
