@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from posthoc_cli.synthesis import cost as model_of
 from posthoc_cli.synthesis.cost import cost
-from tests.servers.base import Request
-from tests.servers.buckets import BucketHandler, Buckets
+from tests.servers.buckets import Buckets
 
 model_of.LARGEST = 1 << 19  # as in the processes that are measured
 
@@ -50,20 +49,6 @@ leave(main())
 SMALL = 48_000_000
 
 SYNTHESIZE = ["--sigma-rel", "0.07", "--method", "edm2", "--force", "-q", "-o"]
-
-
-class LateHandler(BucketHandler):
-    def answer(self, request: Request) -> None:
-        assert isinstance(self.server.owner, Late)
-        time.sleep(self.server.owner.latency)
-        super().answer(request)
-
-
-class Late(Buckets):
-    """A bucket whose every answer comes `latency` seconds late."""
-
-    handler = LateHandler
-    latency = 0.0
 
 
 def snapshots(count: int, size: int) -> Mapping[str, bytes]:
@@ -129,7 +114,7 @@ def compare_ranks(place: Path, count: int, size: int) -> bool:
 def compare_requests(place: Path, count: int, size: int) -> bool:
     """Seconds beyond those of small snapshots, and requests, by latency and requests at once."""
     good = True
-    with Late("bucket") as server:
+    with Buckets("bucket") as server:
         for name, bytes_each in (("small", SMALL), ("large", SMALL + size)):
             for file, data in snapshots(count, bytes_each).items():
                 server.put("bucket", f"{name}/{file}", data)

@@ -147,21 +147,8 @@ def _write(path: Path, content: dict[str, np.ndarray], metadata: dict[str, str])
 
 def synthesize(folder: Path, targets: str, output: Path, *more: str) -> Command:
     count = targets.count(",") + 1
-    return Command(
-        f"posthoc, {count} target{'s' if count > 1 else ''}",
-        [
-            POSTHOC,
-            "synthesize",
-            str(folder),
-            "--sigma-rel",
-            targets,
-            "-o",
-            f"{output}/",
-            "-q",
-            *more,
-        ],
-        [output],
-    )
+    words = ["synthesize", str(folder), "--sigma-rel", targets, "-o", f"{output}/", "-q", *more]
+    return Command(f"posthoc, {count} target{'s' * (count > 1)}", [POSTHOC, *words], [output])
 
 
 def floor_of(paths: Sequence[Path], written: int, scratch: Path) -> list[Command]:

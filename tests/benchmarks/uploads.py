@@ -21,25 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.command import ENVIRONMENT
-from tests.servers.base import Request
-from tests.servers.buckets import BucketHandler, Buckets, environment
+from tests.servers.buckets import Buckets, environment
 
 ONE, FOUR = ("--sigma-rel", "0.07"), ("--sigma-rel", "0.05,0.07,0.1,0.15")
 
 
-class Late(BucketHandler):
-    latency = 0.0
-
-    def answer(self, request: Request) -> None:
-        time.sleep(self.latency)
-        super().answer(request)
-
-
 def serve(latency: float) -> None:
     """Serve the bucket `bucket` until the standard input ends."""
-    Late.latency = latency
-    Buckets.handler = Late
     with Buckets("bucket") as server:
+        server.latency = latency
         print(server.url, flush=True)
         sys.stdin.read()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, unquote(parts.path), query, headers)
         self.server.owner.note(request)
+        time.sleep(self.server.owner.latency)
         self.answer(request)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PROPFIND = _handle
@@ -107,6 +109,8 @@ class Server:
     """A server that runs within a `with` block, or from `start` to `stop`."""
 
     handler: type[Handler]
+    latency = 0.0
+    """Seconds that each answer comes late."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

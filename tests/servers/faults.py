@@ -6,7 +6,6 @@ import http.client
 import socket
 import struct
 import threading
-import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -51,8 +50,6 @@ class ProxyHandler(Handler):
         owner = self.server.owner
         assert isinstance(owner, Proxy)
         fault = owner.take(request, self.path)
-        if owner.latency:
-            time.sleep(owner.latency)
         if fault and fault.upload is not None:
             self.rfile.read(min(fault.upload, int(self.headers.get("Content-Length") or 0)))
             self._reset()
@@ -135,7 +132,6 @@ class Proxy(Server):
             self.requests.clear()
         self.stopped.set()
         self.stopped = threading.Event()
-        self.latency = 0
 
     def take(self, request: Request, path: str) -> Fault | None:
         """The first fault that is for this request."""

@@ -66,7 +66,6 @@ def uploads(seed: int, tally: Tally, rounds: int = ROUNDS, megabytes: float = 20
                 losses.append(f"left parts of {_parts(server)} ({code}): {err!r}")
             tally.count("signals", losses)
             proxy.clear()
-            proxy.latency = LATENCY
             proxy.add(Fault(**rng.choice(FAULTS), skip=rng.randrange(requests)))
             code, err = _run(folder, server, proxy, OUTPUTS[at])
             losses = [f"ended in {code}: {err!r}"] if code else []
