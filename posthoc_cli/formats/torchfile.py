@@ -66,7 +66,7 @@ def read_stream(file: BinaryIO, size: int) -> Any:
 def _other(start: bytes, size: int) -> SnapshotError:
     """The error for a file of no known format: what it is, and what to do."""
     problem = "neither a checkpoint of torch nor a pickle"
-    if not size or unfilled(start, size, None):
+    if not size or unfilled(start):
         what = "all zeros" if size else "empty"
         return IncompleteError("", f"{problem}: it is {what}", "copy it again or leave it out")
     what, remedy = sniff(start, size) or ("", "leave it out")

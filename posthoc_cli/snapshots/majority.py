@@ -20,6 +20,4 @@ def most(groups: Sequence[Sequence[Snapshot]], newest: Snapshot) -> tuple[int, s
     if newest in groups[place]:
         return place, f"in the newest snapshot, '{newest.file}'"
     group = groups[place]
-    if len(group) == 1:
-        return place, f"in '{group[0].file}'"
     return place, f"in {len(group)} others, such as '{group[-1].file}'"

@@ -66,9 +66,6 @@ class Window(Average):
         _check(self.step > 0, "step", self.step)
         _check(0 < self.length <= self.step, "length", self.length)
 
-    def __str__(self) -> str:
-        return f"window {self.length:g}"
-
     @property
     def breaks(self) -> tuple[float, ...]:
         return (self.step - self.length,)
@@ -116,9 +113,6 @@ class LrDecay(Average):
         _check(self.step > 0, "step", self.step)
         _check(self.shape in SHAPES, "shape", self.shape)
         _check(0 < self.length <= self.step, "length", self.length)
-
-    def __str__(self) -> str:
-        return f"lr-decay {self.shape}:{self.length:g}"
 
     @property
     def breaks(self) -> tuple[float, ...]:

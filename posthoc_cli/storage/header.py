@@ -181,7 +181,7 @@ def _what_it_is(start: bytes, file: File) -> SnapshotError | None:
     path = file.path
     if not file.size:
         return _unfinished(path, "not a whole safetensors file (its end is missing): it is empty")
-    if unfilled(start, file.size, allocated(path)):
+    if unfilled(start, allocated(path)):
         return _unfinished(
             path,
             "zeros in place of a header, not a safetensors file: a download that never came",

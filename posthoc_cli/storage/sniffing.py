@@ -98,13 +98,11 @@ def _binary(start: bytes) -> str:
     return ""
 
 
-def unfilled(start: bytes, size: int, allocated: int | None) -> bool:
+def unfilled(start: bytes, allocated: int | None = None) -> bool:
     """Whether a file is space that was reserved for a download, which never came.
 
     `allocated` is how many bytes of it the disk holds, where that is known.
     """
-    if not size:
-        return False
     return not any(start) and (len(start) > 8 or allocated == 0)
 
 

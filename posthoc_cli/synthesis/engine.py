@@ -149,13 +149,13 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self._opened.close()
 
-    def run(self, sink: Sink, chunks: Sequence[Chunk] | None = None) -> None:
-        """Hand all sums to `sink`, or those of `chunks`; then the tensors that never vary.
+    def run(self, sink: Sink) -> None:
+        """Hand all sums to `sink`; then the tensors that never vary.
 
         Weights that sum to one give the latter back only up to rounding, and `algorithm3`'s not
         even that: they come again, as copies.
         """
-        chunks = self.plan.whole() if chunks is None else chunks
+        chunks = self.plan.whole()
         self.sum(sink, chunks)
         self.copy(sink, chunks)
         self.check_unchanged()

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import printable
-from posthoc_cli.storage.dtypes import AVERAGED, OUTPUT_DTYPES, decode
+from posthoc_cli.storage.dtypes import OUTPUT_DTYPES, decode
 from posthoc_cli.storage.places import common_folder
 from posthoc_cli.synthesis.accumulators import Weights
 from posthoc_cli.synthesis.plan import Chunk, Segment, TensorPlan
@@ -63,11 +63,8 @@ class NonfiniteReport:
 
     def look(self, chunk: Chunk, results: Sequence[npt.NDArray[np.uint8]], read: Read) -> None:
         """Look at a chunk whose `results`, one for each target as bytes, may not be finite."""
-        segment = chunk.segment
-        if segment.dtype not in AVERAGED:
-            return
         with np.errstate(all="ignore"):
-            odd = [~np.isfinite(decode(segment.out_dtype, result)) for result in results]
+            odd = [~np.isfinite(decode(chunk.segment.out_dtype, result)) for result in results]
         for block in chunk.cut(_BLOCK):
             inside = slice(block.first - chunk.first, block.last - chunk.first)
             if any(mask[inside].any() for mask in odd):

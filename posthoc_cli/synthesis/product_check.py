@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,12 +27,7 @@ def written_ranks(products: Products, out: TensorIndex) -> list[int]:
 
 
 def compare_products(
-    products: Products,
-    weights: Weights,
-    out: TensorIndex,
-    *,
-    full: bool,
-    count: Callable[[int], None] | None = None,
+    products: Products, weights: Weights, out: TensorIndex, *, full: bool
 ) -> Compared:
     """Compare factors in `out` with those of `weights` [groups, 1, sources]; with `full` all.
 
@@ -62,8 +57,6 @@ def compare_products(
                     what = f"and '{pair.down}' don't make the product that they should"
                     problems.append(Problem(out.path, what, ANEW, pair.up))
                 differ += sizes
-            if count is not None:
-                count(products.bytes_of(pair))
         there.check_unchanged()
     shared = max((needs[at] for at in chosen if not products.pairs[at].own_rank), default=0)
     for at in chosen:
