@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +47,6 @@ def write_layout(
     order: Sequence[str] | None = None,
 ) -> None:
     """Write a safetensors file of any dtypes, with its tensors in any order."""
-    import json
-    import struct
-
     entries: dict = {"__metadata__": dict(metadata)} if metadata else {}
     blob = b""
     for name in order or list(tensors):
@@ -77,6 +76,25 @@ def write_tensors(
         metadata,
         order,
     )
+
+
+def write_shards(
+    folder: Path,
+    tensors: Tensors,
+    groups: Sequence[Sequence[str]] = (),
+    metadata: Mapping[str, str] | None = None,
+    stem: str = "model",
+) -> Path:
+    """Write `tensors` as shards: one for each group of names, or each name. Returns the index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups, places = groups or [[name] for name in tensors], {}
+    for at, names in enumerate(groups, 1):
+        file = f"{stem}-{at:05d}-of-{len(groups):05d}.safetensors"
+        write_tensors(folder / file, {name: tensors[name] for name in names}, metadata)
+        places |= dict.fromkeys(names, file)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
 
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray]:

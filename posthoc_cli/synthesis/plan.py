@@ -194,7 +194,7 @@ def make_plan(
     left; SnapshotError for a tensor whose dtype has no average.
     """
     tensors = sources[newest].tensors
-    checkoutput_dtype(dtype)
+    check_output_dtype(dtype)
     distinct = _distinct(sources)
     anywhere = dict.fromkeys(name for each in (tensors, *distinct) for name in each)
     dropped = _matching(anywhere, drop, "drop")
@@ -309,7 +309,7 @@ def newest_of(steps: Sequence[float]) -> int:
     return max(range(len(steps)), key=lambda at: (steps[at], -at))
 
 
-def checkoutput_dtype(dtype: str) -> None:
+def check_output_dtype(dtype: str) -> None:
     """Raise UsageError unless `dtype` is "same" or a key of OUTPUT_DTYPES."""
     if dtype != "same" and dtype not in OUTPUT_DTYPES:
         remedy = f"choose {either(['same', *OUTPUT_DTYPES])}"

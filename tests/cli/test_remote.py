@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from posthoc_cli.storage import stores
 from posthoc_cli.storage.remote import objects, sources
@@ -23,6 +23,7 @@ from tests.servers.buckets import Buckets
 from tests.servers.faults import Fault, Proxy
 from tests.servers.files import Files
 from tests.servers.hub import Hub
+from tests.support import write_shards
 
 WANTED = ("--sigma-rel", "0.07", "--method", "blup")
 QUICK = {**sources.RETRY, "max_retries": 2}
@@ -109,16 +110,8 @@ def _shards(folder: Path) -> None:
         if width != "0.05":
             continue
         place = folder / f"checkpoint-{step}"
-        place.mkdir(parents=True)
         names = sorted(tensors)
-        places = {
-            name: f"model-0000{at % 2 + 1}-of-00002.safetensors" for at, name in enumerate(names)
-        }
-        for file in sorted(set(places.values())):
-            inside = {name: tensors[name] for name in names if places[name] == file}
-            save_file(inside, place / file, {"format": "pt"})
-        index = {"metadata": {}, "weight_map": places}
-        (place / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_shards(place, tensors, [names[::2], names[1::2]], {"format": "pt"})
         (place / "config.json").write_text('{"model_type": "bert"}')
         (place / "optimizer.pt").write_bytes(b"x")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import posthoc_cli
 from tests.command import Posthoc, Run, write_snapshot
+from tests.support import write_shards
 
 STEPS = (100, 200, 300)
 MODEL = "model.safetensors"
@@ -33,16 +33,9 @@ def save_steps(run: Path, files: Iterable[str], steps: Iterable[int] = STEPS) ->
             save(run / f"checkpoint-{step}" / file, step / 100 + 10 * at)
 
 
-def save_shards(folder: Path, value: float, *, index: bool = True, count: int = 2) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
-    for at in range(1, count + 1):
-        name = f"model-{at:05d}-of-{count:05d}.safetensors"
-        save_file({f"w{at}": np.full(4, value, np.float32)}, folder / name)
-        weight_map[f"w{at}"] = name
-    if index:
-        text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
-        (folder / f"{MODEL}.index.json").write_text(text)
+def save_shards(folder: Path, value: float) -> Path:
+    """A network in two shards; its index."""
+    return write_shards(folder, {f"w{at}": np.full(4, value, np.float32) for at in (1, 2)})
 
 
 @pytest.fixture
@@ -250,7 +243,7 @@ def test_two_profiles_in_each_step_folder(posthoc_here: Posthoc, run: Path) -> N
 def test_shards_without_their_index(posthoc_here: Posthoc, run: Path, written: int) -> None:
     for step in (100, 200):
         save_shards(run / f"checkpoint-{step}", step / 100)
-    save_shards(run / "checkpoint-300", 3, index=False)
+    save_shards(run / "checkpoint-300", 3).unlink()
     if written == 1:
         (run / "checkpoint-300" / "model-00002-of-00002.safetensors").unlink()
     asked = "solve", "run", "--raw", "--sigma-rel", "0.1"
@@ -262,7 +255,7 @@ def test_shards_without_their_index(posthoc_here: Posthoc, run: Path, written: i
 
 def test_shards_without_their_index_in_the_folder_itself(posthoc_here: Posthoc, run: Path) -> None:
     save(run / "net-100.safetensors", 1)
-    save_shards(run, 2, index=False)
+    save_shards(run, 2).unlink()
     for path in run.glob("model-*"):
         path.rename(run / path.name.replace("model", "net-200"))
     done = posthoc_here("solve", "run", "--raw", "--sigma-rel", "0.1")

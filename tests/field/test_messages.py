@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from posthoc_cli.storage import shards
 from tests.command import COMMAND, ENVIRONMENT, Posthoc, write_snapshot
-from tests.support import write_tensors
+from tests.support import write_shards, write_tensors
 
 TARGET = ("--sigma-rel", "0.08")
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
@@ -162,16 +162,9 @@ def test_gamma_of_a_snapshot_without_a_norm(posthoc_here: Posthoc, tmp_path: Pat
 
 def sharded(folder: Path) -> Path:
     """A network in two shards, of step 1000; the second shard's path."""
-    folder.mkdir()
-    names = [f"model-0000{at}-of-00002.safetensors" for at in (1, 2)]
-    for at, name in enumerate(names):
-        write_tensors(folder / name, {f"w{at}": np.ones(4, np.float32)})
-    document = {
-        "metadata": {"step": "1000", "sigma_rel": "0.1"},
-        "weight_map": {f"w{at}": name for at, name in enumerate(names)},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(document))
-    return folder / names[1]
+    tensors = {f"w{at}": np.ones(4, np.float32) for at in (1, 2)}
+    write_shards(folder, tensors, metadata={"step": "1000", "sigma_rel": "0.1"})
+    return folder / "model-00002-of-00002.safetensors"
 
 
 @posix

@@ -14,13 +14,13 @@ from posthoc_cli.errors import MachineError, SnapshotError
 from posthoc_cli.storage.header import File, Part, ReadAt, TensorIndex, read_header
 from posthoc_cli.storage.readers import Reader, fingerprint
 from posthoc_cli.storage.shards import open_tensors
-from tests.storage.test_shards import GROUPS, save_shards, some_tensors
-from tests.support import write_tensors
+from tests.storage.test_shards import GROUPS, some_tensors
+from tests.support import write_shards, write_tensors
 
 
 def sharded(folder: Path) -> tuple[TensorIndex, bytes]:
     """A layout of three files, and their data sections end to end."""
-    layout = open_tensors(save_shards(folder, some_tensors(1), GROUPS))
+    layout = open_tensors(write_shards(folder, some_tensors(1), GROUPS))
     data = b"".join(
         layout.files[part.file].path.read_bytes()[part.data_start :] for part in layout.parts
     )
@@ -137,11 +137,11 @@ def test_a_fingerprint_of_little_data(tmp_path: Path, length: int) -> None:
 
 
 def test_a_fingerprint_of_several_files(tmp_path: Path) -> None:
-    index = save_shards(tmp_path, some_tensors(1), GROUPS)
+    index = write_shards(tmp_path, some_tensors(1), GROUPS)
     first = fingerprint(open_tensors(index))
-    save_shards(tmp_path, some_tensors(2), GROUPS)
+    write_shards(tmp_path, some_tensors(2), GROUPS)
     assert fingerprint(open_tensors(index)) != first
-    save_shards(tmp_path, some_tensors(1), GROUPS)
+    write_shards(tmp_path, some_tensors(1), GROUPS)
     assert fingerprint(open_tensors(index)) == first
 
 

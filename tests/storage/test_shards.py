@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,8 @@ from posthoc_cli.storage.shards import made_by_posthoc, open_tensors, shard_path
 from posthoc_cli.synthesis import engine as synthesis
 from posthoc_cli.synthesis.outputs import write_outputs
 from tests.command import Posthoc
-from tests.support import plan_of
+from tests.support import plan_of, write_shards
 
-Tensors = Mapping[str, npt.NDArray]
 RECIPE = {"sources": []}
 
 
@@ -35,25 +34,6 @@ def some_tensors(seed: int) -> dict[str, npt.NDArray]:
         "empty": np.zeros((0, 3), np.float32),
         "steps": np.array(seed, np.int64),
     }
-
-
-def save_shards(
-    folder: Path,
-    tensors: Tensors,
-    groups: Sequence[Sequence[str]],
-    metadata: Mapping[str, str] | None = None,
-    stem: str = "model",
-) -> Path:
-    """Write `tensors` as shards, one for each group of names; returns the index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
-    for at, names in enumerate(groups, 1):
-        file = f"{stem}-{at:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / file, dict(metadata or {}))
-        weight_map |= dict.fromkeys(names, file)
-    index = folder / f"{stem}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return index
 
 
 GROUPS = (["b", "empty"], ["a"], ["steps", "c.bias"])
@@ -71,9 +51,9 @@ def test_shards_and_folders_sum_to_the_bytes_of_single_files(tmp_path: Path) -> 
         singles.append(snapshot_at(tmp_path / f"{step}.safetensors", step))
         place = tmp_path / f"run-{step}"
         if step == 1:
-            others.append(snapshot_at(save_shards(place, tensors, GROUPS), step))
+            others.append(snapshot_at(write_shards(place, tensors, GROUPS), step))
         elif step == 2:  # a folder of shards
-            save_shards(place, tensors, GROUPS[::-1])
+            write_shards(place, tensors, GROUPS[::-1])
             others.append(snapshot_at(place, step))
         else:  # a folder with one file
             place.mkdir()
@@ -89,12 +69,12 @@ def test_shards_and_folders_sum_to_the_bytes_of_single_files(tmp_path: Path) -> 
 
 def test_a_folder_of_all_kinds_of_snapshots(tmp_path: Path) -> None:
     save_file(some_tensors(1), tmp_path / "run_100_6.94.safetensors")
-    save_shards(tmp_path / "run_200_6.94", some_tensors(2), GROUPS)
+    write_shards(tmp_path / "run_200_6.94", some_tensors(2), GROUPS)
     (tmp_path / "checkpoint-3").mkdir()
     save_file(
         some_tensors(3), tmp_path / "checkpoint-3" / "x.safetensors", {"step": "300", "gamma": "7"}
     )
-    save_shards(tmp_path, some_tensors(4), GROUPS, {"step": "400"}, stem="run_400_6.94")
+    write_shards(tmp_path, some_tensors(4), GROUPS, {"step": "400"}, stem="run_400_6.94")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "events.txt").write_text("")
     inventory = read_folder(tmp_path)
@@ -114,7 +94,7 @@ def test_a_folder_of_all_kinds_of_snapshots(tmp_path: Path) -> None:
 
 def test_a_pattern_fits_the_names_of_folders(tmp_path: Path) -> None:
     for step in (10, 20):
-        save_shards(tmp_path / f"checkpoint-{step}-ema-0.05", some_tensors(step), GROUPS)
+        write_shards(tmp_path / f"checkpoint-{step}-ema-0.05", some_tensors(step), GROUPS)
     inventory = read_folder(tmp_path, pattern="checkpoint-{step}-ema-{sigma_rel}")
     assert [(each.step, each.sigma_rel) for each in inventory.usable()] == [(10, 0.05), (20, 0.05)]
 
@@ -135,7 +115,7 @@ def test_folders_that_are_no_snapshots_are_said_to_be_left_out(tmp_path: Path) -
 def test_shards_of_one_network_share_their_tensors_with_the_next(tmp_path: Path) -> None:
     cache: dict = {}
     layouts = [
-        open_tensors(save_shards(tmp_path / str(step), some_tensors(step), GROUPS), cache)
+        open_tensors(write_shards(tmp_path / str(step), some_tensors(step), GROUPS), cache)
         for step in (1, 2)
     ]
     assert layouts[0].tensors is layouts[1].tensors
@@ -159,7 +139,7 @@ def test_shards_of_one_network_share_their_tensors_with_the_next(tmp_path: Path)
     ],
 )
 def test_an_index_that_makes_no_sense(tmp_path: Path, index: bytes) -> None:
-    path = save_shards(tmp_path, some_tensors(1), GROUPS)
+    path = write_shards(tmp_path, some_tensors(1), GROUPS)
     path.write_bytes(index)
     with pytest.raises(SnapshotError, match=r"not an index of shards \(.*\); copy it again") as e:
         open_tensors(path)
@@ -167,7 +147,7 @@ def test_an_index_that_makes_no_sense(tmp_path: Path, index: bytes) -> None:
 
 
 def test_a_missing_shard_may_still_be_being_written(tmp_path: Path) -> None:
-    index = save_shards(tmp_path / "run_5_6.94", some_tensors(1), GROUPS)
+    index = write_shards(tmp_path / "run_5_6.94", some_tensors(1), GROUPS)
     save_file(some_tensors(1), tmp_path / "run_4_6.94.safetensors")
     index.with_name("model-00002-of-00003.safetensors").unlink()
     with pytest.raises(IncompleteError, match=r"its shard 'model-00002-of-00003.safet.*' is miss"):
@@ -179,7 +159,7 @@ def test_a_missing_shard_may_still_be_being_written(tmp_path: Path) -> None:
 
 
 def test_an_index_and_shards_that_do_not_belong_together(tmp_path: Path) -> None:
-    index = save_shards(tmp_path, some_tensors(1), GROUPS)
+    index = write_shards(tmp_path, some_tensors(1), GROUPS)
     document = json.loads(index.read_text())
     for change, message in (
         ({"b": "model-00002-of-00003.safetensors"}, "tensor 'b' is in 'model-00001.*by the index"),
