@@ -117,20 +117,22 @@ def main(plan: Path) -> None:
             children.append(child)
             if rank == each["dies"] or each["sent"] != signal.SIGKILL:
                 each.setdefault("victims", []).append(child)
-    stores = [
-        TCPStore("127.0.0.1", each["port"], is_master=not each["hosted"], wait_for_workers=False)
+    launchers = [
+        TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
         for each in groups
+        if not each["hosted"]
     ]
-    for each, store in zip(groups, stores, strict=True):
+    for each in groups:
         if each["after"] is not None:
-            threading.Thread(target=_kill, args=(each, store), daemon=True).start()
+            threading.Thread(target=_kill, args=(each,), daemon=True).start()
     for child in children:
         os.waitpid(child, 0)
+    del launchers
 
 
-def _kill(each: dict[str, Any], store: Any) -> None:
-    met = [f"posthoc/0/here/{rank}" for rank in range(each["size"])]
-    while not store.check(met):
+def _kill(each: dict[str, Any]) -> None:
+    into = Path(each["into"])
+    while len(list(into.glob("met-*"))) < each["size"]:
         time.sleep(0.002)
     time.sleep(each["after"])
     for child in each["victims"]:
@@ -140,8 +142,14 @@ def _kill(each: dict[str, Any], store: Any) -> None:
 def _be(rank: int, each: dict[str, Any]) -> None:
     from posthoc_cli.cli import main as run
     from posthoc_cli.storage.atomic import AtomicFile
+    from posthoc_cli.storage.ranks import _Group
     from posthoc_cli.synthesis.engine import Engine
 
+    def meet(group: _Group, *arguments: Any) -> None:
+        met(group, *arguments)
+        (Path(each["into"]) / f"met-{rank}.jsonl").touch()
+
+    met, _Group.meet = _Group.meet, meet  # type: ignore[method-assign]
     own = Path(each["into"]) / f"disk{rank}"
     own.mkdir()
     os.dup2(os.open(own, os.O_RDONLY), OWN_DISK)
@@ -162,6 +170,8 @@ def _be(rank: int, each: dict[str, Any]) -> None:
 
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             sys.argv = ["posthoc", *(word.replace("%rank%", str(rank)) for word in command)]
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             out, err = io.StringIO(), io.StringIO()
             begin, before = time.perf_counter(), _read()
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ _SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
 last of Slurm's: it is no step."""
 
 _MOST_DIGITS = 9
+
+_ENDING = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end a process, where there are such."""
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -77,18 +81,20 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it would say is said by us
     from posthoc_cli.storage import ranks
+    from posthoc_cli.storage.peers import Left
 
     code = 1
     try:
         check_address(place)
         ranks.join(place.rank, place.size, place.local_rank, sys.argv[1:], tell)
         if place.rank:
-            return ranks.serve()
+            ranks.serve()
         code = command()
+    except Left as left:
+        code = left.code
     except PosthocError as error:  # never of the command, which tells its own
         code = error.exit_code
-        first = ranks.leave(failed=True)
-        if first if isinstance(error, MachineError) else not place.rank:
+        if ranks.leave(code, error) and (isinstance(error, MachineError) or not place.rank):
             tell(error)
     except KeyboardInterrupt:
         code = 130
@@ -97,9 +103,9 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
     except SystemExit as leaving:  # terminated
         code = leaving.code if isinstance(leaving.code, int) else 1
     finally:
-        if place.rank == 0:
-            ranks.end(code)
-        ranks.leave()
+        for name in _ENDING:  # all are told this code, and it is too late for another
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        ranks.leave(code)
     return code
 
 

@@ -16,17 +16,16 @@ import contextlib
 import os
 import pickle
 import socket
-import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.header import TensorIndex
-from posthoc_cli.storage.peers import TO_STOP, Left, Peers, Stopped, ignore
+from posthoc_cli.storage.peers import TO_STOP, Peers, Stopped, ignore
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.stores import exists
 
@@ -84,7 +83,8 @@ def join(
     """Meet the other ranks of this call, which must have the same `arguments`.
 
     `tell` is called, from another thread, with the trouble of a process that can't end by itself.
-    Raises MachineError when the others don't come, UsageError when they came for another call.
+    Raises MachineError when the others don't come, UsageError when they came for another call,
+    Left when rank 0 has ended.
     """
     global _group
     _group = _Group(rank, size, local_rank, tell)
@@ -129,29 +129,23 @@ def _alone(running: Running) -> Any:
         return done.value
 
 
-def serve() -> int:
-    """On any rank but the first: do tasks until rank 0 ends; returns its exit code.
+def serve() -> NoReturn:
+    """On any rank but the first: do tasks until rank 0 ends.
 
-    Raises MachineError when a rank is lost.
+    Raises Left then, with its exit code; MachineError when a rank is lost.
     """
     assert _group is not None
-    return _group.serve()
+    _group.serve()
 
 
-def end(code: int) -> None:
-    """On rank 0: tell the others that the call has ended."""
-    if _group is not None:
-        _group.end(code)
-
-
-def leave(*, failed: bool = False) -> bool:
-    """Part from the others; returns whether this rank is to tell why all have `failed`."""
+def leave(code: int, error: PosthocError | None = None) -> bool:
+    """Part from the others, whom rank 0 tells the exit code; returns whether to tell the error."""
     global _group
     if _group is None:
-        return False
+        return True
     _parted.append(_group)
     group, _group, workers.shared_by = _group, None, 1
-    return group.leave(failed=failed)
+    return group.leave(code, error)
 
 
 def is_helper(name: str) -> bool:
@@ -181,7 +175,7 @@ class _Group(Peers):
         mine = list(arguments), os.getcwd(), (socket.gethostname(), cpus)
         theirs = self._exchange(mine)
         for rank, (given, _, _) in enumerate(theirs):
-            if given != theirs[0][0]:
+            if self.rank == 0 and given != theirs[0][0]:  # the others hear of it
                 problem = f"was given other arguments than rank 0 ({' '.join(given)})"
                 remedy = "give all ranks the same: they share one call"
                 raise UsageError(f"rank {rank}", problem, remedy)
@@ -202,25 +196,23 @@ class _Group(Peers):
         self._broadcast(message, 0)
         part = Part(self.rank, self.size, self._local_rank, self._count)
         done = self._drive(task(part, *arguments))
-        self._catch_up([count for count, _ in done])
+        for rank, (count, _) in enumerate(done[1:], 1):
+            self._catch_up(rank, count)
         return [value for _, value in done]
 
-    def serve(self) -> int:
+    def serve(self) -> NoReturn:
         try:
             while True:
                 self._begin(ignore)
                 message = self._broadcast(b"", 0)
-                if message.startswith(b"end"):
-                    return int(message[3:])
                 with contextlib.suppress(Exception):  # rank 0 has it, and tells
                     self._drive(self._start(message))
-        except Left as left:
-            return left.code
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as interrupt:
             # As a rule all are interrupted, and rank 0 is to be the first to end.
-            until = time.monotonic() + TO_STOP
-            while self._ended is None and self.trouble is None and time.monotonic() < until:
-                time.sleep(0.01)
+            code = 130 if isinstance(interrupt, KeyboardInterrupt) else interrupt.code
+            self._send_all("interrupted", code)
+            with contextlib.suppress(TimeoutError):
+                self._let_pass(lambda: False, TO_STOP)
             raise
 
     def _start(self, message: bytes) -> Running:
@@ -234,6 +226,8 @@ class _Group(Peers):
             self._number += 1
             self._counted, self._told, self._progress = 0, [0] * self.size, progress
             self._stop.clear()
+            if self._number in self._failed:
+                self._stop.set()
 
     def _drive(self, running: Running) -> list[Any]:
         """Do this rank's part beside the others; returns what each has counted and returned.
@@ -253,6 +247,7 @@ class _Group(Peers):
                     own, kind, answer = error, "fails", _portable(error)
                     self._tell_failed()
                 if own is not None and not isinstance(own, Exception):  # interrupted
+                    self._noticed = True
                     with contextlib.suppress(Stopped):
                         self._exchange((kind, answer), TO_STOP)
                     raise own
@@ -261,6 +256,7 @@ class _Group(Peers):
                     raise own
                 for rank, (kind, answer) in enumerate(told):
                     if kind == "fails" and answer is not None and rank != self.rank:
+                        self._noticed = self._noticed or not isinstance(answer, Exception)
                         raise answer
                 assert len({kind for kind, _ in told}) == 1, told
                 values = [answer for _, answer in told]
@@ -274,17 +270,6 @@ class _Group(Peers):
             self._progress(count)
         if self._stop.is_set():
             raise Stopped
-
-    def end(self, code: int) -> None:
-        try:
-            # The others may be interrupted, too, and then wait for no message.
-            if self._broken or self._gloo is None or code > 128:
-                raise Stopped
-            self._begin(ignore)
-            self._broadcast(b"end%d" % code, 0)
-        except (PosthocError, Stopped):
-            with contextlib.suppress(RuntimeError, AttributeError):  # of one that was never met
-                self._store.set("end", str(code))
 
 
 def _portable(error: BaseException) -> BaseException | None:
