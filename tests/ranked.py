@@ -48,22 +48,27 @@ def group(
     interrupted: bool = False,
     short: int = -1,
     sent: int = signal.SIGKILL,
+    early: bool = False,
 ) -> dict[str, Any]:
-    """`dies` after so many seconds from when all have met, or else as it begins to sum; another
-    signal than SIGKILL is `sent` to all. The store
-    by which they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank writes whole
-    ones, with zeros for what it hasn't written, as clients of a server may. In the last command
-    all are `interrupted` as they begin to sum; rank `short` can't write beyond 100 kB."""
-    made = {"size": size, "commands": [*map(list, commands)], "into": into, "dies": dies}
-    return (
-        made
-        | {"after": after, "hosted": hosted, "pages": pages}
-        | {
-            "interrupted": interrupted,
-            "short": short,
-            "sent": int(sent),
-        }
-    )
+    """`dies` as it begins to sum, or `early`, when it has met rank 0 but not yet the others; or
+    `after` so many seconds from when all have begun to meet another signal is `sent`, to it or to
+    all. The place where they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank
+    writes whole ones, with zeros for what it hasn't written, as clients of a server may. In the
+    last command the one that `dies`, or all, are only `interrupted` as they begin to sum; rank
+    `short` can't write beyond 100 kB."""
+    return {
+        "size": size,
+        "commands": [*map(list, commands)],
+        "into": into,
+        "dies": dies,
+        "after": after,
+        "hosted": hosted,
+        "pages": pages,
+        "interrupted": interrupted,
+        "short": short,
+        "sent": int(sent),
+        "early": early,
+    }
 
 
 def run_groups(
@@ -115,7 +120,7 @@ def main(plan: Path) -> None:
                 _be(rank, each)
                 leave(0)
             children.append(child)
-            if rank == each["dies"] or each["sent"] != signal.SIGKILL:
+            if each["dies"] in (-1, rank):
                 each.setdefault("victims", []).append(child)
     launchers = [
         TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
@@ -132,7 +137,7 @@ def main(plan: Path) -> None:
 
 def _kill(each: dict[str, Any]) -> None:
     into = Path(each["into"])
-    while len(list(into.glob("met-*"))) < each["size"]:
+    while len(list(into.glob("begun-*"))) < each["size"]:
         time.sleep(0.002)
     time.sleep(each["after"])
     for child in each["victims"]:
@@ -145,11 +150,11 @@ def _be(rank: int, each: dict[str, Any]) -> None:
     from posthoc_cli.storage.ranks import _Group
     from posthoc_cli.synthesis.engine import Engine
 
-    def meet(group: _Group, *arguments: Any) -> None:
-        met(group, *arguments)
-        (Path(each["into"]) / f"met-{rank}.jsonl").touch()
+    def connect(group: _Group) -> None:
+        (Path(each["into"]) / f"begun-{rank}.jsonl").touch()
+        meet(group)
 
-    met, _Group.meet = _Group.meet, meet  # type: ignore[method-assign]
+    meet, _Group.connect = _Group.connect, connect  # type: ignore[method-assign]
     own = Path(each["into"]) / f"disk{rank}"
     own.mkdir()
     os.dup2(os.open(own, os.O_RDONLY), OWN_DISK)
@@ -161,10 +166,13 @@ def _be(rank: int, each: dict[str, Any]) -> None:
         AtomicFile._write_some = _write_pages  # type: ignore[method-assign]
     with open(Path(each["into"]) / f"{rank}.jsonl", "w") as told:
         for at, command in enumerate(each["commands"]):
-            if rank == each["dies"] and each["after"] is None and at == len(each["commands"]) - 1:
-                Engine.sum = _die  # type: ignore[method-assign]
-            elif each["interrupted"] and at == len(each["commands"]) - 1:
-                Engine.sum = _interrupt  # type: ignore[method-assign]
+            ends = each["after"] is None and at == len(each["commands"]) - 1
+            if ends and each["dies"] in ((-1, rank) if each["interrupted"] else (rank,)):
+                end = _interrupt if each["interrupted"] else _die
+                if each["early"]:
+                    _Group._connect_gloo = end  # type: ignore[method-assign]
+                else:
+                    Engine.sum = end  # type: ignore[method-assign]
             elif rank == each["short"] and at == len(each["commands"]) - 1:
                 import resource
 

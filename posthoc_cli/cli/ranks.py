@@ -81,7 +81,7 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what it would say is said by us
     from posthoc_cli.storage import ranks
-    from posthoc_cli.storage.peers import Left
+    from posthoc_cli.storage.signs import Left
 
     code = 1
     try:

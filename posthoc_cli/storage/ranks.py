@@ -25,9 +25,13 @@ from typing import Any, NoReturn
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.storage import workers
 from posthoc_cli.storage.header import TensorIndex
-from posthoc_cli.storage.peers import TO_STOP, Peers, Stopped, ignore
+from posthoc_cli.storage.peers import Peers, Stopped
 from posthoc_cli.storage.places import Url
+from posthoc_cli.storage.signs import ignore
 from posthoc_cli.storage.stores import exists
+
+TO_STOP = 10.0
+"""Seconds that the others have to stop once a rank was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)

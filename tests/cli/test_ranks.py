@@ -146,6 +146,20 @@ def groups(folder: Path, server: Buckets) -> Groups:
         "g5": group(5, _synthesize("g5"), "g5", pages=True),
         "short": group(2, [[*BIG, "short/x.safetensors", "-q"]], "short", short=1),
         "ctrl-c": group(3, [[*BIG, "ctrl-c/x.safetensors", "-q"]], "ctrl-c", interrupted=True),
+        "ctrl-c of one": group(
+            3, [[*BIG, "ctrl-c-1/x.safetensors", "-q"]], "ctrl-c-1", interrupted=True, dies=1
+        ),
+        "early ctrl-c": group(
+            3,
+            [[*BIG, "ctrl-c-0/x.safetensors", "-q"]],
+            "ctrl-c-0",
+            *(0, None, True),
+            interrupted=True,
+            early=True,
+        ),
+        "early death": group(
+            3, [[*BIG, "early/x.safetensors", "-q"]], "early", 1, None, True, early=True
+        ),
         "k0": group(2, [[*BIG, "k0/x.safetensors", "-q"]], "k0", dies=0),
         "k1": group(3, [[*BIG, "k1/x.safetensors", "-q"]], "k1", dies=1),
         "k2": group(3, [[*BIG, "k2/x.safetensors", "-q"]], "k2", dies=2),
@@ -208,11 +222,21 @@ def test_a_rank_that_can_not_write(folder: Path, groups: Groups) -> None:
     assert not _files(folder / "short")
 
 
-def test_an_interrupt(folder: Path, groups: Groups) -> None:
-    (ranks,) = groups["ctrl-c"]
+@pytest.mark.parametrize(
+    ("name", "into"),
+    [("ctrl-c", "ctrl-c"), ("ctrl-c of one", "ctrl-c-1"), ("early ctrl-c", "ctrl-c-0")],
+)
+def test_an_interrupt(folder: Path, groups: Groups, name: str, into: str) -> None:
+    (ranks,) = groups[name]
     assert [run.code for run in ranks] == [130] * 3, ranks
     assert [run.err for run in ranks] == ["posthoc: interrupted\n", "", ""]
-    assert not _files(folder / "ctrl-c")
+    assert not _files(folder / into)
+
+
+def test_a_rank_that_dies_before_all_have_met(groups: Groups) -> None:
+    (ranks,) = groups["early death"]
+    ranks[0].failed(1, "rank 1: has ended, or its machine can't be reached; .*")
+    assert (ranks[2].code, ranks[2].out, ranks[2].err) == (1, "", "")
 
 
 def test_disks_of_their_own(folder: Path, groups: Groups) -> None:

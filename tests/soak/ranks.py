@@ -17,46 +17,60 @@ MOMENTS = 20
 AT_ONCE = 4
 MOST_SECONDS = 30.0
 
+CODES = {signal.SIGKILL: 1, signal.SIGINT: 130, signal.SIGTERM: 143}
+
 WORDS = ["synthesize", "snapshots", "--sigma-rel", "0.07", "-q", "-o"]
 SEVERAL = ["synthesize", "snapshots", "--gamma", "5,9", "--max-shard-size", "5MB", "-q", "-o"]
 
 
 def ranks(seed: int, tally: Tally, moments: int = MOMENTS) -> None:
-    """SIGKILL to each of five ranks, and SIGINT or SIGTERM to all, at `moments` random moments from
-    when they have met; half of the groups meet at rank 0, the others at their launcher."""
+    """SIGKILL to each of five ranks, and SIGINT or SIGTERM to all and to one, at `moments` random
+    moments from when they begin to meet; half of the groups do at rank 0, the others at their
+    launcher."""
     rng = random.Random(f"ranks/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         folder = Path(scratch)
         make_snapshots(folder / "snapshots", megabytes=16, seed=seed)
         wanted, seconds = _whole(folder, tally)
         slowest = 0.0
-        rounds = [(at % (SIZE + 1), at) for at in range((SIZE + 1) * moments)]
+        kinds = [*((rank, signal.SIGKILL) for rank in range(SIZE)), (-1, None), (None, None)]
+        rounds = [
+            (
+                at * len(kinds) + kind,
+                at % SIZE if rank is None else rank,
+                sent or (signal.SIGINT, signal.SIGTERM)[at % 2],
+            )
+            for at in range(moments)
+            for kind, (rank, sent) in enumerate(kinds)
+        ]
         for first in range(0, len(rounds), AT_ONCE):
             batch = rounds[first : first + AT_ONCE]
             groups = [
                 group(
                     *(SIZE, [[*WORDS, f"k{at}/x.safetensors"]], f"k{at}"),
-                    dies=rank if rank < SIZE else -1,
+                    dies=rank,
                     after=rng.uniform(0, seconds),
                     hosted=rng.random() < 0.5,
-                    sent=signal.SIGKILL if rank < SIZE else (signal.SIGINT, signal.SIGTERM)[at % 2],
+                    sent=sent,
                 )
-                for rank, at in batch
+                for at, rank, sent in batch
             ]
             ended = run_groups(folder, *groups)
             found = [
                 _losses(
                     folder / f"k{at}",
-                    [run for own, run in enumerate(runs) if own != rank],
+                    [run for own, run in enumerate(runs) if own != rank or sent != signal.SIGKILL],
                     wanted,
-                    1 if rank < SIZE else (130, 143)[at % 2],
+                    CODES[sent],
                 )
-                for (rank, at), (runs,) in zip(batch, ended, strict=True)
+                for (at, rank, sent), (runs,) in zip(batch, ended, strict=True)
             ]
             slowest = max(slowest, *(run.seconds for (runs,) in ended for run in runs))
-            again = _again(folder, [f"k{at}" for _, at in batch], wanted)
-            for (rank, _), losses, more in zip(batch, found, again, strict=True):
-                kind = "kills of a rank" if rank < SIZE else "signals to all"
+            again = _again(folder, [f"k{at}" for at, _, _ in batch], wanted)
+            for (_, rank, sent), losses, more in zip(batch, found, again, strict=True):
+                kind = "kills of a rank" if sent == signal.SIGKILL else "signals to all"
+                if kind == "signals to all" and rank >= 0:
+                    kind = "signals to one"
                 tally.count(kind, losses + more)
         tally.figures.append(f"all had ended after {slowest:.1f} s")
 
