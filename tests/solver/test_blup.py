@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.solver import averages
-from posthoc_cli.solver.averages import Decay, LrDecay
+from posthoc_cli.solver.averages import Decay, LrDecay, Window
 from posthoc_cli.solver.blup import blup_weights, expected_error
 from posthoc_cli.solver.fitting import fit_trajectory
 from posthoc_cli.solver.profiles import Average, Profile, decay, sigma_rel_to_gamma
@@ -425,7 +424,7 @@ def test_raw_checkpoints_that_never_moved_or_are_one() -> None:
 @pytest.mark.parametrize("target", ["window", "1-sqrt"])
 def test_jitter_is_looked_at_where_a_target_begins(target: str) -> None:
     snapshots: list[Average] = [Decay(step, 0.99) for step in range(300, 2401, 300)]
-    wanted = averages.Window(2400, 480) if target == "window" else LrDecay(2400, target, 480)
+    wanted = Window(2400, 480) if target == "window" else LrDecay(2400, target, 480)
     still = np.full(8, 1e-30)
     white = Jitter(1.0, np.ones(8))
     trajectory = Trajectory(np.arange(9) * 300.0, still, np.zeros(8), 0.0, (white,))
@@ -450,7 +449,7 @@ def test_jitter_of_the_first_steps_is_none_of_the_last() -> None:
     values = np.array([of(each) for each in snapshots])
     differences = (values[:, None] - values) ** 2
     trajectory = fit_trajectory(snapshots, differences, np.full(8, 1e-15), values**2)
-    targets: list[Average] = [averages.Window(2400, 120), Profile(2400, 20.0)]
+    targets: list[Average] = [Window(2400, 120), Profile(2400, 20.0)]
     weights, _ = blup_weights(trajectory, snapshots, targets)
     true = np.array([of(each) for each in targets])
     off = np.abs(weights @ values - true) / np.abs(true - way[-1])
@@ -462,8 +461,8 @@ def test_jitter_of_the_first_steps_is_none_of_the_last() -> None:
 
 
 @dataclass
-class Window:
-    """The mean of the last `length` steps: a kind that the solver doesn't know."""
+class Mean:
+    """Of the last `length` steps: a kind that the solver doesn't know."""
 
     step: float
     length: float
@@ -472,35 +471,14 @@ class Window:
         return np.clip((u - self.step + self.length) / self.length, 0.0, 1.0)
 
 
-@dataclass
-class Decay:
-    """An EMA with a fixed decay, which keeps a part of the network's start."""
-
-    step: float
-    beta: float
-
-    def share(self, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return self.beta ** np.maximum(self.step - u, 0.0)
-
-
-@dataclass
-class Root:
-    """What a learning rate that falls as 1 - sqrt over the last `length` steps leads to."""
-
-    step: float
-    length: float
-
-    def share(self, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.sqrt(np.clip((u - self.step + self.length) / self.length, 0.0, 1.0))
-
-
 @pytest.mark.parametrize(
-    "target", [Window(1000, 130.0), Decay(1000, 0.97), Decay(1000, 0.0), Root(1000, 170.0)]
+    "target",
+    [Mean(1000, 130.0), Decay(1000, 0.97), Decay(1000, 0.0), LrDecay(1000, "1-sqrt", 170.0)],
 )
 def test_any_average_that_has_a_share_can_join(target: Average) -> None:
     steps = range(100, 1001, 100)
     snapshots: list[Average] = [Decay(step, 0.99) for step in steps]
-    snapshots += [Window(step, 37.0) for step in steps]
+    snapshots += [Mean(step, 37.0) for step in steps]
     snapshots += [Profile(step, 6.94) for step in steps]
     edges = np.array([0.0, *steps])
     rates = np.exp(-np.linspace(0, 2, len(steps)))
