@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-import threading
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,11 +282,8 @@ def test_deflated_bytes_from_anywhere_and_several_threads(
             opened(start, memoryview(into))
             wrong.extend([start] if into != data[start : start + len(into)] else [])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
     assert wrong == []
     assert len(deflated._states) <= 20
     at_first = sum(asked)

@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,27 +90,8 @@ def test_memory_is_bounded() -> None:
 def test_threads_read_what_they_would_alone() -> None:
     server = Server(5)
     reads = list(in_order(server, 7_000))
-    left = iter(reads)
-    lock, errors = threading.Lock(), []
-
-    def work() -> None:
-        try:
-            while True:
-                with lock:
-                    read = next(left, None)
-                if read is None:
-                    return
-                server.read(server.files.index(read[1]), *read[2:])
-        except BaseException as error:
-            errors.append(error)
-
-    with fetching_ahead(reads, 5):
-        threads = [threading.Thread(target=work) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-    assert not errors
+    with fetching_ahead(reads, 5), ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda read: server.read(server.files.index(read[1]), *read[2:]), reads))
     assert server.fetched == 5 * SIZE
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,26 +34,8 @@ def write(file: ObjectFile, data: bytes, *, chunk: int = 1 << 15, shuffled: bool
     offsets = list(range(0, len(data), chunk))
     if shuffled:
         random.Random(1).shuffle(offsets)
-    left, lock, errors = iter(offsets), threading.Lock(), []
-
-    def work() -> None:
-        try:
-            while True:
-                with lock:
-                    offset = next(left, None)
-                if offset is None:
-                    return
-                file.write_at(offset, data[offset : offset + chunk])
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda at: file.write_at(at, data[at : at + chunk]), offsets))
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 from posthoc_cli.api import open_snapshots, verify
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import open_network
-from posthoc_cli.storage import Reader
 from posthoc_cli.storage.dtypes import DTYPES as FORMATS
 from posthoc_cli.synthesis.pack import Packed, pack, plan_pack
 from tests.packing import Tensors, averages, rebuilt, stored, write
+from tests.support import contents
 
 CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 
@@ -34,14 +34,11 @@ def packed(
 
 def read(path: Path) -> Tensors:
     """What a reader of the whole network gets."""
-    index = open_network(path)
-    found = {}
-    with Reader(index) as reader:
-        for name, info in index.tensors.items():
-            data = bytearray(info.end - info.start)
-            reader.read(info.start, memoryview(data))
-            found[name] = np.frombuffer(data, FORMATS[info.dtype].numpy()).reshape(info.shape)
-    return found
+    whole = contents(open_network(path)).items()
+    return {
+        name: np.frombuffer(data, FORMATS[dtype].numpy()).reshape(shape)
+        for name, (dtype, shape, data) in whole
+    }
 
 
 def same(one: Tensors, other: Tensors) -> None:
