@@ -83,7 +83,8 @@ def background_flush(files: Sequence[Output]) -> Iterator[None]:
     def flush() -> None:
         while not done.wait(FLUSH_EVERY):
             for file in files:
-                file.flush()
+                if not done.is_set():
+                    file.flush()
 
     with ThreadPoolExecutor(1, thread_name_prefix="posthoc-flush") as pool:
         task = pool.submit(flush)

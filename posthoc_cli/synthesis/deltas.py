@@ -2,8 +2,8 @@
 tensor, along the whole chain at once.
 
 What was rounded away of one snapshot is in the difference to the next, so that of a chain only the
-last rounding remains. A tensor's scale depends on its largest difference. Of one that is taken in
-pieces it is guessed by the first; where one of its files shows that to be wrong it is done again.
+last rounding remains. A tensor's scale depends on the largest of its first differences, and leaves
+room above it; where one of its files shows that to be too little, the tensor is done again.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 
-from posthoc_cli.errors import SnapshotError, printable
-from posthoc_cli.storage import TensorIndex, TensorInfo, fingerprint, make_header, read_header
+from posthoc_cli.storage import TensorInfo, fingerprint, make_header, read_header
+from posthoc_cli.storage.aside import flush_folder
 from posthoc_cli.storage.atomic import AtomicFile, opened
-from posthoc_cli.storage.deltas import header_of, links_of
-from posthoc_cli.storage.dtypes import DTYPES, FLOATS, FloatArray, bytes_of, decode
-from posthoc_cli.storage.workers import background_flush
+from posthoc_cli.storage.deltas import MOST_SCALE, header_of
+from posthoc_cli.storage.dtypes import DTYPES, FLOATS, FloatArray, bytes_of
+from posthoc_cli.storage.workers import (
+    MAX_WORKERS,
+    background_flush,
+    default_workers,
+    run_workers,
+)
 from posthoc_cli.synthesis.bases import (
     AT_ONCE,
     Base,
     Bytes,
     Value,
-    add,
     elements,
     new_buffer,
     padded,
@@ -39,15 +44,21 @@ from posthoc_cli.synthesis.kernels import STRIDE, quantize
 DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 """What differences can be stored as."""
 
-_PIECE_BYTES = 1 << 26
-"""Memory for the pieces of a tensor, in float64, of all that is held of a step's snapshots."""
+_PIECE_BYTES = 1 << 24
+"""Memory for the pieces of a tensor, in float64, of all that a thread holds of a step's snapshots:
+what the processor's cache has room for."""
 
 _SAMPLE = 64
 """Elements by which a tensor is taken to change, or not, when space is reserved."""
 
-_ROOM = 6
-"""Powers of two above the first tensor's largest difference that one scale of float16 is good for;
-and 11 below it lose nothing either."""
+_FIRST = 1 << 14
+"""Elements by which a tensor's scale is chosen."""
+
+_ROOM = {"F16": 6, "F8_E4M3": 2}
+"""Powers of two that a scale leaves above the largest of those: what so few bits lack is below."""
+
+_LOWER = {"F16": 17, "F8_E4M3": 2, "BF16": 600}
+"""Powers of two below what a scale is good for at most down to which nothing is lost either."""
 
 How = int | str
 """How a tensor is stored: as a difference with a scale of that exponent, as _WHOLE, or _SAME."""
@@ -80,7 +91,7 @@ class Rounded(NamedTuple):
     sums: FloatArray
 
 
-class _Walk:
+class Walk:
     """Goes along several snapshots, each of which comes after its base, piece by piece.
 
     `bases` are those that are not among them.
@@ -99,6 +110,7 @@ class _Walk:
         most = max((info.elements for info in files[0].tensors.values()), default=0)
         self._bytes = 8 * (min(self.piece, most) + STRIDE)
         self._data = np.empty(self._bytes, np.uint8)
+        self.stored = np.empty(self._bytes // 4, np.uint8)
         self._free: list[Bytes] = []
 
     def buffer(self, count: int) -> FloatArray:
@@ -132,14 +144,20 @@ class _Walk:
                     self.free(gone.sums)
 
     def difference(
-        self, info: TensorInfo, data: Bytes, base: Value, to: Rounded | None = None
+        self,
+        info: TensorInfo,
+        data: Bytes,
+        base: Value,
+        to: Rounded | None = None,
+        most: int | None = None,
     ) -> float:
-        """The largest difference of `data` to the base, infinite or NaN if one is. They are rounded
-        `to` what is given."""
+        """The largest difference of `data` to the base, infinite or NaN if one is; of the first
+        `most` elements. They are rounded `to` what is given."""
         count = data.size * 8 // DTYPES[info.dtype].bits
         if to is None and base.same(info.dtype, data, slice(0, count)):
             return 0.0
         minus, peak = base.minus(self.buffer, count), 0.0
+        count = min(count, most or count)
         dtype, exponent, stored, sums = to or ("", None, data, minus)
         # What has stayed as it was is no difference, even if infinite: in pieces of one size.
         for part in parts(count) if base.dtype == info.dtype else [slice(0, count)]:
@@ -202,20 +220,23 @@ class _Output:
         self.file = AtomicFile(self.new.path, size, overwrite=self.new.overwrite)
         return self.file
 
-    def how(self, name: str, peak: float) -> How:
-        """How a tensor is to be stored whose largest difference is `peak`."""
+    def how(self, name: str, peak: float, first: float) -> How:
+        """How a tensor is to be stored whose largest difference is `peak`, and among the first
+        elements `first`."""
         if peak == 0.0:
             return _SAME
         if name not in self.differ or not math.isfinite(peak):
             return _WHOLE
-        least = max(math.frexp(peak / DTYPES[self._code].largest)[1], -300)
-        if self._code == "BF16":
-            return max(least, 0)
-        if self._code == "F16" and self.usual is None:
-            return least + _ROOM
-        if self.usual is not None and self.usual - 11 <= least + _ROOM <= self.usual + _ROOM:
-            return self.usual
-        return least
+        if (least := self._least(peak)) > MOST_SCALE:
+            return _WHOLE
+        usual = self.usual
+        if usual is None:
+            usual = min(self._least(first or peak) + _ROOM[self._code], MOST_SCALE)
+        return usual if usual - _LOWER[self._code] <= least <= usual else least
+
+    def _least(self, peak: float) -> int:
+        """The exponent of the least scale by which `peak` can be stored."""
+        return max(math.frexp(peak / DTYPES[self._code].largest)[1], -MOST_SCALE)
 
     def write(self, name: str, first: int, data: Bytes, dtype: str) -> None:
         """Write a piece of the tensor that is next, or of any of a whole file."""
@@ -237,7 +258,7 @@ class _Output:
         self._position = end
 
     def finish(self, base: Path | None) -> None:
-        """Give the file its header, and wait until it is on the disk; so `base`, its base, is."""
+        """Give the file its header; `base`, its base, has its own."""
         if self.new.base is None or base is None:
             self.file.write_at(0, self._header)
         else:
@@ -245,7 +266,6 @@ class _Output:
             header = header_of(self._places, self._scales, where, self.new.metadata, self._room)
             self.file.write_at(0, header)
             self.file.shrink(self._room + self._position)
-        self.file.finish()
 
 
 def write_chain(
@@ -270,23 +290,28 @@ def write_chain(
     """
     code = DELTA_DTYPES[dtype]
     outputs = [_Output(each, code) for each in files]
-    walk = _Walk(files, bases)
-    new = [each.reserve(_changes(walk, each.new)) for each in outputs]
+    # Sums of links are made, and one snapshot is read, by one thread.
+    workers = 1 if bases or len(files) == 1 else default_workers()
+    walks = [Walk(files, bases) for _ in range(workers)]
+    new = [each.reserve(_changes(walks[0], each.new)) for each in outputs]
     with opened(new):
         with background_flush(new):
             for name in outputs[-1].names:
-                _write_tensor(walk, outputs, name, code, progress)
-        walk.check_unchanged()
+                _write_tensor(walks, outputs, name, code, progress)
+        walks[0].check_unchanged()
         written = {each.new.path: each.file.temporary for each in outputs}
         for output in outputs:
             base = output.new.base
             output.finish(written.get(base, base) if base else None)
+        at_once = min(len(new), MAX_WORKERS)
+        run_workers(iter(new), lambda file, _: file.finish(), lambda: True, at_once)
         check(new[0].temporary)
         for file in new:
-            file.commit()
+            file.place(overwrite=file.overwrite)
+        flush_folder(new[0].path.parent)
 
 
-def _changes(walk: _Walk, new: NewFile) -> Callable[[str], bool]:
+def _changes(walk: Walk, new: NewFile) -> Callable[[str], bool]:
     """Whether a tensor seems to be another than in the base, by a few of its elements."""
     before = next((each for each in walk.files if each.path == new.base), None)
 
@@ -311,13 +336,20 @@ def _changes(walk: _Walk, new: NewFile) -> Callable[[str], bool]:
 
 
 def _write_tensor(
-    walk: _Walk, outputs: Sequence[_Output], name: str, code: str, progress: Progress | None
+    walks: Sequence[Walk],
+    outputs: Sequence[_Output],
+    name: str,
+    code: str,
+    progress: Progress | None,
 ) -> None:
-    places = {each.new.path: at for at, each in enumerate(outputs)}
-    peaks: list[float] = []
+    peaks: list[list[float]] = []
+    firsts: list[float] = []
     guess: list[How] = []
 
-    def step(at: int, data: Bytes, base: Value | None) -> Value:
+    def write(piece: tuple[int, int], walk: Walk) -> None:
+        walk.go(name, *piece, partial(step, walk, *piece))
+
+    def step(walk: Walk, first: int, count: int, at: int, data: Bytes, base: Value | None) -> Value:
         output = outputs[at]
         info = output.new.tensors[name]
         if anew and progress is not None:
@@ -325,52 +357,43 @@ def _write_tensor(
         if base is None:
             output.write(name, first, data, info.dtype)
             return Value(info.dtype, _copy(info.dtype, data, count), None)
-        same, differs = slice(0, count), name in output.differ
-        starts = anew and first == 0
-        how: How | None = guess[at]
-        if starts:  # as the tensor was stored before, unless there is a usual one
-            before = guess[places.get(output.new.base or output.new.path, at)]
-            how = before if output.usual is None else output.usual
-        if not differs or (starts and base.same(info.dtype, data, same)):
-            how = None
-        rounded: Rounded | None = None
 
-        def peak_of(how: How | None) -> float:
-            nonlocal rounded
-            if not differs:
-                return 0.0 if base.same(info.dtype, data, same) else 1.0
-            if not isinstance(how, int):
-                return walk.difference(info, data, base)
-            kept = rounded or Rounded(code, how, padded(code, count), walk.buffer(count))
-            rounded = kept._replace(exponent=how)
-            return walk.difference(info, data, base, rounded)
+        def peak_of(to: Rounded | None = None, most: int | None = None) -> float:
+            if name in output.differ:
+                return walk.difference(info, data, base, to, most)
+            return 0.0 if base.same(info.dtype, data, slice(0, count)) else 1.0
 
-        peak = peak_of(how)
-        peaks[at] = float(np.maximum(peaks[at], peak))
-        if starts:
-            guess[at] = output.how(name, peak)
-            if isinstance(guess[at], int) and guess[at] != how:
-                peak_of(guess[at])
-        if isinstance(guess[at], int):
-            assert rounded is not None
-            if not anew or output.how(name, peaks[at]) == guess[at]:  # or it is done again
-                output.write(name, first, rounded.stored, code)
-            return Value(None, rounded.sums.view(np.uint8), rounded.sums)
-        if rounded is not None:
-            walk.free(rounded.sums)
-        if guess[at] == _SAME:
-            return base
-        output.write(name, first, data, info.dtype)
-        return Value(info.dtype, _copy(info.dtype, data, count), None)
+        if first == 0:
+            firsts[at] = peak_of(most=_FIRST)
+            if anew:
+                guess[at] = output.how(name, firsts[at] or peak_of(), firsts[at])
+        exponent = guess[at]
+        if not isinstance(exponent, int):
+            peaks[at].append(peak_of())
+            if exponent == _SAME:
+                return base
+            output.write(name, first, data, info.dtype)
+            return Value(info.dtype, _copy(info.dtype, data, count), None)
+        stored = elements(code, walk.stored, slice(0, count))
+        sums = walk.buffer(count)
+        peaks[at].append(peak_of(Rounded(code, exponent, stored, sums)))
+        if not anew or output.how(name, peaks[at][-1], firsts[at]) == exponent:  # or it's wrong
+            output.write(name, first, stored, code)
+        return Value(None, sums.view(np.uint8), sums)
 
     anew = True
     right: list[How] = []
     while anew or guess != right:
         guess = right or [_SAME] * len(outputs)
-        peaks = [0.0] * len(outputs)
-        for first, count in walk.pieces(outputs[0].new.tensors[name]):
-            walk.go(name, first, count, step)
-        right = [each.how(name, peak) for each, peak in zip(outputs, peaks, strict=True)]
+        peaks, firsts = [[0.0] for _ in outputs], [0.0] * len(outputs)
+        pieces = walks[0].pieces(outputs[0].new.tensors[name])
+        alone = 1 if walks[1:] else len(pieces)  # the first tells how the others are stored
+        for piece in pieces[:alone]:
+            write(piece, walks[0])
+        if rest := pieces[alone:]:
+            run_workers(iter(rest), write, list(walks).pop, min(len(walks), len(rest)))
+        found = zip(outputs, peaks, firsts, strict=True)
+        right = [each.how(name, float(np.max(peak)), first) for each, peak, first in found]
         anew = False
     for output, how in zip(outputs, right, strict=True):
         if output.new.base is not None:
@@ -381,66 +404,3 @@ def _copy(dtype: str, data: Bytes, count: int) -> Bytes:
     copy = padded(dtype, count)
     copy[:] = data
     return copy
-
-
-def check_chain(
-    made: Sequence[tuple[NewFile, TensorIndex, ReadElements]],
-    bases: Mapping[Path, Base],
-    *,
-    progress: Progress | None = None,
-) -> None:
-    """Read files that `write_chain` has made back: raise SnapshotError unless each value is, up to
-    the rounding of its own file, that of the snapshot.
-
-    `made` has with each what lies there, and what reads its stored elements; the files that they
-    are differences to are `bases`, or among them.
-    """
-    walk = _Walk([new for new, _, _ in made], bases)
-
-    def step(at: int, data: Bytes, base: Value | None) -> Value:
-        new, index, read = made[at]
-        if progress is not None:
-            progress(data.size)
-        info, link = new.tensors[name], links_of(index)[-1]
-        there = link.index.tensors.get(name)
-        value = base
-        if there is None and base is not None:
-            # But for the signs of zeros it is what the base is.
-            right = base.same(info.dtype, data, slice(0, count)) or (
-                info.dtype in FLOATS and walk.difference(info, data, base) == 0
-            )
-        else:
-            assert there is not None
-            stored = padded(there.dtype, count)
-            read(name, first, stored)
-            if base is None or (exponent := link.exponent(name)) is None:
-                right = there.dtype == info.dtype and np.array_equal(stored, data)
-                value = Value(there.dtype, stored, None)
-            else:
-                minus, total = base.minus(walk.buffer, count), walk.buffer(count)
-                right, rest = True, new_buffer(AT_ONCE)
-                for part in parts(count):
-                    here, wanted = (
-                        elements(there.dtype, stored, part),
-                        elements(info.dtype, data, part),
-                    )
-                    add(there.dtype, here, -(2.0**exponent), minus[part], total[part])
-                    off = rest[: part.stop - part.start]
-                    add(info.dtype, wanted, 1.0, total[part], off)
-                    spacing = DTYPES[there.dtype].spacing(decode(there.dtype, here).astype(float))
-                    odd = ~(np.abs(off) <= spacing * 2.0**exponent * (0.5 + 1e-6))
-                    if odd.any():  # an infinity that has stayed where it was is no difference
-                        values = decode(info.dtype, wanted)[odd]
-                        same = np.array_equal(-total[part][odd], values, equal_nan=True)
-                        right = right and same and not np.isfinite(values).any()
-                value = Value(None, total.view(np.uint8), total)
-        if not right:
-            problem = f"tensor '{printable(name)}' is not what it was made of"
-            raise SnapshotError(str(index.path), problem, "check the disk, and pack it anew")
-        assert value is not None
-        return value
-
-    for name, info in made[0][0].tensors.items():
-        for first, count in walk.pieces(info):
-            walk.go(name, first, count, step)
-    walk.check_unchanged()

@@ -115,19 +115,16 @@ _NARROW = {
     "F8_E4M3": (
         "i8",
         f"""
-  %floatT = fptrunc <V x double> %sT to <V x float>
-  %vT = fpext <V x float> %floatT to <V x double>
-  %iT = bitcast <V x double> %vT to <V x i64>
-  %exponentT = and <V x i64> %iT, splat (i64 {0x7FF << 52})
-  %subnormalT = icmp ult <V x i64> %exponentT, splat (i64 {1017 << 52})
-  %unitT = select <V x i1> %subnormalT, <V x i64> splat (i64 {1017 << 52}), <V x i64> %exponentT
-  %largeT = add <V x i64> %unitT, splat (i64 {(49 << 52) + (1 << 51)})
-  %cT = bitcast <V x i64> %largeT to <V x double>
-  %upT = fadd <V x double> %vT, %cT
-  %downT = fsub <V x double> %upT, %cT
-  %signedT = call <V x double> @llvm.copysign.vVf64(<V x double> %downT, <V x double> %vT)
-  %biasedT = fmul <V x double> %signedT, splat (double 0.00390625)
-  %fT = fptrunc <V x double> %biasedT to <V x float>
+  %vT = fptrunc <V x double> %sT to <V x float>
+  %iT = bitcast <V x float> %vT to <V x i32>
+  %exponentT = and <V x i32> %iT, splat (i32 {0xFF << 23})
+  %unitT = call <V x i32> @llvm.umax.vVi32(<V x i32> %exponentT, <V x i32> splat (i32 {121 << 23}))
+  %largeT = add <V x i32> %unitT, splat (i32 {(20 << 23) + (1 << 22)})
+  %cT = bitcast <V x i32> %largeT to <V x float>
+  %upT = fadd <V x float> %vT, %cT
+  %downT = fsub <V x float> %upT, %cT
+  %signedT = call <V x float> @llvm.copysign.vVf32(<V x float> %downT, <V x float> %vT)
+  %fT = fmul <V x float> %signedT, splat (float 0.00390625)
   %hT = fptrunc <V x float> %fT to <V x half>
   %bT = bitcast <V x half> %hT to <V x i16>
   %topT = lshr <V x i16> %bT, splat (i16 8)
@@ -342,7 +339,9 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
             f"  %out_p = getelementptr {out_stored}, ptr %out, i64 %j",
             f"  store <V x {out_stored}> %n_y0, ptr %out_p, align 1",
             f"  %w_x = bitcast <V x {out_stored}> %n_y0 to <V x {out_stored}>",
-            _WIDEN[out_dtype][1].replace("%", "%w_"),
+            _WIDEN[out_dtype][1].replace("%", "%w_")
+            if out_dtype != "F8_E4M3"  # its value is at hand
+            else "  %w_d = fpext <V x float> %n_signed0 to <V x double>",
             "  %sum = call <V x double> @llvm.fma.vVf64("
             "<V x double> %w_d, <V x double> %up_v, <V x double> %m)",
             "  %sum_p = getelementptr double, ptr %sums, i64 %j",
@@ -358,7 +357,8 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
         "}",
         "declare i64 @llvm.vector.reduce.smax.vVi64(<V x i64>)",
         "declare <V x double> @llvm.fma.vVf64(<V x double>, <V x double>, <V x double>)",
-        "declare <V x double> @llvm.copysign.vVf64(<V x double>, <V x double>)",
+        "declare <V x float> @llvm.copysign.vVf32(<V x float>, <V x float>)",
+        "declare <V x i32> @llvm.umax.vVi32(<V x i32>, <V x i32>)",
         "declare <V x double> @llvm.fabs.vVf64(<V x double>)",
     ]
     pointer, real, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
@@ -386,8 +386,8 @@ def _compile(ir: str, lanes: int, result: Any, *arguments: Any) -> Callable[...,
     for written, actual in (
         ("<V x", f"<{lanes} x"),
         (".vVf64", f".v{lanes}f64"),
-        (".vVi1", f".v{lanes}i1"),
-        (".vVi64", f".v{lanes}i64"),
+        (".vVf32", f".v{lanes}f32"),
+        (".vVi", f".v{lanes}i"),
         (" V\n", f" {lanes}\n"),
     ):
         ir = ir.replace(written, actual)

@@ -34,11 +34,11 @@ from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.bases import Base, Bytes, Stored
 from posthoc_cli.synthesis.conversion import stated
+from posthoc_cli.synthesis.delta_check import check_chain
 from posthoc_cli.synthesis.deltas import (
     DELTA_DTYPES,
     NewFile,
     ReadElements,
-    check_chain,
     write_chain,
 )
 from posthoc_cli.synthesis.engine import Progress

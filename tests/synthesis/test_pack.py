@@ -220,6 +220,16 @@ def test_float16_and_float64_snapshots(tmp_path: Path) -> None:
                 assert np.array_equal(found["a.weight"], rebuilt(one.job.output)["a.weight"])
 
 
+def test_differences_beyond_all_scales(tmp_path: Path) -> None:
+    made = averages(3, dtype=np.float64)
+    for at, tensors in enumerate(made.values()):
+        tensors["vast"] = np.array([(-1e300, 1e300)[at % 2], 1.0])
+    source = write(tmp_path / "plain", made)
+    for one in packed(source, tmp_path / "packed", "float8_e4m3fn", every=100, verify=True):
+        wanted = made[one.job.snapshot.step, f"{one.job.snapshot.sigma_rel:.2f}"]
+        same({"vast": read(one.job.output)["vast"]}, {"vast": wanted["vast"]})
+
+
 def test_blup_knows_the_rounding(tmp_path: Path) -> None:
     """Its noise is that of the last difference, not of what the file's numbers look like."""
     from posthoc_cli.snapshots.sampling import sample_moments
@@ -268,21 +278,25 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_the_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Of tensors in pieces the scales are guessed, and made right; the last piece is an odd one."""
+    """Nor on threads. Of tensors in pieces the scales are guessed, and made right; the last one is
+    odd."""
     made = averages(3)
     draw = np.random.default_rng(0)
     for at, tensors in enumerate(made.values()):
         tensors["large"] = draw.standard_normal(150_001, np.float32)
         tensors["broken"] = tensors["large"].copy()
+        tensors["rising"] = tensors["large"] * np.geomspace(1, 1000, 150_001, dtype=np.float32)
+        tensors["late"] = np.where(np.arange(150_001) < 140_000, 1, tensors["large"])
         tensors["zeros"] = np.full(3, (-0.0, 0.0)[at % 2], np.float32)
         tensors["broken"][-1] = (1, np.nan, np.inf)[at % 3]
     source = write(tmp_path / "plain", made)
     found = []
-    for at, size in enumerate((1 << 26, 0)):
+    for at, (size, workers) in enumerate(((1 << 26, 1), (0, 1), (0, 3))):
         monkeypatch.setattr("posthoc_cli.synthesis.deltas._PIECE_BYTES", size)
+        monkeypatch.setattr("posthoc_cli.synthesis.deltas.default_workers", lambda n=workers: n)
         every = packed(source, tmp_path / str(at), dtype, verify=True)
         found.append([one.job.output.read_bytes() for one in every])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 class Killed(BaseException):
