@@ -51,8 +51,8 @@ def group(
     early: bool = False,
 ) -> dict[str, Any]:
     """`dies` as it begins to sum, or `early`, when it has met rank 0 but not yet the others; or
-    `after` so many seconds from when all have begun to meet another signal is `sent`, to it or to
-    all. The place where they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank
+    `after` so many seconds from when all have begun to meet, or with a launcher have met, another
+    signal is `sent`, to it or to all. The place where they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank
     writes whole ones, with zeros for what it hasn't written, as clients of a server may. In the
     last command the one that `dies`, or all, are only `interrupted` as they begin to sum; rank
     `short` can't write beyond 100 kB."""
@@ -150,9 +150,12 @@ def _be(rank: int, each: dict[str, Any]) -> None:
     from posthoc_cli.storage.ranks import _Group
     from posthoc_cli.synthesis.engine import Engine
 
-    def connect(group: _Group) -> None:
-        (Path(each["into"]) / f"begun-{rank}.jsonl").touch()
-        meet(group)
+    def connect(group: _Group, *address: Any) -> None:
+        begun = Path(each["into"]) / f"begun-{rank}.jsonl"
+        if each["hosted"]:
+            begun.touch()
+        meet(group, *address)
+        begun.touch()  # before, a launcher would look after them
 
     meet, _Group.connect = _Group.connect, connect  # type: ignore[method-assign]
     own = Path(each["into"]) / f"disk{rank}"

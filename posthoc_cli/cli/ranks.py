@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -20,10 +21,18 @@ class Place:
     local_rank: int
 
 
-_TORCH = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-_SLURM = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
-"""What torchrun, and a step of srun, say in the environment. A batch script has only the first and
-last of Slurm's: it is no step."""
+_NAMES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+"""What torchrun, mpirun and a step of srun say in the environment. Slurm comes last: its step may
+have started the daemons of mpirun. A batch script has only the first and last of Slurm's names: it
+is no step."""
+
+_SAME = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "SLURM_STEP_ID")
+"""What differs, beside ranks, from one launch to another."""
 
 _MOST_DIGITS = 9
 
@@ -37,13 +46,13 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     Raises UsageError when the variables make no sense.
     """
     said = {name for name, text in environment.items() if text}
-    names = next((each for each in (_TORCH, _SLURM) if {*each[:2]} <= said), None)
+    names = next((each for each in _NAMES if {*each[:2]} <= said), None)
     if names is None:
         return None
     found = []
-    for name in names:
+    for name in (*names[:2], names[2] if names[2] in said else "SLURM_LOCALID"):
         text = environment.get(name) or "0"
-        if not text.isascii() or not text.isdecimal() or len(text) > _MOST_DIGITS:
+        if not _is_number(text):
             raise UsageError(
                 name, f"'{text}' is not a whole number", "start it by torchrun or srun"
             )
@@ -53,7 +62,7 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
         return None
     from posthoc_cli.storage.ranks import is_helper
 
-    if is_helper(names[0]):
+    if is_helper(environment, (*names[:2], *_SAME)):
         return None
     if not rank < size:
         raise UsageError(
@@ -62,16 +71,40 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return Place(rank, size, local_rank)
 
 
-def check_address(place: Place, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UsageError unless the environment says where the ranks meet."""
-    for name, example in (("MASTER_ADDR", "the first machine's name"), ("MASTER_PORT", "29500")):
-        if not environment.get(name):
-            problem = f"is not set, and this is one of {place.size} tasks that share a call"
-            remedy = f"set it to {example}; or start each alone, by env -u SLURM_PROCID -u RANK"
-            raise UsageError(name, problem, remedy)
-    port = environment["MASTER_PORT"]
-    if not port.isascii() or not port.isdecimal() or not 0 < int(port[:_MOST_DIGITS]) < 1 << 16:
+def find_address(place: Place, environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Where the ranks meet: by MASTER_ADDR and MASTER_PORT, or else as Slurm's job says.
+
+    Raises UsageError where nothing says so.
+    """
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    job, step = (environment.get(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    by_slurm = [first_node(nodes), ""]
+    if nodes and _is_number(job) and _is_number(step):
+        by_slurm[1] = str(12_000 + (16 * int(job) + int(step)) % 18_000)
+    said = []
+    for name, other, example in zip(
+        ("MASTER_ADDR", "MASTER_PORT"), by_slurm, ("the first machine's name", "29500"), strict=True
+    ):
+        said.append(environment.get(name) or other)
+        if not said[-1]:
+            from posthoc_cli.storage.wires import ALONE
+
+            problem = f"is not set, and this is one of {place.size} ranks that share a call"
+            raise UsageError(name, problem, f"set it to {example}, or {ALONE}")
+    address, port = said
+    if not _is_number(port) or not 0 < int(port) < 1 << 16:
         raise UsageError("MASTER_PORT", f"'{port}' is no port", "set it to a free one, as 29500")
+    return address, int(port)
+
+
+def first_node(nodes: str) -> str:
+    """The first of a list of Slurm's, such as `node[07-09,12],login`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else ""
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
 
 
 def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception], int]) -> int:
@@ -85,8 +118,8 @@ def run_as(place: Place, command: Callable[[], int], tell: Callable[[Exception],
 
     code = 1
     try:
-        check_address(place)
-        ranks.join(place.rank, place.size, place.local_rank, sys.argv[1:], tell)
+        address = find_address(place)
+        ranks.join(place.rank, place.size, place.local_rank, address, sys.argv[1:], tell)
         if place.rank:
             ranks.serve()
         code = command()

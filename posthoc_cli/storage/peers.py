@@ -24,6 +24,9 @@ from posthoc_cli.storage.wires import call, not_met, own_address, seconds_since_
 _TO_CONNECT = timedelta(seconds=120)
 """For gloo, and for what a launcher brings."""
 
+_TO_COME_LAUNCHED = 60.0
+"""Instead of TO_COME: they come with torch imported, and a launcher looks after them."""
+
 _FOREVER = timedelta(days=30)
 
 
@@ -39,13 +42,12 @@ class Peers(Signs):
 
     # The meeting
 
-    def connect(self) -> None:
+    def connect(self, address: str, port: int) -> None:
         """Wait for the others; raises MachineError when they don't come."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._where = f"{address}:{port}"
         launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if launched:  # the port is the launcher's: there it is said where rank 0 is
-            self._patience = _TO_CONNECT.total_seconds()
+            self._patience = _TO_COME_LAUNCHED
             address, port = self._in_thread(lambda: self._by_launcher(address, port))
         elif self.rank == 0:
             self._listen(port)

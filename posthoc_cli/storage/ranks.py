@@ -17,7 +17,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,10 +81,11 @@ def join(
     rank: int,
     size: int,
     local_rank: int,
+    address: tuple[str, int],
     arguments: Sequence[str],
     tell: Callable[[PosthocError], object],
 ) -> None:
-    """Meet the other ranks of this call, which must have the same `arguments`.
+    """Meet the other ranks of this call at `address`; they must have the same `arguments`.
 
     `tell` is called, from another thread, with the trouble of a process that can't end by itself.
     Raises MachineError when the others don't come, UsageError when they came for another call,
@@ -92,7 +93,7 @@ def join(
     """
     global _group
     _group = _Group(rank, size, local_rank, tell)
-    _group.connect()
+    _group.connect(*address)
     _group.meet(arguments)
 
 
@@ -152,22 +153,26 @@ def leave(code: int, error: PosthocError | None = None) -> bool:
     return group.leave(code, error)
 
 
-def is_helper(name: str) -> bool:
+def is_helper(environment: Mapping[str, str], names: Sequence[str]) -> bool:
     """Whether a program of Python that is a rank itself has started this one, as training scripts
-    do: its variables are not meant for us. Known where there is /proc."""
+    do: the variables of these `names` are not meant for us then. Known where there is /proc.
+
+    A launcher within a rank, as a torchrun, says something else to what it starts than it was told.
+    """
+    ours = {name: environment.get(name) for name in names}
     try:
         pid = os.getppid()
-        while (
-            f"\0{name}="
-            in f"\0{Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace')}"
-        ):
+        while True:
+            said = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+            theirs = dict(each.partition("=")[::2] for each in said)
+            if ours != {name: theirs.get(name) for name in names}:
+                return False
             if "python" in os.path.basename(os.readlink(f"/proc/{pid}/exe")):
                 return True
             status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
             pid = int(status.rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
-        pass
-    return False
+        return False
 
 
 class _Group(Peers):

@@ -21,6 +21,8 @@ from typing import Any
 from posthoc_cli.errors import MachineError
 
 _MAGIC = "posthoc rank"
+ALONE = "run one process alone, by env -u RANK -u SLURM_PROCID -u OMPI_COMM_WORLD_RANK -u PMI_RANK"
+
 _LONGEST = 1 << 20
 _TO_SEND = 1.0
 """Seconds."""
@@ -84,7 +86,7 @@ def listen(port: int) -> socket.socket:
         raise MachineError(
             f"MASTER_PORT {port}",
             f"rank 0 can't await the others there ({error.strerror})",
-            "set it to another port, the same for all ranks",
+            f"set it to a free port, the same for all ranks, or {ALONE}",
         ) from error
 
 
@@ -126,7 +128,7 @@ def call(
 
 
 def not_met(where: str, size: int, why: str) -> MachineError:
-    remedy = "start all of them at once, with an address that each machine reaches"
+    remedy = f"start all at once, with an address that each machine reaches, or {ALONE}"
     return MachineError(where, f"the {size} ranks didn't meet there ({why})", remedy)
 
 

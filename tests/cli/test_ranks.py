@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from posthoc_cli.cli.ranks import Place, check_address, find_place
+from posthoc_cli.cli.ranks import Place, find_address, find_place, first_node
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage import read_header
 from posthoc_cli.storage.ranks import Part
@@ -319,6 +319,7 @@ def test_torchrun(folder: Path, groups: Groups) -> None:
 # Which processes are ranks
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+MPI = {"RANK": "5", "SIZE": "8", "LOCAL_RANK": "1"}
 STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0"}
 
 
@@ -332,6 +333,11 @@ STEP = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "0"}
         # A batch script has these, though nothing was started by srun.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, None),
         (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        # A launcher within a step, whose daemons are the step's tasks.
+        (STEP | {f"OMPI_COMM_WORLD_{key}": value for key, value in MPI.items()}, Place(5, 8, 1)),
+        (STEP | {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "3"}, Place(5, 8, 3)),
+        # As some scripts say it to torch, of a step.
+        (STEP | {"SLURM_LOCALID": "1", "RANK": "2", "WORLD_SIZE": "3"}, Place(2, 3, 1)),
     ],
 )
 def test_find_place(environment: dict[str, str], place: Place | None) -> None:
@@ -343,27 +349,49 @@ def test_variables_that_make_no_sense() -> None:
         find_place(TORCH | {"RANK": "-1"})
     with pytest.raises(UsageError, match="RANK: 4 is none of 4 ranks"):
         find_place(TORCH | {"RANK": "4"})
-    with pytest.raises(UsageError, match=r"MASTER_ADDR: is not set, and this is one of 3 tasks"):
-        check_address(Place(0, 3, 0), STEP)
+    with pytest.raises(UsageError, match=r"MASTER_ADDR: is not set, and this is one of 3 ranks"):
+        find_address(Place(0, 3, 0), STEP)
     with pytest.raises(UsageError, match=r"WORLD_SIZE: '9{20}' is not a whole number"):
         find_place(TORCH | {"WORLD_SIZE": "9" * 20})
     for port in ("0", "abc", "-5", "99999", "9" * 30):
         with pytest.raises(UsageError, match=f"MASTER_PORT: '{port}' is no port"):
-            check_address(Place(0, 3, 0), {"MASTER_ADDR": "here", "MASTER_PORT": port})
+            find_address(Place(0, 3, 0), {"MASTER_ADDR": "here", "MASTER_PORT": port})
     assert find_place({"RANK": "", "WORLD_SIZE": ""}) is None
 
 
+def test_where_they_meet() -> None:
+    place = Place(0, 3, 0)
+    said = {"MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+    slurm = {"SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_JOB_ID": "9300123"}
+    assert find_address(place, said | slurm) == ("here", 29500)
+    node, port = find_address(place, slurm)
+    assert (node, 0 < port - 12_000 < 18_000) == ("gpu07", True)
+    assert find_address(place, slurm | {"SLURM_STEP_ID": "1"}) == (node, port + 1)
+    with pytest.raises(UsageError, match=r"MASTER_PORT: is not set.*29500, or run one .* -u PMI"):
+        find_address(place, {"MASTER_ADDR": "here"})
+    lists = ("a", "a,b", "a[3,5]", "a[3-5]", "r[1-2]n[01-16],x", "r1n[01-16]-ib,x", "")
+    assert [*map(first_node, lists)] == ["a", "a", "a3", "a3", "r1n01", "r1n01-ib", ""]
+
+
 def test_a_program_that_a_rank_starts_is_alone(posthoc: Posthoc, snapshots: Path) -> None:
-    """As a training script may, all ranks of which share the variables."""
-    code = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, COMMAND, "inspect", str(snapshots)],
-        env=ENVIRONMENT | TORCH,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    """As a training script may, all ranks of which share the variables; unless it is a launcher."""
+    code = "import os, subprocess, sys; sys.exit(subprocess.run(sys.argv[2:]%s).returncode)"
+    by_shell = ["sh", "-c", f"{COMMAND} inspect {snapshots}; exit $?"]
+    for environment, changed, alone in (
+        (TORCH, "", True),
+        (STEP | {"SLURM_STEP_ID": "3"}, "", True),
+        (TORCH, ", env=os.environ | {'TORCHELASTIC_RUN_ID': 'another'}", False),
+        (STEP | {"SLURM_STEP_ID": "3"}, ", env=os.environ | {'SLURM_STEP_ID': '4'}", False),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code % changed, "-", *by_shell],
+            env=ENVIRONMENT | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode == 0) == alone, done
+        assert not alone or not done.stderr
 
 
 def test_each_rank_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

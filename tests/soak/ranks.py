@@ -25,8 +25,7 @@ SEVERAL = ["synthesize", "snapshots", "--gamma", "5,9", "--max-shard-size", "5MB
 
 def ranks(seed: int, tally: Tally, moments: int = MOMENTS) -> None:
     """SIGKILL to each of five ranks, and SIGINT or SIGTERM to all and to one, at `moments` random
-    moments from when they begin to meet; half of the groups do at rank 0, the others at their
-    launcher."""
+    moments from when they begin to meet at rank 0, or have met at a launcher."""
     rng = random.Random(f"ranks/{seed}")
     with tempfile.TemporaryDirectory(prefix="posthoc-soak-") as scratch:
         folder = Path(scratch)
