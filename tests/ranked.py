@@ -52,10 +52,10 @@ def group(
 ) -> dict[str, Any]:
     """`dies` as it begins to sum, or `early`, when it has met rank 0 but not yet the others; or
     `after` so many seconds from when all have begun to meet, or with a launcher have met, another
-    signal is `sent`, to it or to all. The place where they meet is a launcher's, or `hosted` by rank 0. With `pages` a rank
-    writes whole ones, with zeros for what it hasn't written, as clients of a server may. In the
-    last command the one that `dies`, or all, are only `interrupted` as they begin to sum; rank
-    `short` can't write beyond 100 kB."""
+    signal is `sent`, to it or to all. The place where they meet is a launcher's, or `hosted` by
+    rank 0. With `pages` a rank writes whole ones, with zeros for what it hasn't written, as clients
+    of a server may. In the last command the one that `dies`, or all, are only `interrupted` as they
+    begin to sum; rank `short` can't write beyond 100 kB."""
     return {
         "size": size,
         "commands": [*map(list, commands)],
