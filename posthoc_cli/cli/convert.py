@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,32 +19,26 @@ from posthoc_cli.cli.console import (
     stdout_console,
     warn,
 )
-from posthoc_cli.cli.lists import read_numbers
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.cli.tables import Column, Columns, shortened
-from posthoc_cli.errors import MachineError, NoNetworkError, SnapshotError, in_bytes, printable
+from posthoc_cli.errors import MachineError, SnapshotError, in_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from posthoc_cli.snapshots import Identity
     from posthoc_cli.synthesis.conversion_jobs import Converted, Job, Options
 
-_READING = "Reading the checkpoints"
 
-
-def _kinds() -> list[str]:
-    from posthoc_cli.formats import KINDS
-
-    return ["auto", *KINDS]
-
-
+@options.with_options
 def convert(
+    reading: options.Reading,
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
             show_default=False,
-            help="The folder of checkpoints (.pt, .pth, .pkl, .ckpt, .bin), or one of them.",
+            help="The folder of checkpoints, or its URL, or one of them.",
         ),
     ],
     folder: Annotated[
@@ -54,62 +49,6 @@ def convert(
             help="Where to write the snapshots; it is made if need be.",
         ),
     ],
-    kind: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            metavar="TOOL",
-            rich_help_panel=_READING,
-            autocompletion=_kinds,
-            help="What wrote them: ema-pytorch, posthoc-ema (pytorch-posthoc-ema), edm2, torch for "
-            "any other state dict, or auto: by the contents of each.",
-        ),
-    ] = "auto",
-    update_every: Annotated[
-        int | None,
-        options.in_panel(
-            _READING,
-            "N",
-            "The update_every of training with ema-pytorch (100 if it wasn't set) or "
-            "posthoc-ema (10), taken to be 1 without this. Above 1 their averages have another "
-            "width than was asked for, and that is what is written.",
-            show_default=False,
-        ),
-    ] = None,
-    profiles: Annotated[
-        list[str] | None,
-        options.in_panel(
-            _READING,
-            "LIST",
-            "The sigma_rel values that the index in the names counts, from 0 on, as they were "
-            "asked for in training, such as 0.05,0.10.",
-        ),
-    ] = None,
-    pattern: Annotated[
-        str | None,
-        options.in_panel(
-            _READING,
-            "PATTERN",
-            "File-name pattern, such as 'run7_{step}_{sigma_rel}.pt', with the fields {step} "
-            "or {kimg}, one of {sigma_rel}, {gamma} and {index}, and * for anything.",
-        ),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        options.in_panel(
-            _READING, "GLOB", "Use only the files whose names fit; repeat it to add more."
-        ),
-    ] = None,
-    exclude: options.ExcludeOption = None,
-    key: Annotated[
-        str | None,
-        options.in_panel(
-            _READING,
-            "KEY",
-            "Where in a checkpoint the state dict is: ema, or outer.inner.",
-            show_default=False,
-        ),
-    ] = None,
     dtype: options.DtypeOption = "same",
     force: options.ForceOption = False,
     as_json: options.JsonOption = False,
@@ -127,39 +66,43 @@ def convert(
       posthoc convert run from-torch --key ema --pattern 'net_{step}_{sigma_rel}.pt'
       posthoc convert ema_12000_6.94.pt . --dtype float16
     """
-    options.check_choice("--from", kind, _kinds())
+    given = options.told_by(reading)
     options.check_choice("--dtype", dtype, options.dtypes())
 
-    from posthoc_cli.snapshots import compile_pattern
+    from posthoc_cli.snapshots.telling import tell
     from posthoc_cli.storage.places import place
     from posthoc_cli.synthesis.conversion import explain
-    from posthoc_cli.synthesis.conversion_files import nothing_left
     from posthoc_cli.synthesis.conversion_jobs import Options, find_jobs
 
+    told = tell(reading.pattern, given.get("profiles"), reading.raw, reading.ema_decay)
     chosen = Options(
-        kind,
+        reading.tool,
         dtype,
-        update_every,
-        tuple(read_numbers("--profiles", profiles)),
-        compile_pattern(pattern) if pattern is not None else None,
-        key,
+        reading.update_every,
+        told.profiles,
+        told.pattern,
+        reading.key,
+        reading.raw,
+        reading.ema_decay,
+        reading.run,
+        reading.skip_incomplete,
     )
     left_out: list[tuple[str, str]] = []
     jobs = find_jobs(
         place(source),
         place(folder),
         chosen,
-        only=only or (),
-        exclude=exclude or (),
+        only=reading.only or (),
+        exclude=reading.exclude or (),
         overwrite=force,
         left_out=left_out,
     )
     outcome = _work(jobs, chosen, force, left_out, progress=not quiet)
-    told = [(one.name, text) for one in outcome.converted for text in one.warnings]
+    texts = [(one.name, text) for one in outcome.converted for text in one.warnings]
     explained = explain(outcome.converted, chosen)
-    warn([*explained, *_left_out(left_out), *_grouped(told)], quiet)
+    warn([*explained, *_left_out(left_out), *_grouped(texts)], quiet)
     if as_json:
-        warnings = describe_warnings([*(("", text) for text in explained), *told])
+        warnings = describe_warnings([*(("", text) for text in explained), *texts])
         print_json(_describe(source, folder, outcome) | {"warnings": warnings})
     elif not outcome.converted and len(outcome.problems) == 1:
         raise outcome.problems[0][1]
@@ -172,8 +115,6 @@ def convert(
             counted(len(outcome.problems), "problem") + " found",
             "the list of problems says what to do about each",
         )
-    if not outcome.converted:
-        raise nothing_left(place(source), left_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +137,7 @@ def _work(
     from posthoc_cli.synthesis.conversion import convert as convert_one
 
     outcome = _Outcome([job.done for job in jobs if job.done], [], left_out)
-    # What has no number in its name, as last.ckpt, may be a copy of one that has: it comes last.
-    todo = sorted((job for job in jobs if job.done is None), key=lambda job: not job.numbered)
+    todo = [job for job in jobs if job.done is None]
     total = sum(job.bytes for job in todo)
     with progress_bar(counted(len(todo), "checkpoint"), total, progress and bool(todo)) as advance:
         for job in todo:
@@ -211,23 +151,17 @@ def _work(
                     advance(taken)
 
             try:
-                earlier = outcome.converted
-                outcome.converted.append(
-                    convert_one(job, chosen, earlier, overwrite=force, progress=count)
-                )
-            except NoNetworkError as error:
-                left_out.append((job.name, error.problem))
+                outcome.converted.append(convert_one(job, chosen, overwrite=force, progress=count))
             except SnapshotError as error:
                 outcome.problems.append((job.name, error))
             except MachineError as error:
+                own = {str(file.path) for file in job.files}
                 # the disk that is written to fails for all
-                if error.subject not in map(str, job.found.paths):
+                if error is not job.error and error.subject not in own:
                     raise
                 outcome.problems.append((job.name, error))
             count(left)
-    order = {job.source: place for place, job in enumerate(jobs)}
-    outcome.converted.sort(key=lambda one: order[one.source])
-    left_out.sort()
+    outcome.converted.sort(key=lambda one: one.name)
     return outcome
 
 
@@ -242,7 +176,7 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
                 "output": str(one.output),
                 "from": one.kind,
                 "step": one.step,
-                "sigma_rel": one.identity.sigma_rel if one.identity else None,
+                "sigma_rel": one.identity.sigma_rel or None if one.identity else None,
                 "gamma": one.identity.gamma if one.identity else None,
                 "dtypes": dict(one.dtypes),
                 "tensors": one.tensors,
@@ -306,14 +240,15 @@ def _draw(console: Console, outcome: _Outcome) -> None:
 
 
 def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
-    widths = [one.identity.sigma_rel if one.identity else None for one in converted]
-    exponents = [one.identity.gamma if one.identity else None for one in converted]
+    widths = [_width(one.identity) for one in converted]
+    gammas = [one.identity.gamma if one.identity else math.nan for one in converted]
+    power = all(each[0] in "-0" for each in widths)
     columns = [
         Column("file", [printable(one.name) for one in converted], right=False),
         Column("from", [one.kind for one in converted], right=False),
-        Column("step", [_or_dash(one.step, "d") for one in converted]),
-        Column("sigma_rel", [_or_dash(width, ".4f") for width in widths]),
-        Column("gamma", [_or_dash(gamma, ".2f") for gamma in exponents]),
+        Column("step", ["-" if one.step is None else str(one.step) for one in converted]),
+        Column("sigma_rel" if power else "profile", widths),
+        Column("gamma", [f"{each:.2f}" if math.isfinite(each) else "-" for each in gammas]),
         Column("dtype", [_dtypes_in_short(one) for one in converted], right=False),
         Column("tensors", [f"{one.tensors:,}" for one in converted]),
         Column("size", [in_bytes(one.bytes) for one in converted]),
@@ -350,8 +285,10 @@ def _dtypes_in_short(one: Converted) -> str:
     return f"{most}+{len(one.dtypes) - 1} more"
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None or value != value else format(value, form)
+def _width(identity: Identity | None) -> str:
+    if identity is None:
+        return "-"
+    return f"{identity.sigma_rel:.4f}" if identity.sigma_rel > 0 else str(identity.profile)
 
 
 def _time(one: Converted) -> str:

@@ -71,7 +71,7 @@ ExcludeOption = Annotated[
     in_panel(
         READING,
         "GLOB",
-        "Leave out the files whose names, or paths below FOLDER, fit; repeat it to add more.",
+        "Leave out the files whose names, or paths below the folder, fit; repeat it to add more.",
     ),
 ]
 TargetForOption = Annotated[
@@ -195,7 +195,7 @@ class Reading:
         in_panel(
             READING,
             "GLOB",
-            "Use only the files whose names, or paths below FOLDER, fit, such as '*/unet_ema'; "
+            "Use only the files whose names, or paths below the folder, fit, such as '*/unet_ema'; "
             "repeat it to add more.",
         ),
     ] = None
@@ -361,10 +361,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def open_folder(paths: Sequence[str], reading: Reading) -> Run:
-    """The snapshots of a folder, or of files and folders in one."""
-    from posthoc_cli.api import open_snapshots
-
+def told_by(reading: Reading) -> dict[str, Any]:
+    """The same as the library takes them, without what isn't given. Raises UsageError."""
     if reading.profiles and (reading.raw or reading.ema_decay is not None):
         kind = "--raw checkpoints" if reading.raw else "EMAs of --ema-decay"
         raise UsageError("--profiles", f"not used, as {kind} have none", "leave it out")
@@ -372,4 +370,11 @@ def open_folder(paths: Sequence[str], reading: Reading) -> Run:
     given: dict[str, Any] = {each.name: getattr(reading, each.name) for each in fields(reading)}
     if reading.profiles:
         given["profiles"] = read_numbers("--profiles", reading.profiles)
-    return open_snapshots(paths, **{name: each for name, each in given.items() if each is not None})
+    return {name: each for name, each in given.items() if each is not None}
+
+
+def open_folder(paths: Sequence[str], reading: Reading) -> Run:
+    """The snapshots of a folder, or of files and folders in one."""
+    from posthoc_cli.api import open_snapshots
+
+    return open_snapshots(paths, **told_by(reading))

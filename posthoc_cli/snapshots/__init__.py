@@ -4,8 +4,6 @@ Beside these names, the other packages use the module `sampling` (a sample of th
 values), which takes longer to import.
 """
 
-from posthoc_cli.snapshots.choosing import choose_by_globs as choose_by_globs
-from posthoc_cli.snapshots.columns import doubted_profiles as doubted_profiles
 from posthoc_cli.snapshots.folder import FolderContents as FolderContents
 from posthoc_cli.snapshots.folder import read_folder as read_folder
 from posthoc_cli.snapshots.folder import select as select

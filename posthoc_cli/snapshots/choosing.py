@@ -92,8 +92,8 @@ def choose(
         elif counts(home.rpartition("/")[2]):
             open_choices[tuple(dict.fromkeys(each.inside for each in inside))].append(home)
         else:
-            files = sum(each.path.count("/") == 1 for each in inside)
-            reason = f"a folder with {files} {ENDING} files and not one index"
+            files = _described([each.path for each in inside if each.path.count("/") == 1])
+            reason = f"a folder with {files} and not one index"
             choice.left_out.append((home, reason))
             loose.append(home)
     for keys, folders in open_choices.items():
@@ -106,7 +106,7 @@ def choose(
         _one_run(choice, homes)
     if loose and not choice.names and not choice.problems:  # else it is beside what is read
         choice.left_out = [each for each in choice.left_out if each[0] not in loose]
-        choice.problems += [(home, _loose(home, len(homes[home]))) for home in loose]
+        choice.problems += [(home, _loose(home, homes[home])) for home in loose]
     _check_pattern(choice.names, pattern)
     return choice
 
@@ -114,15 +114,6 @@ def choose(
 def _described(paths: Sequence[str]) -> str:
     kind = "" if any(without_ending(path) for path in paths) else f"{ENDING} "
     return f"{len(paths)} {kind}file{'' if len(paths) == 1 else 's'}"
-
-
-def choose_by_globs(names: list[str], only: Sequence[str], described: str) -> list[str]:
-    """Those of `names`, which are `described`, that one of the globs `only` fits; all without any.
-
-    Raises UsageError for a glob that fits none.
-    """
-    wanted = [_glob("only=", glob, names, described) for glob in only]
-    return [name for name in names if not only or any(fits(name) for fits in wanted)]
 
 
 # Globs
@@ -273,9 +264,10 @@ def _one_run(choice: Choice, homes: dict[str, list[Network]]) -> None:
         choice.problems.append((places[one], f"{problem}choose with only='{one}/*'"))
 
 
-def _loose(home: str, files: int) -> str:
+def _loose(home: str, inside: Sequence[Network]) -> str:
     return (
-        f"a folder with {files} {ENDING} files, and the one above it holds none; "
+        f"a folder with {_described([each.path for each in inside])}, and the one above it holds "
+        "none; "
         f"give this folder, or choose its files with only='{home}/*'"
     )
 

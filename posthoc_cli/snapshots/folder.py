@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,13 +47,15 @@ from posthoc_cli.snapshots.raw import StepCounts, agree_on_unit
 from posthoc_cli.snapshots.runs import doubts_of_runs, mixed_runs, other_runs
 from posthoc_cli.snapshots.series import missing_steps
 from posthoc_cli.snapshots.snapshot import Contents, Snapshot
-from posthoc_cli.snapshots.telling import listen, tell
+from posthoc_cli.snapshots.telling import Telling, listen, tell
 from posthoc_cli.snapshots.trained import Reading, Trained, explanations, settle_trained
 from posthoc_cli.snapshots.wrappers import agree_on_names, describe_wrappers
 from posthoc_cli.storage import Cache, TensorIndex
 from posthoc_cli.storage.disk import is_gone
 from posthoc_cli.storage.metadata import TOOL, read_recipe
 from posthoc_cli.storage.stores import exists, file_status, is_folder, will_open
+
+OF_STEP_0 = "of step 0, where training has not begun and nothing is averaged"
 
 __all__ = ["Contents", "FolderContents", "Snapshot", "read_folder", "select"]
 
@@ -126,8 +128,6 @@ def read_folder(
     choice = choose(list_candidates(folder, compiled, given, deep), only, exclude, compiled, given)
     names = choice.names
     will_open([folder / name for name in names])
-    written = _clock(folder)
-    doubts = doubted_profiles(names, [file_times(names, written)]) if compiled is None else {}
     contents = FolderContents(folder, reading.how, skipped=choice.left_out)
     contents.problems += [(name, in_line(text)) for name, text in choice.problems]
     # With a pattern that has no {index}, profiles= has been refused.
@@ -139,31 +139,20 @@ def read_folder(
     found: dict[str, tuple[Identity, list[str]]] = {}
     unsaid: dict[str, TensorIndex] = {}
     trained: list[Trained] = []
+    ask = asking(folder, names, told, reading, trained)
     failed: dict[str, SnapshotError] = {}
-    beside = beside_emas(map(as_snapshot, names))
     broken: list[tuple[str, LinkError]] = []
     for name in names:
-        if without_ending(name) and not raw and _of_step_0(title(name, compiled), compiled):
-            reason = "of step 0, where training has not begun and nothing is averaged"
-            contents.skipped.append((name, reason))
+        if without_ending(name) and not raw and of_step_0(title(name, compiled), compiled):
+            contents.skipped.append((name, OF_STEP_0))
             continue
         try:
-            index = _open(folder / name, headers, reading.how)
+            index = open_one(folder / name, headers, reading.how)
             if read_recipe(index.metadata) is not None:
                 contents.skipped.append((name, MADE_BY_POSTHOC))
                 continue
             opened[name] = index
-            called, doubt = title(name, compiled), doubts.get(name)
-            settle = partial(identify, called, index.metadata, compiled, told.profiles, doubt)
-            if TOOL in index.metadata:
-                known = (name, called, index.metadata, reading, doubt)
-                settle = partial(settle_trained, trained, *known)
-            said = listen(
-                index.files[0].path.relative_to(folder).as_posix(),
-                *(called, index, told, settle, doubt),
-                plain=as_snapshot(name) in beside,
-                own_folder=index.files[0].path.parent != folder or len(names) == 1,
-            )
+            said = ask(name, index)
             if isinstance(said, StepCounts):
                 counts[name] = said
                 if not told.raw and TOOL in index.metadata:
@@ -187,7 +176,7 @@ def read_folder(
         counts = {name: each for name, each in counts.items() if name not in others}
         found = {name: each for name, each in found.items() if name not in others}
         unsaid = {name: each for name, each in unsaid.items() if name not in others}
-    for name, outcome in agree_on_unit(counts, written, bool(found)).items():
+    for name, outcome in agree_on_unit(counts, clock_of(folder), bool(found)).items():
         if isinstance(outcome, SnapshotError):
             unsaid[name] = opened[name]
             _leave_out(contents, name, outcome, skip_incomplete)
@@ -240,7 +229,39 @@ def select(snapshots: Sequence[Snapshot], step: int | None) -> tuple[list[Snapsh
     return [snapshot for snapshot in snapshots if snapshot.step <= step], step
 
 
-def _open(path: Path, headers: Cache, how: How) -> TensorIndex:
+def asking(
+    folder: Path,
+    names: Sequence[str],
+    told: Telling,
+    reading: Reading,
+    trained: list[Trained],
+) -> Callable[[str, TensorIndex], StepCounts | tuple[Identity, list[str]]]:
+    """What asks a network of `folder`, one of `names`, for its average: see `listen`.
+
+    What the tool of a checkpoint was asked for in training is added to `trained`.
+    """
+    doubts = {}
+    if told.pattern is None:
+        doubts = doubted_profiles(names, [file_times(names, clock_of(folder))])
+    beside = beside_emas(map(as_snapshot, names))
+
+    def ask(name: str, index: TensorIndex) -> StepCounts | tuple[Identity, list[str]]:
+        called, doubt, first = title(name, told.pattern), doubts.get(name), index.files[0].path
+        settle = partial(identify, called, index.metadata, told.pattern, told.profiles, doubt)
+        if TOOL in index.metadata:
+            settle = partial(settle_trained, trained, name, called, index.metadata, reading, doubt)
+        return listen(
+            first.relative_to(folder).as_posix(),
+            *(called, index, told, settle, doubt),
+            plain=as_snapshot(name) in beside,
+            own_folder=first.parent != folder or len(names) == 1,
+        )
+
+    return ask
+
+
+def open_one(path: Path, headers: Cache, how: How) -> TensorIndex:
+    """The index of the network at `path`. Raises SnapshotError also for what is gone, or empty."""
     try:
         index = open_network(path, how, headers)
     except (MachineError, UsageError) as error:
@@ -309,7 +330,7 @@ def _unwrap(opened: dict[str, TensorIndex], names: Sequence[str]) -> list[tuple[
     ]
 
 
-def _clock(folder: Path) -> Clock:
+def clock_of(folder: Path) -> Clock:
     """When a file of `folder` was written."""
 
     def written(name: str) -> float | None:
@@ -319,7 +340,8 @@ def _clock(folder: Path) -> Clock:
     return written
 
 
-def _of_step_0(name: str, pattern: Pattern | None) -> bool:
+def of_step_0(name: str, pattern: Pattern | None) -> bool:
+    """Whether a title says step 0: see OF_STEP_0."""
     try:
         named = read_name(name, pattern)
     except SnapshotError:  # told where it is read again

@@ -25,6 +25,7 @@ from posthoc_cli.solver import (
     Average,
     Decay,
     Profile,
+    Scheduled,
     sigma_rel_to_gamma,
 )
 from posthoc_cli.storage.metadata import (
@@ -33,6 +34,7 @@ from posthoc_cli.storage.metadata import (
     DECAY,
     GAMMA,
     ONE_STEP,
+    SCHEDULE,
     SIGMA_REL,
     STEP,
     UPDATE_EVERY,
@@ -202,6 +204,26 @@ def stated_profile(metadata: Mapping[str, str]) -> Average | None:
     """The average at step 1 of metadata, whatever it says of the step. Raises SnapshotError."""
     stated = _read_metadata({**metadata, STEP: "1"})
     return None if stated is None else _checked("", stated, "metadata").profile
+
+
+def stated(profile: Average) -> dict[str, str]:
+    """What kind of average it is, as metadata have it.
+
+    A power function is by its exponent or width, whichever is shorter, which is the one that was
+    given; below gamma 0 there are two exponents of each width.
+    """
+    if isinstance(profile, Scheduled):
+        return {key: str(getattr(profile.schedule, key)) for key in (DECAY, *SCHEDULE)}
+    if isinstance(profile, Decay):
+        return {DECAY: repr(profile.beta)}
+    assert isinstance(profile, Profile)
+    texts = {SIGMA_REL: repr(float(profile.sigma_rel)), GAMMA: repr(float(profile.gamma))}
+    exact = profile.gamma > 0 and sigma_rel_to_gamma(profile.sigma_rel) == profile.gamma
+    key = min(texts, key=lambda key: len(texts[key])) if exact else GAMMA
+    told = {key: texts[key]}
+    if profile.stairs is not None:
+        told |= {UPDATE_EVERY: str(profile.update_every), ONE_STEP: str(profile.one_step)}
+    return told
 
 
 def _checked(name: str, reading: Reading, source: str) -> Identity:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,9 @@ _COMPONENT = re.compile(
 """Parts of a network, as diffusers and accelerate name their folders: text_encoder_2 is of no step
 2."""
 
+Seen = Callable[[Path, list[str]], list[str]]
+"""What of the names in a folder counts."""
+
 _TAG = re.compile(r"global_step[0-9]+")
 """What DeepSpeed calls its folder in a trainer's step folder, beside the network itself."""
 
@@ -60,6 +63,11 @@ class Network:
 
     path: str
     name: str
+
+    @property
+    def place(self) -> str:
+        """The file, or the folder of what is in several without an index, as it is opened."""
+        return self.name if self.path.endswith((f"/{METADATA}", "/ranks")) else self.path
 
     @property
     def home(self) -> str:
@@ -121,18 +129,28 @@ def folder_of(
         raise UsageError(str(given[0]), problem, "give files of one folder") from None
 
 
+def every_name(folder: Path, names: list[str]) -> list[str]:
+    return names
+
+
 def list_candidates(
-    folder: Path, pattern: Pattern | None, given: Collection[str] | None, deep: bool
+    folder: Path,
+    pattern: Pattern | None,
+    given: Collection[str] | None,
+    deep: bool,
+    seen: Seen = every_name,
 ) -> Listing:
     """What lies in `folder`, and in the step folders in it.
 
     `given` are the paths below it that alone are looked at; `deep`: other folders are looked into
-    as step folders are. Raises what list_folder does, and SnapshotError where nothing is found.
+    as step folders are; what is not `seen` is taken not to be there. Raises what list_folder does,
+    and SnapshotError where nothing is found.
     """
     there = [name for name in list_folder(folder) if not name.startswith(".")]
     if given is not None:
         first = {path.split("/")[0] for path in given}
         there = [name for name in there if name in first or is_index(name)]
+    there = seen(folder, there)
     folders = {name for name in there if is_folder(folder / name)}
     files = [name for name in there if name not in folders]
     listing = Listing()
@@ -157,7 +175,7 @@ def list_candidates(
                 listing.left_out.append((name, text))
             elif given is None and name[-1].isdigit() and _COMPONENT.fullmatch(name):
                 listing.left_out.append((name, "a part of a pipeline, by its name"))
-            elif not _list_below(folder, name, listing, pattern, deep or given is not None):
+            elif not _list_below(folder, name, listing, pattern, deep or given is not None, seen):
                 empty.append(name)
         elif is_training_state(name) and name.lower().endswith(ENDING):
             listing.left_out.append((name, "an optimizer's, scheduler's or generator's state"))
@@ -178,7 +196,7 @@ def list_candidates(
         (name, "a folder without a network") for name in empty if _shape(name) in shapes
     ]
     if listing.networks and given is None:
-        further = {name: runs_below(folder, name, 1) for name in empty}
+        further = {name: runs_below(folder, name, 1, seen) for name in empty}
         listing.left_out += [
             (name, "a folder with snapshots of its own" + (f", in '{runs[0]}'") * (runs[0] != name))
             for name, runs in further.items()
@@ -188,7 +206,9 @@ def list_candidates(
         if given is not None:
             problem = f"no {ENDING} file, nor a folder that holds any"
             raise SnapshotError(str(folder / min(given)), problem, "give the snapshots' files")
-        runs = [run for name in sorted(folders) for run in runs_below(folder, name, _BELOW + 1)]
+        runs = [
+            run for name in sorted(folders) for run in runs_below(folder, name, _BELOW + 1, seen)
+        ]
         if runs and given is None:
             one = (
                 "one of the folders below it that do" if runs[1:] else "the one below it that does"
@@ -203,11 +223,11 @@ def list_candidates(
     return listing
 
 
-def runs_below(folder: Path, name: str, levels: int) -> list[str]:
+def runs_below(folder: Path, name: str, levels: int, seen: Seen) -> list[str]:
     """The folders, `name` or below it, in which networks or step folders with networks lie."""
     below = Listing()
     try:
-        _walk(folder, name, levels, below)
+        _walk(folder, name, levels, below, seen)
     except MachineError:
         return []
     runs = []
@@ -247,14 +267,14 @@ def title(name: str, pattern: Pattern | None) -> str:
 
 
 def _list_below(
-    folder: Path, name: str, listing: Listing, pattern: Pattern | None, deep: bool
+    folder: Path, name: str, listing: Listing, pattern: Pattern | None, deep: bool, seen: Seen
 ) -> bool:
     """Add to `listing` what lies in the folder `name`; whether that is anything."""
     stepped = counts(name) or (pattern is not None and pattern.greedy.fullmatch(name) is not None)
     levels = _BELOW + 1 if deep else _BELOW if stepped else 0
     below = Listing()
     try:
-        _walk(folder, name, levels, below)
+        _walk(folder, name, levels, below, seen)
     except MachineError as error:
         listing.left_out.append((name, f"a folder that {error.problem}"))
         return True
@@ -277,9 +297,9 @@ def _is_state_beside(network: Network) -> bool:
     return not network.path.endswith((METADATA, ENDING, ".json"))
 
 
-def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
+def _walk(folder: Path, place: str, levels: int, listing: Listing, seen: Seen) -> None:
     """Add the networks at `place`, and `levels` folders below it; and what is of other formats."""
-    every = list_folder(folder / place)
+    every = seen(folder / place, list_folder(folder / place))
     if holds_distributed(every):
         optimizer = is_beside(place.rpartition("/")[2])  # as accelerate has it
         kept = listing.others if optimizer else listing.networks
@@ -306,7 +326,7 @@ def _walk(folder: Path, place: str, levels: int, listing: Listing) -> None:
             text = "DeepSpeed's state, with a copy of the network beside it"
             listing.left_out.append((f"{place}/{name}", text))
         elif levels:
-            _walk(folder, f"{place}/{name}", levels - 1, listing)
+            _walk(folder, f"{place}/{name}", levels - 1, listing, seen)
 
 
 def _left_by_posthoc(folder: Path, index: str, names: Sequence[str]) -> bool:

@@ -1,120 +1,26 @@
-"""The checkpoints to convert: which files they are, what becomes of each, and which are done."""
+"""The checkpoints to convert: what becomes of each, and which are done."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import PosthocError, SnapshotError, UsageError
-from posthoc_cli.formats import DEFAULT_UPDATE_EVERY, KINDS, How
-from posthoc_cli.snapshots import (
-    Identity,
-    Pattern,
-    check_profiles,
-    doubted_profiles,
-    identify,
-    read_name,
-)
-from posthoc_cli.snapshots.trained import Reading
-from posthoc_cli.storage import ENDING, TensorIndex, read_header
-from posthoc_cli.storage.metadata import CONVERTED, STEP
-from posthoc_cli.storage.stores import exists, file_status, identity, is_folder, will_open
+from posthoc_cli.errors import PosthocError, UsageError
+from posthoc_cli.formats import DEFAULT_UPDATE_EVERY
+from posthoc_cli.snapshots import Contents, check_profiles
+from posthoc_cli.snapshots.identity import stated
+from posthoc_cli.storage import read_header
+from posthoc_cli.storage.metadata import CONVERTED, STEP, TOOL, carried_over
+from posthoc_cli.storage.stores import exists, identity, is_folder
 from posthoc_cli.storage.temporary import clean_up
-from posthoc_cli.synthesis.conversion_files import Found, find_checkpoints
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to read checkpoints and what to make of them.
-
-    `kind` is one of KINDS or "auto"; `dtype` "same" or one of OUTPUT_DTYPES; `update_every` the
-    number of steps from one update of the averages to the next, as trained, where that is known;
-    `profiles` the sigma_rel values by index; `key` as state_dict has it.
-    """
-
-    kind: str = "auto"
-    dtype: str = "same"
-    update_every: int | None = None
-    profiles: tuple[float, ...] = ()
-    pattern: Pattern | None = None
-    key: str | None = None
-
-    @property
-    def reading(self) -> Reading:
-        how = How(self.key, self.kind)
-        return Reading(self.pattern, self.profiles, how, self.update_every)
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """A snapshot that was made of a checkpoint, or, with `seconds` None, had been before.
-
-    `name` is that below the folder, and `indexed` whether it has an index that profiles= are for.
-    `identity` is what was written: None where nothing says step and profile. `trained` is what the
-    tool that wrote the checkpoint was asked for, where that is another profile.
-    """
-
-    source: Path
-    output: Path
-    kind: str
-    step: int | None
-    identity: Identity | None
-    trained: Identity | None
-    dtypes: Mapping[str, int]
-    parameters: int
-    bytes: int
-    seconds: float | None
-    warnings: tuple[str, ...] = ()
-    name: str = ""
-    indexed: bool = False
-
-    @property
-    def tensors(self) -> int:
-        return sum(self.dtypes.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A checkpoint of `bytes` bytes and the snapshot to make of it; `done` if it was made.
-
-    `source` is its file, or the first of its shards; `doubt` is why its name can't be believed,
-    where those of all the others say so.
-    """
-
-    found: Found
-    output: Path
-    bytes: int
-    modified: int
-    done: Converted | None = None
-    doubt: SnapshotError | None = None
-
-    @property
-    def source(self) -> Path:
-        return self.found.paths[0]
-
-    @property
-    def name(self) -> str:
-        return self.found.name
-
-    @property
-    def numbered(self) -> bool:
-        return has_number(self.name)
-
-
-def has_number(name: str) -> bool:
-    """Whether a checkpoint's name may say its step: `last.ckpt` and `model_best.pth.tar` do not."""
-    return re.search("[0-9]", name) is not None
-
-
-def _title(found: Found) -> str:
-    """The name that says what a checkpoint is, and that pattern= is for where it is a file's."""
-    return found.name if found.name.startswith(f"{found.stem}.") else f"{found.stem}{ENDING}"
+from posthoc_cli.synthesis.conversion_sources import Converted as Converted
+from posthoc_cli.synthesis.conversion_sources import Job as Job
+from posthoc_cli.synthesis.conversion_sources import Options as Options
+from posthoc_cli.synthesis.conversion_sources import find_checkpoints
 
 
 def find_jobs(
@@ -133,138 +39,108 @@ def find_jobs(
 
     Raises UsageError when an option doesn't fit, when two checkpoints would become the same
     snapshot, or when an output exists that is not what its checkpoint would become and `overwrite`
-    is false; SnapshotError when there is no checkpoint; MachineError when the folder can't be
-    listed.
+    is false; SnapshotError when there is no checkpoint, or a choice that is the user's;
+    MachineError when the folder can't be listed.
     """
-    check_profiles(options.profiles or None, options.pattern)
+    if not options.told.of_all:
+        check_profiles(options.profiles or None, options.pattern)
     options.reading.check()
     rest = left_out if left_out is not None else []
-    found = find_checkpoints(source, only, exclude, options.pattern, folder, rest)
-    if options.pattern and not any(options.pattern.greedy.fullmatch(one.name) for one in found):
-        raise UsageError(
-            "pattern=",
-            f"'{options.pattern.text}' fits none of {len(found)} files, such as '{found[0].name}'",
-            "write it for the whole name of the checkpoint, its ending included",
-        )
-    outputs = _outputs(found, folder)
-    will_open([path for one in found for path in one.paths])
+    jobs = find_checkpoints(source, folder, options, only, exclude, rest)
+    _check_outputs(jobs, folder)
     clean_up(folder)
-    statuses = [[file_status(path) for path in one.paths] for one in found]
-    inputs = {identity(path) for one in found for path in one.paths}
-    doubts = doubted_profiles([_title(one) for one in found])
-    jobs = []
-    for one, output, several in zip(found, outputs, statuses, strict=True):
-        there = file_status(output)
-        if there is not None and identity(output) in inputs:
-            raise UsageError(str(output), "is one of the checkpoints", "choose another folder")
-        size = sum(status.size for status in several if status)
-        modified = max((status.modified for status in several if status), default=0)
-        job = Job(one, output, size, modified)
-        done, differs = _done(job, options) if there and all(several) else (None, "")
-        if done is None and not overwrite and exists(output):
+    inputs = {identity(file.path) for job in jobs for file in job.files}
+    inputs |= {identity(job.source) for job in jobs}
+    for at, job in enumerate(jobs):
+        if not exists(job.output):
+            continue
+        if identity(job.output) in inputs:
+            problem = "is one of the checkpoints"
+            raise UsageError(str(job.output), problem, "choose another folder")
+        if job.index is None:
+            continue
+        done, differs = _done(job, options)
+        if done is None and not overwrite:
             raise UsageError(
-                str(output),
-                f"exists already, and is not what this makes of '{one.name}'{differs}",
+                str(job.output),
+                f"exists already, and is not what this makes of '{job.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )
-        jobs.append(replace(job, done=done, doubt=doubts.get(_title(one))))
+        jobs[at] = replace(job, done=done)
     return jobs
 
 
-def _outputs(found: Sequence[Found], folder: Path) -> list[Path]:
+def _check_outputs(jobs: Sequence[Job], folder: Path) -> None:
     if exists(folder) and not is_folder(folder):
         raise UsageError(str(folder), "is not a folder", "give the folder to write to")
-    outputs = [folder / f"{one.stem}{ENDING}" for one in found]
-    taken: dict[str, Found] = {}
-    for one, output in zip(found, outputs, strict=True):
-        place = os.path.normcase(output)
+    taken: dict[str, Job] = {}
+    for job in jobs:
+        place = os.path.normcase(job.output)
         if place in taken:
             raise UsageError(
-                str(one.paths[0]),
-                f"would become '{output.name}', as '{taken[place].name}' would",
+                str(job.source),
+                f"would become '{job.output.name}', as '{taken[place].name}' would",
                 "leave one of the two out with only=",
             )
-        taken[place] = one
-        if is_folder(output):
-            raise UsageError(str(output), "is a folder", "choose another folder to write to")
-    return outputs
+        taken[place] = job
+        if is_folder(job.output):
+            raise UsageError(str(job.output), "is a folder", "choose another folder to write to")
+
+
+def metadata_of(job: Job, options: Options) -> dict[str, str]:
+    """The metadata of the snapshot of a job; what it is made of is in the entry `converted`."""
+    assert job.index is not None
+    # A safetensors file or torch.distributed checkpoint may say more than its step and profile.
+    metadata = {} if TOOL in job.index.metadata else carried_over(job.index.metadata)
+    if job.step is not None:
+        metadata[STEP] = str(job.step)
+    if job.identity is not None:
+        metadata |= stated(job.identity.profile)
+    used: dict[str, Any] = {"from": options.kind, "dtype": options.dtype}
+    if options.pattern is not None:
+        used["pattern"] = options.pattern.text
+    if options.profiles and (options.pattern or job.indexed):
+        used["profiles"] = list(options.profiles)
+    if options.update_every is not None and job.tool in DEFAULT_UPDATE_EVERY:
+        used["update_every"] = options.update_every
+    if options.key is not None:
+        used["key"] = options.key
+    modified = max((file.modified for file in job.files), default=0)
+    made_of = {"from": job.tool, "file": job.name, "bytes": job.bytes, "modified": modified}
+    return metadata | {CONVERTED: json.dumps(made_of | {"options": used})}
 
 
 def _done(job: Job, options: Options) -> tuple[Converted | None, str]:
     """What is at the output, if it is what the checkpoint would become; else how it differs."""
+    wanted = metadata_of(job, options)
+    made_of = json.loads(wanted.pop(CONVERTED))
     try:
         layout = read_header(job.output)
-        entry = json.loads(layout.metadata[CONVERTED])
-        kind, made_with = entry["from"], dict(entry["options"])
-        asked = options_used(kind, job.found, options)
-        if [entry["file"], entry["bytes"]] != [job.name, job.bytes] or kind not in KINDS:
+        metadata = dict(layout.metadata)
+        entry = json.loads(metadata.pop(CONVERTED))
+        for each in (made_of, entry):  # what is asked for makes no difference, but what it is
+            each["options"]["from"] = each["from"]
+        if [entry["file"], entry["bytes"]] != [made_of["file"], made_of["bytes"]]:
             return None, ""
-        if entry["modified"] != job.modified:
+        if entry["modified"] != made_of["modified"]:
             return None, ", which has changed since"
-        tool = made_with.pop("from")
-        if tool != options.kind and options.kind not in ("auto", kind):
-            asked, made_with = asked | {"tool": options.kind}, made_with | {"tool": kind}
-        elif tool != options.kind and options.kind == "auto":
-            asked, made_with = asked | {"tool": "auto"}, made_with | {"tool": tool}
-        if made_with == asked:
-            return _describe(job, layout, kind, options), ""
-        keys = sorted(key for key in asked | made_with if asked.get(key) != made_with.get(key))
-        told = [_option(key, made_with.get(key)) for key in keys]
-        return None, f" (it was made {' and '.join(told)})"
+        asked, before = made_of["options"], entry["options"]
+        keys = sorted(key for key in asked | before if asked.get(key) != before.get(key))
+        if keys:
+            told = " and ".join(_option(key, before.get(key)) for key in keys)
+            return None, f" (it was made {told})"
+        if metadata != wanted:
+            return None, ""
     except (PosthocError, KeyError, TypeError, ValueError, RecursionError):
         return None, ""  # nobody's, or meddled with
+    contents = Contents.of(layout.tensors)
+    return Converted(job, contents.dtypes, contents.parameters, layout.size, None), ""
 
 
 def _option(key: str, value: object) -> str:
+    key = "tool" if key == "from" else key
     if value is None:
         return f"without {key}="
     if isinstance(value, list):
         return f"with {key}=[{', '.join(f'{one:g}' for one in value)}]"
     return f"with {key}='{value}'" if isinstance(value, str) else f"with {key}={value}"
-
-
-def _describe(job: Job, layout: TensorIndex, kind: str, options: Options) -> Converted:
-    try:
-        identity: Identity | None = identify("", layout.metadata)[0]
-    except SnapshotError:
-        identity = None
-    step = identity.step if identity else max(int(layout.metadata.get(STEP, "0")), 0) or None
-    dtypes = Counter(info.dtype for info in layout.tensors.values())
-    elements = sum(info.elements for info in layout.tensors.values())
-    return Converted(
-        job.source,
-        layout.path,
-        kind,
-        step,
-        identity,
-        None,
-        dict(sorted(dtypes.items())),
-        elements,
-        layout.size,
-        None,
-        name=job.name,
-        indexed=uses_profiles(job.found, options),
-    )
-
-
-def options_used(kind: str, found: Found, options: Options) -> dict[str, Any]:
-    """The options that make a difference to a checkpoint of this kind, as JSON has them."""
-    made: dict[str, Any] = {"dtype": options.dtype}
-    if options.pattern is not None:
-        made["pattern"] = options.pattern.text
-    if options.profiles and uses_profiles(found, options):
-        made["profiles"] = list(options.profiles)
-    if options.update_every is not None and kind in DEFAULT_UPDATE_EVERY:
-        made["update_every"] = options.update_every
-    if options.key is not None:
-        made["key"] = options.key
-    return made
-
-
-def uses_profiles(found: Found, options: Options) -> bool:
-    """Whether a checkpoint's name has an index, which profiles= says the width of."""
-    try:
-        named = read_name(found.title(options.pattern), options.pattern)
-    except SnapshotError:
-        return False
-    return named is not None and named.index is not None

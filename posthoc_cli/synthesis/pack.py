@@ -21,6 +21,7 @@ from pathlib import Path
 from posthoc_cli.errors import PosthocError, UsageError, either, printable
 from posthoc_cli.formats import as_snapshot
 from posthoc_cli.snapshots import Snapshot
+from posthoc_cli.snapshots.identity import stated
 from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.solver import Average
 from posthoc_cli.storage import ENDING, Cache, Reader, TensorIndex, TensorInfo, open_tensors
@@ -33,7 +34,6 @@ from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.bases import Base, Bytes, Stored
-from posthoc_cli.synthesis.conversion import stated
 from posthoc_cli.synthesis.delta_check import check_chain
 from posthoc_cli.synthesis.deltas import (
     DELTA_DTYPES,
