@@ -107,17 +107,13 @@ class Aside:
                 return
         os.rename(place, self.path / name)
 
-    def complete(self) -> bool:
-        """Whether all new files are in their places."""
-        return all(_is(self.path.parent / name, known) for name, known in self.new.items())
-
     def finish(self) -> None:
         """Remove the old files, as all new ones are in their places."""
         for name, known in self.old.items():
             remove(self.path / name)
             if name not in self.new and _is(self.path.parent / name, known):
-                _unlink(self.path.parent / name)
-        self._end()
+                (self.path.parent / name).unlink(missing_ok=True)
+        discard(self.path)
 
     def undo(self) -> None:
         """Put the old files back and remove the new ones; can be gone on with after a kill."""
@@ -129,11 +125,11 @@ class Aside:
         for name in self.new:
             if name not in self.old:
                 self._remove_new(name)
-        self._end()
+        discard(self.path)
 
     def recover(self) -> None:
         """Finish or undo what a killed run has left."""
-        if self.complete():
+        if all(_is(self.path.parent / name, known) for name, known in self.new.items()):
             self.finish()
         else:
             self.undo()
@@ -146,7 +142,7 @@ class Aside:
             os.rename(place, self.path / _UNDONE)
             remove(self.path / _UNDONE)
         else:
-            _unlink(place)
+            place.unlink(missing_ok=True)
 
     def _restore(self, name: str) -> None:
         aside, place = self.path / name, self.path.parent / name
@@ -161,19 +157,16 @@ class Aside:
         try:
             os.replace(aside, place)
         except OSError:  # where renaming is what fails
-            _unlink(place)
+            place.unlink(missing_ok=True)
             os.link(aside, place)
             os.unlink(aside)
-
-    def _end(self) -> None:
-        discard(self.path)
 
 
 def discard(path: Path) -> None:
     """Remove a folder in which nothing is set aside (any more)."""
     flush_folder(path.parent)
-    _unlink(path / f"{_JOURNAL}.new")
-    _unlink(path / _JOURNAL)
+    (path / f"{_JOURNAL}.new").unlink(missing_ok=True)
+    (path / _JOURNAL).unlink(missing_ok=True)
     remove(path / _UNDONE)
     os.rmdir(path)
 
@@ -183,11 +176,7 @@ def remove(path: Path) -> None:
     if _is_folder(path):
         shutil.rmtree(path)
     else:
-        _unlink(path)
-
-
-def _unlink(path: Path) -> None:
-    path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -109,8 +109,6 @@ class AtomicFolder(AtomicFile):
         files: Sequence[Output],
         copied: Mapping[str, File],
         texts: Mapping[str, bytes],
-        *,
-        overwrite: bool = False,
     ) -> None:
         self._texts = [(AtomicFile(path / name, len(text)), text) for name, text in texts.items()]
         self._files: list[Output] = [*files, *(file for file, _ in self._texts)]
@@ -119,7 +117,7 @@ class AtomicFolder(AtomicFile):
         self._hidden = path
         size = sum(file.size for file in self._files)
         size += sum(file.size for file in self._copied.values())
-        super().__init__(path, size, overwrite=overwrite)
+        super().__init__(path, size)
 
     @property
     def members(self) -> list[Output]:
