@@ -1,18 +1,19 @@
-"""The servers answer the clients that the tests use them with."""
+"""The buckets of the tests answer as those of moto do, and faults come as they are asked for.
+
+That plain servers and the hub answer their clients, `cli/test_remote.py` shows.
+"""
 
 from __future__ import annotations
 
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.servers import base, buckets, faults, files, hub, s3
+from tests.servers import buckets, faults, s3
 
 obstore = pytest.importorskip("obstore")
 from obstore import store as stores  # noqa: E402
@@ -150,46 +151,3 @@ def test_latency_hangs_and_etags(proxied: tuple[faults.Proxy, Any]) -> None:
     proxy.add(faults.Fault(hang=True, count=-1))
     with pytest.raises(TimeoutError):
         urllib.request.urlopen(f"{proxy.url}/bucket/x", timeout=0.2)
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_files(tmp_path: Path, ranges: bool) -> None:
-    (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / "c").write_bytes(b"0123456789")
-    with files.Files(tmp_path, ranges=ranges) as server:
-        page = urllib.request.urlopen(f"{server.url}/a%20b/").read().decode()
-        assert 'href="c"' in page
-        assert 'href="a%20b/"' in urllib.request.urlopen(server.url).read().decode()
-        store = stores.HTTPStore(f"{server.url}/a%20b", client_options={"allow_http": True})
-        assert obstore.head(store, "c")["size"] == 10
-        assert obstore.get(store, "c").bytes() == b"0123456789"
-        if ranges:
-            assert bytes(obstore.get_range(store, "c", start=-3 + 10, end=10)) == b"789"
-        server.index = False
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(server.url)
-
-
-def test_hub(tmp_path: Path) -> None:
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    (tmp_path / "emas").mkdir()
-    (tmp_path / "emas" / "a.safetensors").write_bytes(b"0123456789")
-    (tmp_path / "config.json").write_bytes(b"{}")
-    with hub.Hub({"me/net": tmp_path}) as server:
-        system = huggingface_hub.HfFileSystem(endpoint=server.url, skip_instance_cache=True)
-        assert sorted(system.find("me/net")) == ["me/net/config.json", "me/net/emas/a.safetensors"]
-        info = system.info("me/net@main/emas/a.safetensors")
-        assert (info["type"], info["size"]) == ("file", 10)
-        assert system.cat_file("me/net/emas/a.safetensors", start=2, end=5) == b"234"
-        assert system.read_text("me/net/config.json") == "{}"
-        api = huggingface_hub.HfApi(endpoint=server.url)
-        [found] = api.get_paths_info("me/net", "emas/a.safetensors")
-        assert found.size == 10
-        for path in ("me/other/x", "me/net@v2/x", "me/net/none"):
-            with pytest.raises(FileNotFoundError):
-                system.info(path)
-
-
-def test_nothing_listens() -> None:
-    with pytest.raises(urllib.error.URLError, match="refused"):
-        urllib.request.urlopen(base.unused_url())
