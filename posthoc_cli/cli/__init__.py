@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from posthoc_cli.cli.ranks import find_place, run_as, trouble
-from posthoc_cli.errors import LEFT_BEHIND, MachineError, PosthocError, printable
+from posthoc_cli.errors import LEFT_BEHIND, MachineError, PosthocError, printable, without_secrets
 
 _MOST_FILES = 1 << 16
 
@@ -107,7 +107,7 @@ def _fail(error: Exception) -> int:
     if os.environ.get("POSTHOC_DEBUG") == "1":
         import traceback
 
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
     if not isinstance(error, PosthocError):
         error = _unexpected(error)
     _finish_stdout()

@@ -234,6 +234,37 @@ def test_all_appear_or_none(server: Buckets, proxy: Proxy, sizes: tuple[int, ...
     assert [server.get("bucket", name) for name in names] == data
 
 
+@pytest.mark.parametrize("size", [100, len(DATA)])
+def test_what_another_has_put_there_stays(
+    server: Buckets, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Right after the upload, or before a later one of the same call fails."""
+    complete = ObjectFile._complete
+
+    async def overtaken(file: ObjectFile, *given: bool, **more: bool) -> None:
+        await complete(file, *given, **more)
+        server.put("bucket", "out", b"newer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectFile, "_complete", overtaken)
+        with pytest.raises(MachineError, match="has 5 bytes, and"), ObjectFile(url(), size) as file:
+            write(file, DATA[:size])
+    assert server.get("bucket", "out") == b"newer"
+    first, second = ObjectFile(url("a"), size), ObjectFile(url("b"), size)
+    with pytest.raises(UsageError, match="b: exists"), commit_together([Group([first, second])]):
+        for file in (first, second):
+            write(file, DATA[:size])
+        place = second.place
+
+        def late(*, overwrite: bool) -> None:
+            server.put("bucket", "a", b"newer")
+            server.put("bucket", "b", b"newer")
+            place(overwrite=overwrite)
+
+        monkeypatch.setattr(second, "place", late)
+    assert server.get("bucket", "a") == server.get("bucket", "b") == b"newer"
+
+
 def test_what_could_not_be_undone_is_told(server: Buckets, proxy: Proxy) -> None:
     server.put("bucket", "a", b"old")
     files = [ObjectFile(url(name), 100, overwrite=True) for name in ("a", "b", "c")]

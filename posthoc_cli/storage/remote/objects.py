@@ -130,11 +130,11 @@ class RemoteStore:
                 if each.rpartition("/")[0] == beside
             }
             if self._source.lists:
+                if self._names(key) is not None:
+                    return None
                 if len(asked) >= FEW:
                     with contextlib.suppress(MachineError):
                         self._names(beside)
-                if self._names(key) is not None:
-                    return None
             if beside in self._folders:
                 if key not in self._files:
                     return None

@@ -209,8 +209,12 @@ class Server(Bucket):
     def head(self, path: Path) -> File:
         import obstore
 
-        with errors(path):
-            result = obstore.get(*self.found_at(path), options={"head": True})
+        try:
+            with errors(path):
+                result = obstore.get(*self.found_at(path), options={"head": True})
+        except Refused:  # as some servers do with HEAD
+            with errors(path):
+                result = obstore.get(*self.found_at(path), options={"range": (0, 1)})
         if _is_page(result) and path.suffix.lower() not in (".html", ".htm"):
             raise FileNotFoundError
         return described(path, result.meta)

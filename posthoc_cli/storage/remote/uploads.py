@@ -98,6 +98,7 @@ class ObjectFile:
         self._spool: BinaryIO | None = None
         self._state = threading.Condition()
         self._opened = self._placed = self._began = False
+        self._etag: str | None = None
         self._completing: threading.Event | None = None
 
     @property
@@ -227,6 +228,12 @@ class ObjectFile:
                 raise self._failed(error) from error
             self.left = False  # only the answer was lost
             self._placed, self.replaced = before is None, before is not None
+        found = self._found(quiet=True)
+        self._etag = found and found["e_tag"]
+        if found is not None and found["size"] != self.size:
+            self._placed = False  # it is not ours to remove
+            problem = f"has {found['size']:,} bytes, and {self.size:,} were sent"
+            raise MachineError(str(self.path), problem, "see who else writes there; try again")
 
     def identity(self) -> tuple[int, int, int]:
         raise NotImplementedError  # it is for what is set aside
@@ -252,12 +259,15 @@ class ObjectFile:
                 time.sleep(0.001)  # its threads mustn't give them back when Python has ended
 
     def rollback(self) -> None:
-        """Undo `place`, where there was no other object before."""
+        """Undo `place`, where there was no other object before, nor is now."""
         if self._completing is not None:  # what was interrupted may be completed all the same
             begin(_nothing()).result()  # by then that has begun, or never will
             self.left |= self._began and not self._completing.wait(LONGEST_ABORT)
         if self._placed:
             self._placed = False
+            found = self._found(quiet=True)
+            if found is not None and self._etag not in (None, found["e_tag"]):
+                return  # someone else's has taken its place
             try:
                 self.remove()
             except MachineError:
