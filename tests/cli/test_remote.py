@@ -471,13 +471,19 @@ NO_STORE = "what answers is no store of objects; check AWS_ENDPOINT_URL, .*log i
         (200, b'{"status": "ok"}', NO_STORE),
         (404, PAGE, NO_STORE),
         (405, PAGE, NO_STORE),
+        (
+            403,
+            b"<Code>AccessDenied</Code><Message>User: arn:aws:iam::1:user/me is not authorized to "
+            b'perform: s3:ListBucket on resource: "arn:aws:s3:::bucket"</Message>',
+            r".*: permission denied .AccessDenied., it takes s3:ListBucket; set .*",
+        ),
         (404, b"", ".* has no such bucket; check its name; check AWS_ENDPOINT_URL"),
         (400, b"Client sent an HTTP request to an HTTPS server.", ".* wants https; check AWS.*"),
         (407, b"", "the proxy asks for a login; .*"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
-def test_what_is_no_store(
+def test_what_stores_and_others_answer(
     scheme: str,
     status: int,
     body: bytes,
@@ -511,6 +517,13 @@ def test_the_hub_is_asked_again(servers: Servers, posthoc_here: Posthoc, monkeyp
         proxy.add(Fault(path="/api/", status=503, count=3))
         line = "hf://me/ema: the hub answers 503; .*; try again"
         outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, line)
+        for status, body, line in (
+            (429, b"", "the hub answers 429; try again later; .* HF_TOKEN"),
+            (200, PAGE, "what answers is no hub; check HF_ENDPOINT, .*"),
+        ):
+            proxy.clear()
+            proxy.add(Fault(path="/api/", status=status, body=body, count=-1))
+            outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, f"hf://me/ema: {line}")
 
 
 def test_nothing_there(

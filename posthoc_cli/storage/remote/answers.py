@@ -86,7 +86,7 @@ _KNOWN = [
     (
         "Range request not supported|NotPartial",
         "is on a server that gives no parts of files",
-        "copy the files to a disk, or have nginx, Apache or Caddy serve them",
+        "copy the files to a disk{serve}",
     ),
     (
         "invalid path: Error parsing Path",
@@ -146,6 +146,7 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
         "host": host or "the store",
         "keys": _KEYS.get(scheme, "check the address, and whether you may read it"),
         "check": f"check {_ENDPOINTS.get(scheme, 'the address')}",
+        "serve": ", or have nginx, Apache or Caddy serve them" * scheme.startswith("http"),
         "network": "check the network and the address",
         "line": f"{cannot} ({printable(' '.join(text.split('Debug source:')[0].split()))[:200]})",
     }
@@ -162,9 +163,11 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
             return line(*_NO_STORE)
         if status == "404" and not code:
             return line("{host} has no such bucket", "check its name; {check}")
-    if status in ("401", "403"):
+    if status in ("401", "403") or code == "PublicAccessNotPermitted":
         remedy = "{keys}" if code not in _WRONG_KEYS else "check the keys, and whose they are"
-        return line(f"{{cannot}}: permission denied ({code or status})", remedy, Denied)
+        needed = _first(r"(?:to perform: |not have )([a-z0-9]+[:.][\w:.]+)", text)
+        takes = f", it takes {needed}" if needed else ""
+        return line(f"{{cannot}}: permission denied ({code or status}){takes}", remedy, Denied)
     if status or code:
         answer = f"{status} ({code})" if status and code else status or code
         return line(f"{{cannot}}: the server answers {answer}", again, Refused)

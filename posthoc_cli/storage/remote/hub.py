@@ -119,7 +119,13 @@ class Repository(Server):
         if status in (401, 403):
             return MachineError(str(path), f"permission denied ({status})", login)
         problem = f"the hub answers {status}" if status else "no connection to the hub"
-        return MachineError(str(path), problem, "check the network, or HF_ENDPOINT; try again")
+        remedy = "check the network, or HF_ENDPOINT; try again"
+        if status == 429:
+            remedy = f"try again later; who is known may ask more: {login}"
+        elif isinstance(error, ValueError):  # it was to be JSON
+            problem = "what answers is no hub"
+            remedy = "check HF_ENDPOINT, and whether the network asks you to log in"
+        return MachineError(str(path), problem, remedy)
 
     def key(self, path: Path) -> str:
         return "/".join(path.parts[self._depth :])
