@@ -111,8 +111,21 @@ def as_sharded(part: Tensor, like: Tensor) -> Tensor:
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor that is sharded as `like` is; every process must call it."""
-    whole: Any = as_sharded(part, like)
+    whole: Any = part if is_sharded(part) else as_sharded(part, like)
     return whole.full_tensor() if is_sharded(like) else part
+
+
+def on_first(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whole, in the first process' host memory; elsewhere only what is not sharded.
+
+    Every process must call it.
+    """
+    whole = {}
+    for name, value in values.items():
+        full = gather(value, value)
+        if full is value or is_first_process():
+            whole[name] = full if full is value else full.cpu()
+    return whole
 
 
 def box_of(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -147,6 +160,7 @@ def part_of(name: str, value: Tensor, like: Tensor) -> Tensor:
     if is_sharded(like) and value.shape == like.shape:
         for dim, (first, size) in enumerate(zip(*box_of(like), strict=True)):
             value = value.narrow(dim, first, size)
+        return value.clone()  # or the whole would stay in memory
     return value
 
 
@@ -384,14 +398,14 @@ def check_same_tensors(live: Mapping[str, Tensor], averages: Mapping[str, Tensor
 def swapped(own: Mapping[str, Tensor], state: dict[str, Tensor]) -> Iterator[None]:
     """Put the values of `state`, which is emptied, into `own`; on leaving, what was there.
 
-    The own values wait in host memory.
+    The own values wait in host memory. Of what is sharded, `state` has the whole.
     """
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for name, tensor in own.items():
-            tensor = tensor.detach()
-            saved.append((tensor, tensor.to("cpu", copy=True)))
-            tensor.copy_(state.pop(name))
+            part = local(tensor)
+            saved.append((part, part.to("cpu", copy=True)))
+            part.copy_(part_of(name, state.pop(name), tensor))
         yield
     finally:
         for tensor, value in reversed(saved):  # of tied tensors, the first one saved is right

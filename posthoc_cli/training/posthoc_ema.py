@@ -424,16 +424,12 @@ class PostHocEMA:
                 sample(model)
 
         Meanwhile `update` and `checkpoint` raise RuntimeError. Its own weights wait in host memory.
+        All processes that share a sharded network must call it.
         """
         self._check_not_lent()
         borrower = self.model if model is None else model
         state = self.synthesize(sigma_rel, **how)
         own = {name: each for name, each in named_tensors(borrower).items() if name in state}
-        if any(map(is_sharded, own.values())):
-            raise TypeError(
-                "a sharded model can't be lent weights; load synthesize()'s state dict with "
-                "torch.distributed.checkpoint.state_dict.set_model_state_dict"
-            )
         check_same_tensors(own, state)
         self._lent = borrower is self.model
         try:

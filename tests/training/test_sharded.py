@@ -72,9 +72,9 @@ def names(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name != LOCK)
 
 
-@pytest.mark.parametrize("way", [*SHARDED, "replicated", "resumed"])
+@pytest.mark.parametrize("way", [*SHARDED, "replicated", "resumed", "whole"])
 def test_snapshots_are_those_of_one_process_bit_for_bit(trained: Path, way: str) -> None:
-    first = STEPS + EVERY if way == "resumed" else EVERY
+    first = STEPS + EVERY if way in ("resumed", "whole") else EVERY
     ending = ".safetensors" if way == "replicated" else ""
     assert names(trained / way) == [
         f"ema-step{step:08d}-{profile}{ending}"
@@ -306,3 +306,10 @@ def test_parts_are_shared_out_evenly_and_must_be_whole() -> None:
         share_out(halves[:1])
     with pytest.raises(ValueError, match=r"'a' is .* in one process, .* in 1"):
         share_out([{"a": piece(0, 4)}, {"a": piece(4, 5, 9)}])
+
+
+@pytest.mark.parametrize("way", ["fsdp", "both"])
+def test_a_sharded_network_is_lent_its_part(trained: Path, way: str) -> None:
+    assert [each[f"lent to {way}"] for each in said(trained, 4)] == 4 * [
+        {"lent": True, "back": True}
+    ]

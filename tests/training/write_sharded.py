@@ -39,6 +39,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import atomic
 from posthoc_cli.training import ranks, sharded
+from posthoc_cli.training.adapters import state_of
 from posthoc_cli.training.averaging import is_sharded
 
 EVERY, STEPS, LAST = 2, 6, 10
@@ -137,6 +138,9 @@ def four(folder: Path, said: dict[str, Any]) -> None:
         walk(ema, STEPS)
         if way == "fsdp":
             save(ema, folder / "state")
+            whole = state_of(ema)
+            if dist.get_rank() == 0:
+                torch.save(whole, folder / "state.pt")
         if way in ("fsdp", "replicated"):
             model, options = shard(network(), mesh), {"store": "delta", "dtype": torch.float16}
             delta = tracker(model, folder / f"{way} delta", background=way == "fsdp", **options)
@@ -144,6 +148,8 @@ def four(folder: Path, said: dict[str, Any]) -> None:
             said[f"run of {way} delta"] = delta.state_dict()["run"]
             delta.close()
         walk(ema, LAST)
+        if way in ("fsdp", "both"):
+            said[f"lent to {way}"] = lent(ema)
         ema.close()
     # By four the run goes on to step 6, with two of its steps kept.
     kept = tracker(fsdp(network(), mesh), folder / "kept", keep=2, prefix="my")
@@ -157,6 +163,25 @@ def four(folder: Path, said: dict[str, Any]) -> None:
 
 def save(ema: PostHocEMA, place: Path) -> None:
     dcp.save({"model": ema.model.state_dict(), "ema": ema}, checkpoint_id=place)
+
+
+def lent(ema: PostHocEMA) -> dict[str, Any]:
+    """What is synthesized, what the network has of it, and whether it has its own values again."""
+    made, before = ema.synthesize(sigma_rel=0.07), whole_of(ema.model)
+    with ema.lend(sigma_rel=0.07) as model:
+        same = [torch.equal(value, made[name]) for name, value in whole_of(model).items()]
+    after = whole_of(ema.model)
+    return {
+        "lent": all(same),
+        "back": all(torch.equal(after[name], before[name]) for name in after),
+    }
+
+
+def whole_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: each.full_tensor().clone() if is_sharded(each) else each.clone()
+        for name, each in model.state_dict().items()
+    }
 
 
 def in_a_bucket(mesh: DeviceMesh) -> list[str]:
@@ -283,6 +308,14 @@ def two(folder: Path, said: dict[str, Any]) -> None:
     model.load_state_dict(state["model"])
     walk(ema, LAST)
     ema.close()
+    model = fsdp(network(), mesh)
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "state")
+    model.load_state_dict(state["model"])
+    whole = tracker(model, folder / "whole")
+    whole.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    walk(whole, LAST)
+    whole.close()
     model = fsdp(network(), mesh)
     state = io.BytesIO()
     torch.save(ema.state_dict(), state)  # as each process does that doesn't know better

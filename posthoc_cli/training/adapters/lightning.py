@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError:  # the same library under its older name
     from pytorch_lightning import Callback
 
+from posthoc_cli.training.adapters import state_of
 from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 
@@ -23,8 +24,8 @@ class PostHocEMACallback(Callback):
 
     All other arguments are those of PostHocEMA. Steps are the trainer's `global_step`: batches
     whose gradients are only accumulated don't count. The averages are in Lightning's checkpoints,
-    so that `fit(ckpt_path=...)` goes on with them. `ema` is the tracker, from the start of
-    training on.
+    so that `fit(ckpt_path=...)` goes on with them; those of a sharded network whole. `ema` is the
+    tracker, from the start of training on.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PostHocEMACallback(Callback):
         self.on_train_end()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.ema.state_dict() if self.ema is not None else {}
+        return state_of(self.ema) if self.ema is not None else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._state = state_dict

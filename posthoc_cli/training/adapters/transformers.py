@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.stores import file_status
+from posthoc_cli.training.adapters import state_of
 from posthoc_cli.training.posthoc_ema import PostHocEMA
 
 STATE = "posthoc-ema.pt"
@@ -28,7 +29,7 @@ class PostHocEMACallback(TrainerCallback):
     All other arguments are those of PostHocEMA. Steps are the Trainer's `global_step`. The
     averages are saved with each of its checkpoints; `train(resume_from_checkpoint=...)` takes them
     from `output_dir/checkpoint-<step>`, or from the folder `resume_from` if that is given. `ema` is
-    the tracker, from the start of training on. For models that are not sharded.
+    the tracker, from the start of training on. Of a sharded network the averages are saved whole.
 
     Raises UsageError when training is resumed from a checkpoint that has no averages.
     """
@@ -64,8 +65,11 @@ class PostHocEMACallback(TrainerCallback):
             self.ema.update(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.ema is not None and state.is_world_process_zero and not args.save_only_model:
-            torch.save(self.ema.state_dict(), _checkpoint(args, state) / STATE)
+        if self.ema is None or args.save_only_model:
+            return
+        averages = state_of(self.ema)
+        if state.is_world_process_zero:
+            torch.save(averages, _checkpoint(args, state) / STATE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.ema is not None:
