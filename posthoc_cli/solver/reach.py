@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -167,12 +168,9 @@ def needed(snapshots: Sequence[Average], target: Average) -> tuple[float, float]
     """The error of all snapshots, and the step from which on they give it within a tenth."""
     least = even_error(snapshots, target)
     steps = sorted({float(each.step) for each in snapshots}, reverse=True)
-    low, high = 0, len(steps) - 1
-    while low < high:
-        middle = (low + high) // 2
-        some = [each for each in snapshots if each.step >= steps[middle]]
-        if even_error(some, target) <= max(1.1 * least, 1e-4):
-            high = middle
-        else:
-            low = middle + 1
-    return least, steps[low]
+
+    def enough(first: float) -> bool:
+        some = [each for each in snapshots if each.step >= first]
+        return even_error(some, target) <= max(1.1 * least, 1e-4)
+
+    return least, steps[bisect.bisect_left(steps[:-1], True, key=enough)]
