@@ -380,7 +380,7 @@ def test_a_password_is_for_the_server_alone(
     with Files(servers.folder, login="Basic bWU6c2VjcmV0") as files:
         shown = f"{files.url}/snapshots"
         url = shown.replace("//", "//me:secret@")
-        line = f"{shown}: .*: permission denied .401.; .*"
+        line = f"{shown}: .*: permission denied .401.; .* NAME:PASSWORD@ before the host"
         outcome(posthoc_here, shown).failed(1, line)
         runs = [
             posthoc_here("inspect", url),
@@ -498,6 +498,20 @@ def test_what_stores_and_others_answer(
     out = f"{scheme}://bucket/out.safetensors"
     done = posthoc_here("synthesize", "snapshots", *WANTED, "-q", "-o", out)
     done.failed(1, f"{scheme}://bucket/out.*: {line}")
+
+
+def test_a_page_for_everything(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a store's console has it, at the port beside the store's."""
+    (servers.folder / "bucket").mkdir(exist_ok=True)
+    with Files(servers.folder) as files:
+        files.page = lambda where, names: "<!doctype html><html><body></body></html>"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", files.url)
+        (servers.folder / "bucket/snapshots").mkdir(exist_ok=True)
+        outcome(posthoc_here, "s3://bucket/snapshots").failed(
+            1, f"s3://bucket/snapshots: {NO_STORE}"
+        )
 
 
 def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli.errors import MachineError, printable
 
@@ -18,6 +19,8 @@ _KEYS = {
     "hf": "log in with hf auth login, or set HF_TOKEN",
 }
 """How to say who asks."""
+
+_BEFORE_HOST = "check the address; if it asks for a login, write NAME:PASSWORD@ before the host"
 
 _ENDPOINTS = {
     "s3": "AWS_ENDPOINT_URL",
@@ -144,7 +147,7 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     words = {
         "cannot": cannot,
         "host": host or "the store",
-        "keys": _KEYS.get(scheme, "check the address, and whether you may read it"),
+        "keys": _KEYS.get(scheme, _BEFORE_HOST),
         "check": f"check {_ENDPOINTS.get(scheme, 'the address')}",
         "serve": ", or have nginx, Apache or Caddy serve them" * scheme.startswith("http"),
         "network": "check the network and the address",
@@ -181,13 +184,19 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     return line("{line}", again)
 
 
-def check_store(path: Path, etag: str | None) -> None:
-    """Raise MachineError for what a bucket wouldn't answer, such as a page that asks for a login:
-    objects have etags."""
-    scheme = path.parts[0][:-1]
-    if etag is None and scheme in ("s3", "gs", "az"):
-        remedy = _NO_STORE[1].format(check=f"check {_ENDPOINTS[scheme]}")
+def check_store(path: Path, found: Any) -> None:
+    """Raise MachineError for an object that is none of a store: a page, such as one that asks for
+    a login or that a program answers to everything, or what has neither etag nor time."""
+    page = is_page(found) and path.suffix.lower() not in (".html", ".htm")
+    if page or (found.meta["e_tag"] is None and not found.meta["last_modified"].timestamp()):
+        remedy = _NO_STORE[1].format(check=f"check {_ENDPOINTS[path.parts[0][:-1]]}")
         raise MachineError(str(path), _NO_STORE[0], remedy)
+
+
+def is_page(found: Any) -> bool:
+    """Whether what obstore got is what browsers show."""
+    kind = str(found.attributes.get("Content-Type", "")).lower()
+    return kind.startswith(("text/html", "application/xhtml"))
 
 
 def _first(pattern: str, text: str) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from posthoc_cli.errors import UsageError
 from posthoc_cli.storage.places import File, Url
-from posthoc_cli.storage.remote.answers import Refused, check_store, errors
+from posthoc_cli.storage.remote.answers import Refused, check_store, errors, is_page
 from posthoc_cli.storage.remote.credentials import aws_options, check_environment
 
 CLIENT = {
@@ -144,10 +144,8 @@ class Bucket:
                 yield "", None
 
     def head(self, path: Path) -> File:
-        import obstore
-
         with errors(path):
-            return described(path, obstore.head(self.store, self.key(path)))
+            return described(path, look_at(path, self.store, self.key(path)))
 
     async def fetch(self, path: Url, start: int, end: int) -> tuple[File, memoryview]:
         import obstore
@@ -190,7 +188,7 @@ class Server(Bucket):
         try:
             with errors(self.root / key):
                 result = obstore.get(*self.found_at(self.root / key))
-                if not _is_page(result):
+                if not is_page(result):
                     return [], False
                 page = b""
                 for piece in result.stream():
@@ -215,14 +213,9 @@ class Server(Bucket):
         except Refused:  # as some servers do with HEAD
             with errors(path):
                 result = obstore.get(*self.found_at(path), options={"range": (0, 1)})
-        if _is_page(result) and path.suffix.lower() not in (".html", ".htm"):
+        if is_page(result) and path.suffix.lower() not in (".html", ".htm"):
             raise FileNotFoundError
         return described(path, result.meta)
-
-
-def _is_page(result: Any) -> bool:
-    kind = str(result.attributes.get("Content-Type", "")).lower()
-    return kind.startswith(("text/html", "application/xhtml"))
 
 
 class _Links(HTMLParser):
@@ -245,8 +238,17 @@ class _Links(HTMLParser):
                 self.names[name] = None
 
 
+def look_at(path: Path, bucket: Any, key: str) -> Any:
+    """What a bucket says of an object; raises obstore's errors, and MachineError where it is no
+    store that answers."""
+    import obstore
+
+    found = obstore.get(bucket, key, options={"head": True})
+    check_store(path, found)
+    return found.meta
+
+
 def described(path: Path, about: Any) -> File:
     """What a store says of an object."""
-    check_store(path, about["e_tag"] or about["version"])
     modified = int(about["last_modified"].timestamp()) * 10**9
     return File(path, about["size"], modified, None, about["e_tag"] or about["version"])

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.storage.disk import already_exists, write_errors
 from posthoc_cli.storage.places import Url
-from posthoc_cli.storage.remote.answers import check_store, told
+from posthoc_cli.storage.remote.answers import told
 from posthoc_cli.storage.remote.fetching import begin
-from posthoc_cli.storage.remote.sources import make_store
+from posthoc_cli.storage.remote.sources import look_at, make_store
 
 PART = 8 << 20
 """Bytes of a part. Stores want at least 5 MiB."""
@@ -413,9 +413,7 @@ class ObjectFile:
         import obstore
 
         try:
-            found = obstore.head(self.bucket, self._key)
-            check_store(self.path, found["e_tag"] or found["version"])
-            return found
+            return look_at(self.path, self.bucket, self._key)
         except FileNotFoundError:
             return None
         except obstore.exceptions.BaseError as error:
