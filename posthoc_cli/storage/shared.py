@@ -6,7 +6,7 @@ They are of the local disk, or objects of a bucket.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import json
 import os
 import shutil
 import time
@@ -23,6 +23,10 @@ from posthoc_cli.storage.writing import check_writable
 
 _UNSEEN = 5.0
 """Seconds until what another machine has made is seen on a file system that they share."""
+
+
+_TO_COME = ".posthoc-moving"
+"""In a folder that files are moved into, the names of all of them, until they are there."""
 
 
 class SharedFolder:
@@ -95,44 +99,58 @@ def make_home(folder: Path) -> None:
         make_folder(folder, parents=True)
 
 
-def set_aside(
-    paths: Sequence[Path], place: Path, *, replace: bool = False, along: Sequence[Path] = ()
-) -> None:
-    """Move files and folders into the folder `place`, which is made, on the same disk or bucket.
+def set_aside(paths: Sequence[Path], place: Path, along: Sequence[Path] = ()) -> Path:
+    """Move files and folders into a folder of their own on the same disk or bucket; returns it.
 
-    What has such a name there is replaced with `replace`; otherwise the moved one gets a number.
-    The files `along` are then there too, but stay: of one file, where the system has links.
-    Raises MachineError when that fails.
+    It is `place`, or that with a number where there is one: names stay, as differences go by them,
+    and nothing is replaced. The files `along` are then there too, but stay: of one file, where the
+    system has links. On a disk, what a kill has left behind is moved where the rest is. Raises
+    MachineError when that fails.
     """
-    make_home(place)
-    for path in along:
-        _put_along(path, place / path.name)
-    for path in paths:
-        target = place / path.name
-        numbers = itertools.count(2)
-        while not replace and exists(target):
-            target = place / f"{path.stem}.{next(numbers)}{path.suffix}"
-        if isinstance(path, Url):
+    if isinstance(place, Url):
+        forget()
+    taken = [place]
+    while is_folder(taken[-1]) or exists(taken[-1]):
+        taken.append(place.with_name(f"{place.name}.{len(taken) + 1}"))
+    target = taken[-1]
+    if isinstance(target, Url):
+        make_home(target)
+        for path in paths:
             for each in _objects(path):
-                copy_object(each, target / each.relative_to(path))
+                copy_object(each, target / path.name / each.relative_to(path))
             remove_whole(path)
-            continue
-        with write_errors(path):
-            if target.is_dir():  # which nothing can be moved onto
-                remove(target)
-            os.replace(path, target)
+        return target
+    names = {path.name for path in paths}
+    if taken[:-1] and names <= _still_to_come(taken[-2]):
+        target = taken[-2]
+    with write_errors(target):
+        make_home(target)
+        (target / _TO_COME).write_text(json.dumps(sorted(names)), encoding="utf-8")
+        for path in along:
+            if not exists(target / path.name):
+                _put_along(path, target / path.name)
+        for path in paths:
+            os.replace(path, target / path.name)
+        (target / _TO_COME).unlink()
+    return target
+
+
+def _still_to_come(folder: Path) -> set[str]:
+    """The names of what was to be moved into a folder, and isn't there."""
+    try:
+        listed = json.loads((folder / _TO_COME).read_text(encoding="utf-8"))
+        return {str(name) for name in listed if not exists(folder / str(name))}
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _put_along(path: Path, target: Path) -> None:
-    if isinstance(path, Url):
-        copy_object(path, target)
-        return
-    with write_errors(path):
-        remove(target)
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copy2(path, target)
+    try:
+        os.link(path, target)
+    except OSError:
+        part = target.with_name(_TO_COME + ".copy")
+        shutil.copy2(path, part)
+        os.replace(part, target)
 
 
 def _objects(path: Path) -> list[Path]:

@@ -170,8 +170,8 @@ def _check_others(
         if not other:
             messages.append(f"{folder}: {problem}; move them away before you synthesize")
             continue
-        place = place_for(folder, other)
-        set_aside(paths, place)
+        paths = [path for chain in chains(found) for path in chain if path in paths]
+        place = set_aside(paths, place_for(folder, other))
         messages.append(f"{folder}: {problem}; the {len(paths)} of run {other} are now in {place}")
     return messages
 
@@ -191,13 +191,12 @@ def _check_later(
             f"{problem}, and it resumes at step {step}: the two would be mixed",
             "load_state_dict() a state of that step, or give later='set aside'",
         )
-    place = place_for(folder, run)
     last_first, along = [], []
     for chain in chains(found):
         later_ones = [path for path in chain if path in paths]
         last_first += later_ones  # killed meanwhile, it leaves none without its base
         along += [path for path in chain if path not in paths] if later_ones else []
-    set_aside(last_first, place, replace=True, along=along)
+    place = set_aside(last_first, place_for(folder, run), along)
     return [
         f"{folder}: {problem}, and it resumes at step {step}; the {len(paths)} after that are now "
         f"in {place}"

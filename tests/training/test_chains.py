@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -244,13 +246,13 @@ def test_what_is_set_aside_has_its_bases_along(
     state, model = tracked(tmp_path, 4).state_dict(), small()
     train(model, resume(tmp_path, state, model, keyframe_every=9), 4)
     before = {path.name: rebuilt(path) for path in tmp_path.glob("*.safetensors")}
-    for linked in (True, False):
+    for number, linked in enumerate((True, False), 1):
         if not linked:
             monkeypatch.setattr(os, "link", _no_links)
         again = resume(tmp_path, state, small(), keyframe_every=9)
         with pytest.warns(RuntimeWarning, match="the 4 after that are now in"):
             train(again.model, again, 4)
-        aside = tmp_path / "other-runs" / again.run
+        aside = tmp_path / "other-runs" / (again.run if number == 1 else f"{again.run}.{number}")
         contents = open_snapshots(aside).contents
         assert not contents.problems
         assert len(contents.usable()) == len(before)
@@ -259,6 +261,39 @@ def test_what_is_set_aside_has_its_bases_along(
                 for key, value in rebuilt(aside / name).items():
                     assert value.tobytes() == values[key].tobytes()
         again.close()
+
+
+def test_killed_while_it_sets_aside_it_goes_on_in_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, model = tracked(tmp_path / "0", 4).state_dict(), small()
+    train(model, resume(tmp_path / "0", state, model, keyframe_every=9), 4)
+    before = folder_bytes(tmp_path / "0")
+    replace = os.replace
+    for kill in range(1, 6):
+        folder = shutil.copytree(tmp_path / "0", tmp_path / str(kill))
+        left = [kill]
+
+        def replacing(*paths: Any, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            replace(*paths)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", replacing)
+            again = resume(folder, state, small(), keyframe_every=9)
+            with contextlib.suppress(Killed):
+                again.update()
+            again.close()
+        again = resume(folder, state, small(), keyframe_every=9)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        train(again.model, again, 1)
+        again.close()
+        asides = list((folder / "other-runs").iterdir())
+        assert [path.name for path in asides] == [again.run]
+        assert not open_snapshots(asides[0]).contents.problems
+        assert folder_bytes(asides[0]) == before
 
 
 def _no_links(*_: Any) -> None:

@@ -284,13 +284,13 @@ def test_overwrite_sets_the_other_runs_snapshots_aside(tmp_path: Path) -> None:
     assert {each.metadata["run"] for each in map(read_header, out)} == {first.run}
     assert steps(tmp_path) == {1}
     assert steps(place) == {1, 2, 3, 4, 5}
-    # The first run goes on elsewhere and comes back: nothing that was set aside is replaced.
+    # The first run comes back: nothing that was set aside is replaced, and names stay.
     for path in place.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     third = tracker(tmp_path, overwrite=True)
     with pytest.warns(RuntimeWarning, match="another run's"):
         third.update()
-    assert len(folder_bytes(place)) == 20 - len(folder_bytes(tmp_path)) + 3
+    assert folder_bytes(place) == folder_bytes(place.with_name(f"{place.name}.2")) == before
 
 
 def test_a_runs_name_leads_nowhere_else(tmp_path: Path) -> None:
@@ -377,16 +377,24 @@ def test_later_snapshots_are_refused_or_set_aside(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             resumed.update()
     assert folder_bytes(tmp_path) == before
-    for _ in range(3):  # and nothing grows
+    place = tmp_path / OTHER_RUNS / ema.run
+    for number in range(1, 4):  # and nothing that was set aside is lost
         again = tracker(tmp_path, checkpoint_every=10, later="set aside")
         again.load_state_dict(state)
-        place = tmp_path / OTHER_RUNS / ema.run
+        later = {
+            path.name: each
+            for path in tmp_path.glob("*-step000000[678]*")
+            if (each := path.read_bytes())
+        }
         with pytest.warns(RuntimeWarning) as caught:
             train(again.model, again, 20)
-        assert "after that are now in " + str(place) in str(caught[0].message)
+        there = place if number == 1 else place.with_name(f"{place.name}.{number}")
+        assert str(caught[0].message).endswith(f"after that are now in {there}")
         assert steps(tmp_path) == {10, 20, 30, 40, 50, 60, 70}
-        assert steps(place) == {60, 70, 80}
+        assert folder_bytes(there) == later
+        assert steps(there) == ({60, 70, 80} if number == 1 else {60, 70})
         again.close()
+    assert steps(place) == {60, 70, 80}
     with pytest.raises(ValueError, match="later 'ask'"):
         tracker(tmp_path, later="ask")
 
