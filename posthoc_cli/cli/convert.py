@@ -98,7 +98,7 @@ def convert(
         left_out=left_out,
     )
     outcome = _work(jobs, chosen, force, left_out, progress=not quiet)
-    texts = [(one.name, text) for one in outcome.converted for text in one.warnings]
+    texts = [(one.job.name, text) for one in outcome.converted for text in one.warnings]
     explained = explain(outcome.converted, chosen)
     warn([*explained, *_left_out(left_out), *_grouped(texts)], quiet)
     if as_json:
@@ -161,7 +161,7 @@ def _work(
                     raise
                 outcome.problems.append((job.name, error))
             count(left)
-    outcome.converted.sort(key=lambda one: one.name)
+    outcome.converted.sort(key=lambda one: one.job.name)
     return outcome
 
 
@@ -172,12 +172,12 @@ def _describe(source: str, folder: str, outcome: _Outcome) -> dict[str, Any]:
         "folder": folder,
         "converted": [
             {
-                "file": one.name,
-                "output": str(one.output),
-                "from": one.kind,
-                "step": one.step,
-                "sigma_rel": one.identity.sigma_rel or None if one.identity else None,
-                "gamma": one.identity.gamma if one.identity else None,
+                "file": one.job.name,
+                "output": str(one.job.output),
+                "from": one.job.tool,
+                "step": one.job.step,
+                "sigma_rel": one.job.identity.sigma_rel or None if one.job.identity else None,
+                "gamma": one.job.identity.gamma if one.job.identity else None,
                 "dtypes": dict(one.dtypes),
                 "tensors": one.tensors,
                 "parameters": one.parameters,
@@ -240,13 +240,13 @@ def _draw(console: Console, outcome: _Outcome) -> None:
 
 
 def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
-    widths = [_width(one.identity) for one in converted]
-    gammas = [one.identity.gamma if one.identity else math.nan for one in converted]
+    widths = [_width(one.job.identity) for one in converted]
+    gammas = [one.job.identity.gamma if one.job.identity else math.nan for one in converted]
     power = all(each[0] in "-0" for each in widths)
     columns = [
-        Column("file", [printable(one.name) for one in converted], right=False),
-        Column("from", [one.kind for one in converted], right=False),
-        Column("step", ["-" if one.step is None else str(one.step) for one in converted]),
+        Column("file", [printable(one.job.in_short) for one in converted], right=False),
+        Column("from", [one.job.tool for one in converted], right=False),
+        Column("step", ["-" if one.job.step is None else str(one.job.step) for one in converted]),
         Column("sigma_rel" if power else "profile", widths),
         Column("gamma", [f"{each:.2f}" if math.isfinite(each) else "-" for each in gammas]),
         Column("dtype", [_dtypes_in_short(one) for one in converted], right=False),
@@ -273,7 +273,7 @@ def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
         parts.append(f"{counted(len(made), 'snapshot')}, {size}, written in {seconds:.1f} s")
     if there:
         parts.append(f"{there} done already")
-    folder = printable(str(converted[0].output.parent))
+    folder = printable(str(converted[0].job.output.parent))
     console.print(f"{folder}: {'; '.join(parts)}", style="bold", soft_wrap=True)
 
 

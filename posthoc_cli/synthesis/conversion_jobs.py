@@ -15,6 +15,7 @@ from posthoc_cli.snapshots import Contents, check_profiles
 from posthoc_cli.snapshots.identity import stated
 from posthoc_cli.storage import read_header
 from posthoc_cli.storage.metadata import CONVERTED, STEP, TOOL, carried_over
+from posthoc_cli.storage.shards import index_path
 from posthoc_cli.storage.stores import exists, identity, is_folder
 from posthoc_cli.storage.temporary import clean_up
 from posthoc_cli.synthesis.conversion_sources import Converted as Converted
@@ -52,17 +53,18 @@ def find_jobs(
     inputs = {identity(file.path) for job in jobs for file in job.files}
     inputs |= {identity(job.source) for job in jobs}
     for at, job in enumerate(jobs):
-        if not exists(job.output):
+        there = [path for path in (job.output, index_path(job.output)) if exists(path)]
+        if not there:
             continue
-        if identity(job.output) in inputs:
+        if any(identity(path) in inputs for path in there):
             problem = "is one of the checkpoints"
-            raise UsageError(str(job.output), problem, "choose another folder")
+            raise UsageError(str(there[0]), problem, "choose another folder")
         if job.index is None:
             continue
         done, differs = _done(job, options)
         if done is None and not overwrite:
             raise UsageError(
-                str(job.output),
+                str(there[0]),
                 f"exists already, and is not what this makes of '{job.name}'{differs}",
                 "use force=True to replace it, or choose another folder",
             )

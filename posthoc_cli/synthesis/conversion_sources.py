@@ -106,6 +106,11 @@ class Job:
     done: Converted | None = None
 
     @property
+    def in_short(self) -> str:
+        """Its name; of the one network in a folder that folder's."""
+        return min(self.known, self.name, key=len)
+
+    @property
     def tool(self) -> str:
         return self.index.metadata.get(TOOL, "torch") if self.index else "torch"
 
@@ -146,31 +151,6 @@ class Converted:
     @property
     def tensors(self) -> int:
         return sum(self.dtypes.values())
-
-    @property
-    def name(self) -> str:
-        return self.job.name
-
-    @property
-    def output(self) -> Path:
-        return self.job.output
-
-    @property
-    def kind(self) -> str:
-        return self.job.tool
-
-    @property
-    def step(self) -> int | None:
-        return self.job.step
-
-    @property
-    def identity(self) -> Identity | None:
-        return self.job.identity
-
-    @property
-    def trained(self) -> Identity | None:
-        """What its tool was asked for in training, where that is another profile."""
-        return self.job.asked if self.job.asked != self.job.identity else None
 
 
 def find_checkpoints(

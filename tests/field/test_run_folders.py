@@ -236,3 +236,19 @@ def test_what_is_said_of_all(words: tuple[str, ...], posthoc_here: Posthoc, tmp_
     assert betas == {0.99 if "--ema-decay" in words else 0.0}
     other = posthoc_here("convert", "run", "out", "--ema-decay", "0.9")
     other.failed(2, ".*exists already, and is not what this makes of .*--force .*")
+
+
+def test_shards_are_not_replaced_by_their_copy(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    shards(tmp_path / "run", 500)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for more in ((), ("--force",)):
+        posthoc_here("convert", "run", "run", *more).failed(
+            2, "run/model.safetensors.index.json: is one of the checkpoints; .*"
+        )
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    shards(tmp_path / "out", 1000)
+    posthoc_here("convert", "run", "out").failed(
+        2, "out/model.safetensors.index.json: exists already, and is not .*; use --force .*"
+    )
+    assert posthoc_here("convert", "run", "out", "--force").code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]

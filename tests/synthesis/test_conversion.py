@@ -95,12 +95,12 @@ def test_a_state_dict_comes_out_as_torch_loads_it(form: str, tmp_path: Path) -> 
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("e")}
     torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
     (one,) = run(tmp_path, tmp_path / "out", Options())
-    assert_same(one.output, torch.load(path, weights_only=True))
-    assert one.output == tmp_path / "out" / "net_500_6.94.safetensors"
-    assert (one.kind, one.step, one.tensors) == ("torch", 500, len(tensors))
+    assert_same(one.job.output, torch.load(path, weights_only=True))
+    assert one.job.output == tmp_path / "out" / "net_500_6.94.safetensors"
+    assert (one.job.tool, one.job.step, one.tensors) == ("torch", 500, len(tensors))
     assert one.parameters == sum(tensor.numel() for tensor in tensors.values())
-    assert one.bytes == one.output.stat().st_size
-    written = metadata(one.output)
+    assert one.bytes == one.job.output.stat().st_size
+    written = metadata(one.job.output)
     assert written["step"] == "500"
     assert float(written["gamma"]) == 6.94
 
@@ -109,12 +109,15 @@ def test_edm2(tmp_path: Path, names: None) -> None:
     net = half(Network())
     path = snapshot(net, tmp_path / "run-0002147-0.050.pkl")
     (one,) = run(path, tmp_path / "out", Options())
-    assert_same(one.output, net.state_dict())
-    assert one.kind == "edm2"
-    assert metadata(one.output) == metadata(one.output) | {"step": "2147328", "sigma_rel": "0.05"}
+    assert_same(one.job.output, net.state_dict())
+    assert one.job.tool == "edm2"
+    assert metadata(one.job.output) == metadata(one.job.output) | {
+        "step": "2147328",
+        "sigma_rel": "0.05",
+    }
     path.rename(tmp_path / "other.pkl")
     (one,) = run(tmp_path / "other.pkl", tmp_path / "out", Options())
-    assert (one.step, one.identity) == (None, None)
+    assert (one.job.step, one.job.identity) == (None, None)
     assert "nothing says its profile" in one.warnings[0]
 
 
@@ -132,12 +135,12 @@ def test_ema_pytorch(tmp_path: Path) -> None:
     for index in (0, 1):
         ema_pytorch(tmp_path, index, 70_000, tensors)
     found = run(tmp_path, tmp_path, BOTH)
-    assert [one.kind for one in found] == ["ema-pytorch"] * 2
+    assert [one.job.tool for one in found] == ["ema-pytorch"] * 2
     for one, sigma_rel in zip(found, ("0.05", "0.1"), strict=True):
-        assert_same(one.output, {name: tensor.half() for name, tensor in tensors.items()})
-        written = metadata(one.output)
+        assert_same(one.job.output, {name: tensor.half() for name, tensor in tensors.items()})
+        written = metadata(one.job.output)
         assert (written["step"], written["sigma_rel"]) == ("70000", sigma_rel)
-        assert one.trained is None
+        assert one.job.asked == one.job.identity
     assert explanations(found, BOTH) == []
 
 
@@ -152,10 +155,10 @@ def test_posthoc_ema(tmp_path: Path) -> None:
     tensors = {"weight": torch.randn(8, 4, 3, 3), "num_batches_tracked": torch.tensor(3)}
     path = posthoc_ema(tmp_path / "1.1000.pt", torch.tensor(901), **tensors)
     found = run(path, tmp_path, BOTH)
-    assert_same(found[0].output, tensors)
-    assert (found[0].kind, found[0].step) == ("posthoc-ema", 901)
-    assert metadata(found[0].output)["step"] == "901"
-    assert metadata(found[0].output)["sigma_rel"] == "0.1"
+    assert_same(found[0].job.output, tensors)
+    assert (found[0].job.tool, found[0].job.step) == ("posthoc-ema", 901)
+    assert metadata(found[0].job.output)["step"] == "901"
+    assert metadata(found[0].job.output)["sigma_rel"] == "0.1"
     assert "step 1000 is their step 901" in explanations(found, BOTH)[0]
     inventory = read_folder(tmp_path)
     assert [one.step for one in inventory.snapshots] == [901]
@@ -181,7 +184,7 @@ def test_the_counter_of_posthoc_ema(
 ) -> None:
     path = posthoc_ema(tmp_path / f"0.{step}.pt", counter, w=W)
     (one,) = run(path, tmp_path, BOTH)
-    assert one.step == averaged
+    assert one.job.step == averaged
 
 
 @pytest.mark.parametrize("prefix", ["", "ema_model."])
@@ -189,15 +192,15 @@ def test_posthoc_ema_that_says_its_width(prefix: str, tmp_path: Path) -> None:
     state = {f"{prefix}w": torch.ones(3), "initted": torch.tensor(1.0), "step": torch.tensor(1e3)}
     torch.save(state | {"sigma_rel": 0.2}, tmp_path / "1.1000.pt")
     (one,) = run(tmp_path, tmp_path, Options(update_every=1))
-    assert one.kind == "posthoc-ema"
-    assert_same(one.output, {"w": torch.ones(3)})
-    assert metadata(one.output)["sigma_rel"] == "0.2"
+    assert one.job.tool == "posthoc-ema"
+    assert_same(one.job.output, {"w": torch.ones(3)})
+    assert metadata(one.job.output)["sigma_rel"] == "0.2"
 
 
 def test_a_tool_that_is_said_to_have_written_it(tmp_path: Path) -> None:
     one = converted(tmp_path, "0.1000.pt", {"w": W}, kind="posthoc-ema", profiles=(0.05,))
-    assert_same(one.output, {"w": W})
-    assert (one.kind, one.step) == ("posthoc-ema", 1000)
+    assert_same(one.job.output, {"w": W})
+    assert (one.job.tool, one.job.step) == ("posthoc-ema", 1000)
 
 
 def test_a_network_beside_an_ordinary_average_of_it_asks_for_the_tool(tmp_path: Path) -> None:
@@ -207,9 +210,9 @@ def test_a_network_beside_an_ordinary_average_of_it_asks_for_the_tool(tmp_path: 
     with pytest.raises(SnapshotError, match=r"ema-pytorch, but it holds the network too .*tool="):
         run(tmp_path, tmp_path / "a", Options())
     (one,) = run(tmp_path, tmp_path / "a", Options("torch"))
-    assert_same(one.output, state | counters)
+    assert_same(one.job.output, state | counters)
     (one,) = run(tmp_path, tmp_path / "b", Options("ema-pytorch"))
-    assert_same(one.output, {"w": torch.zeros(1)})
+    assert_same(one.job.output, {"w": torch.zeros(1)})
     assert "nothing says its profile" in one.warnings[0]
 
 
@@ -227,12 +230,12 @@ W = torch.ones(2)
 
 def test_numbers_in_the_checkpoint_tell(tmp_path: Path) -> None:
     one = converted(tmp_path, "a.pt", {"step": 12000, "sigma_rel": 0.07, "model": {"w": W}})
-    assert metadata(one.output)["step"] == "12000"
-    assert metadata(one.output)["sigma_rel"] == "0.07"
+    assert metadata(one.job.output)["step"] == "12000"
+    assert metadata(one.job.output)["sigma_rel"] == "0.07"
     one = converted(tmp_path, "b.pt", {"step": torch.tensor(3.0), "gamma": 2.5, "model": {"w": W}},
                     key="model")  # fmt: skip
-    assert metadata(one.output)["gamma"] == "2.5"
-    assert one.step == 3
+    assert metadata(one.job.output)["gamma"] == "2.5"
+    assert one.job.step == 3
 
 
 @pytest.mark.parametrize("content", [
@@ -242,35 +245,35 @@ def test_numbers_in_the_checkpoint_tell(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_step_alone_is_kept(content: dict[str, Any], tmp_path: Path) -> None:
     one = converted(tmp_path, "a.pt", content)
-    assert (one.step, one.identity) == (500, None)
-    assert metadata(one.output)["step"] == "500"
-    assert not {"gamma", "sigma_rel"} & metadata(one.output).keys()
+    assert (one.job.step, one.job.identity) == (500, None)
+    assert metadata(one.job.output)["step"] == "500"
+    assert not {"gamma", "sigma_rel"} & metadata(one.job.output).keys()
     assert "only good for raw=True" in one.warnings[0]
 
 
 def test_nothing_that_tells(tmp_path: Path) -> None:
     one = converted(tmp_path, "last.pt", {"w": W})
-    assert (one.step, one.identity) == (None, None)
-    assert metadata(one.output).keys() == {"converted"}
+    assert (one.job.step, one.job.identity) == (None, None)
+    assert metadata(one.job.output).keys() == {"converted"}
 
 
 def test_an_index_says_nothing_of_what_is_no_average(tmp_path: Path) -> None:
     one = converted(tmp_path, "3.1000.pt", {"w": W})
-    assert (one.step, one.identity) == (1000, None)
+    assert (one.job.step, one.job.identity) == (1000, None)
 
 
 def test_the_name_and_the_numbers_disagree(tmp_path: Path) -> None:
     content = {"step": 700, "sigma_rel": 0.07, "model": {"w": W}}
     one = converted(tmp_path, "a_500_6.94.pt", content)
-    assert one.step == 700
+    assert one.job.step == 700
     assert "its name says step 500" in one.warnings[0]
 
 
 def test_a_pattern_is_for_the_name_of_the_checkpoint(tmp_path: Path) -> None:
     pattern = compile_pattern("run7_{step}_{sigma_rel}.pt")
     one = converted(tmp_path, "run7_500_0.20.pt", {"w": W}, pattern=pattern)
-    assert metadata(one.output)["step"] == "500"
-    assert metadata(one.output)["sigma_rel"] == "0.2"
+    assert metadata(one.job.output)["step"] == "500"
+    assert metadata(one.job.output)["sigma_rel"] == "0.2"
     with pytest.raises(UsageError, match="its ending included"):
         converted(tmp_path, "b.pt", {"w": W}, pattern=pattern)
     with pytest.raises(SnapshotError, match="doesn't fit pattern="):
@@ -280,7 +283,7 @@ def test_a_pattern_is_for_the_name_of_the_checkpoint(tmp_path: Path) -> None:
 def test_a_pattern_with_an_index(tmp_path: Path) -> None:
     pattern = compile_pattern("e{index}-{step}.pt")
     one = converted(tmp_path, "e1-500.pt", {"w": W}, pattern=pattern, profiles=(0.1, 0.2))
-    assert metadata(one.output)["sigma_rel"] == "0.2"
+    assert metadata(one.job.output)["sigma_rel"] == "0.2"
     with pytest.raises(UsageError, match="missing, as pattern= has"):
         find_jobs(tmp_path, tmp_path, Options(pattern=pattern))
 
@@ -307,7 +310,7 @@ def test_without_update_every_the_profile_is_doubted(kind: str, tmp_path: Path) 
     default = {"ema-pytorch": "100", "posthoc-ema": "10"}[kind]
     options = Options(kind=kind, profiles=(0.05,))
     found = run(path, tmp_path / "out", options)
-    assert metadata(found[0].output)["sigma_rel"] == "0.05"
+    assert metadata(found[0].job.output)["sigma_rel"] == "0.05"
     (told,) = explanations(found, options)
     assert told.startswith(f"{kind} averages with another profile than asked for unless")
     assert f"its default is {default}: give update_every=" in told
@@ -321,13 +324,13 @@ def test_the_exponent_that_it_really_is(tmp_path: Path) -> None:
     found = run(tmp_path, tmp_path, options)
     for one, asked in zip(found, (0.05, 0.10), strict=True):
         gamma = (1 + sigma_rel_to_gamma(asked)) / 10 - 1
-        assert float(metadata(one.output)["gamma"]) == gamma
-        assert "sigma_rel" not in metadata(one.output)
-        assert metadata(one.output)["update_every"] == "10"
-        assert one.identity is not None
-        assert one.identity.sigma_rel == gamma_to_sigma_rel(gamma)
-        assert one.trained is not None
-        assert one.trained.sigma_rel == asked
+        assert float(metadata(one.job.output)["gamma"]) == gamma
+        assert "sigma_rel" not in metadata(one.job.output)
+        assert metadata(one.job.output)["update_every"] == "10"
+        assert one.job.identity is not None
+        assert one.job.identity.sigma_rel == gamma_to_sigma_rel(gamma)
+        assert one.job.asked is not None
+        assert one.job.asked.sigma_rel == asked
     (told,) = explanations(found, options)
     assert "sigma_rel 0.05 is gamma 0.7972 in truth, sigma_rel 0.2459" in told
     assert "sigma_rel 0.1 is gamma -0.2063 in truth, sigma_rel 0.2972" in told
@@ -374,19 +377,19 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     path = ema_pytorch(tmp_path, 1, 1000, {"w": W, "count": torch.tensor(3)})
     options = Options(profiles=(0.05, 0.10), update_every=10)
     (first,) = run(tmp_path, tmp_path, options)
-    before = first.output.stat()
+    before = first.job.output.stat()
     for same in (options, Options("ema-pytorch", "same", 10, (0.05, 0.10))):
         (again,) = run(tmp_path, tmp_path, same)
         assert again.seconds is None
-        assert first.identity is not None
-        assert again.identity is not None
-        assert (again.identity.gamma, again.step, again.dtypes) == (
-            first.identity.gamma,
+        assert first.job.identity is not None
+        assert again.job.identity is not None
+        assert (again.job.identity.gamma, again.job.step, again.dtypes) == (
+            first.job.identity.gamma,
             1000,
             first.dtypes,
         )
         assert (again.parameters, again.bytes) == (first.parameters, first.bytes)
-    assert first.output.stat().st_mtime_ns == before.st_mtime_ns
+    assert first.job.output.stat().st_mtime_ns == before.st_mtime_ns
     for other in (
         Options(profiles=(0.05, 0.10), update_every=1),
         Options(profiles=(0.05, 0.20), update_every=10),
@@ -396,7 +399,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="exists already, and is not what this makes"):
             find_jobs(tmp_path, tmp_path, other)
     (forced,) = run(tmp_path, tmp_path, Options("torch"), overwrite=True)
-    assert "ema_model.w" in load_file(forced.output)
+    assert "ema_model.w" in load_file(forced.job.output)
     with pytest.raises(UsageError, match="exists already"):
         find_jobs(tmp_path, tmp_path, options)
     run(tmp_path, tmp_path, options, overwrite=True)
@@ -435,14 +438,14 @@ def test_another_file_at_its_place(content: bytes, tmp_path: Path) -> None:
 def test_an_output_that_was_meddled_with(changes: dict[str, Any], tmp_path: Path) -> None:
     torch.save({"w": W, "step": 5}, tmp_path / "a.pt")
     (one,) = run(tmp_path, tmp_path, Options())
-    written = metadata(one.output)
+    written = metadata(one.job.output)
     entry = json.loads(written["converted"])
     for key, value in changes.items():
         if key in entry:
             entry[key] = value
     written["converted"] = json.dumps(entry)
     written |= {key: value for key, value in changes.items() if key in written}
-    save_file({"w": W}, one.output, written)
+    save_file({"w": W}, one.job.output, written)
     with pytest.raises(UsageError, match="exists already"):
         find_jobs(tmp_path, tmp_path, Options())
 
@@ -489,7 +492,7 @@ def test_dtypes(dtype: str, tmp_path: Path) -> None:
     }
     if dtype == "float16":  # by way of float32 a double would be rounded twice
         expected["float64"] = torch.from_numpy(tensors["float64"].numpy().astype(np.float16))
-    found = load_file(one.output)
+    found = load_file(one.job.output)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(torch.nan_to_num(found[name]), torch.nan_to_num(tensor)), name
@@ -524,7 +527,7 @@ def test_converted_averages_stay_the_staircases_they_are(tmp_path: Path) -> None
     read = posthoc_cli.open_snapshots(tmp_path / "out").snapshots
     there = posthoc_cli.open_snapshots(tmp_path, profiles=[0.05, 0.1], update_every=10)
     assert {each.profile for each in read} == {each.profile for each in there.snapshots}
-    assert {one.identity.profile.stairs for one in found if one.identity} == {(1, 10)}
+    assert {one.job.identity.profile.stairs for one in found if one.job.identity} == {(1, 10)}
     for index, text in enumerate(("0", "2.5", "often")):
         told = {"step": "10", "gamma": "5", "update_every": text}
         save_file({"w": W}, tmp_path / f"{index}.safetensors", told)
