@@ -520,6 +520,27 @@ def test_a_token_that_is_missing(servers: Servers, posthoc_here: Posthoc) -> Non
     outcome(posthoc_here, "hf://me/ema/snapshots").failed(1, line)
 
 
+def test_a_login_of_the_hubs_address_is_not_shown(
+    servers: Servers, posthoc_here: Posthoc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(url: str) -> Run:
+        endpoint = url.replace("//", "//me:secret@")
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        return posthoc_here("inspect", "hf://me/ema/snapshots")
+
+    assert at(servers.hub.url).code == 0
+    monkeypatch.setenv("POSTHOC_DEBUG", "1")
+    monkeypatch.setattr("posthoc_cli.storage.remote.hub._WAITS", ())
+    done = at(unused_url())
+    assert done.code == 1
+    assert "no connection to the hub" in done.err
+    assert "secret" not in done.err
+    monkeypatch.delenv("POSTHOC_DEBUG")
+    monkeypatch.setenv("HF_TOKEN", "hf_secr\u00e9t")
+    line = "hf://me/ema: the token has characters that none has; .* HF_TOKEN"
+    at(servers.hub.url).failed(1, line)
+
+
 def test_the_hub_is_asked_again(servers: Servers, posthoc_here: Posthoc, monkeypatch) -> None:
     monkeypatch.setattr("posthoc_cli.storage.remote.hub._WAITS", (0.0, 0.0))
     servers.hub.token = "secret"

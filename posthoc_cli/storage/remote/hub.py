@@ -122,6 +122,8 @@ class Repository(Server):
         remedy = "check the network, or HF_ENDPOINT; try again"
         if status == 429:
             remedy = f"try again later; who is known may ask more: {login}"
+        elif isinstance(error, UnicodeError):
+            problem, remedy = "the token has characters that none has", login
         elif isinstance(error, ValueError):  # it was to be JSON
             problem = "what answers is no hub"
             remedy = "check HF_ENDPOINT, and whether the network asks you to log in"
