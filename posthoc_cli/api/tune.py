@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,15 +20,17 @@ from posthoc_cli.api.tuner import Trial, Tuned, Tuner, check_local
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
 from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder, remove_whole
 from posthoc_cli.storage.places import is_url, place
+from posthoc_cli.tuning.checks import check_whole, shown, values_of
 from posthoc_cli.tuning.journal import Evaluation
 from posthoc_cli.tuning.metric import CommandMetric
 from posthoc_cli.tuning.reading import NoMetric, finite
 
 if TYPE_CHECKING:
     from posthoc_cli.api.run import Run
+    from posthoc_cli.synthesis.output_files import Output
 
-Measure = Callable[[Trial, Path | None, int], list[float]]
-"""The values of a trial's metric, from the network's path and the slot that it is measured in."""
+Measure = Callable[[Trial, "Output | None", int], list[float]]
+"""The values of a trial's metric, from its network and the slot that it is measured in."""
 
 Report = Callable[[Tuner, Trial, Evaluation | None], None]
 """Called when the measurement of a trial begins, and, with what came of it, when it ends."""
@@ -57,6 +60,9 @@ def tune(
     `progress` of the bytes that are read for networks."""
     if isinstance(metric, str):
         metric = CommandMetric(metric)
+    elif not callable(metric) and not isinstance(metric, CommandMetric):
+        problem = f"{shown(metric)} is neither a command nor a function"
+        raise UsageError("metric=", problem, "give one of the two")
     command = metric if isinstance(metric, CommandMetric) else None
     layout = search.get("layout", "file")
     if command:
@@ -64,6 +70,10 @@ def tune(
         search.setdefault("name", command.as_dict())
     if given not in GIVEN:
         raise UsageError("given=", f"'{given}' is not known", "choose state_dict or path")
+    if not command and given == "state_dict" and search.get("lora", "factors") != "factors":
+        problem = "goes with commands, or given='path': exact factors are made for files"
+        raise UsageError("lora='exact'", problem, "add given='path'")
+    check_whole("parallel", parallel, "1")
     if parallel < 1 or (parallel > 1 and not command):
         remedy = "give 1 or more" if command else "only commands run in parallel; use run.tuner()"
         raise UsageError("parallel=", f"{parallel} doesn't go", remedy)
@@ -84,9 +94,12 @@ def tune(
         if started:
             started(tuner)
         folder = None
+        if command:
+            known = sum(len(each.values) for each in tuner.measured)
+            command.seeds = itertools.count(tuner.seed + known)
         if command or given == "path":
             folder = stack.enter_context(_workplace(tuner.journal.path, workdir))
-        measure = _by_command(command, layout) if command else _by_call(metric, given)  # type: ignore[arg-type]
+        measure = _by_command(command) if command else _by_call(metric, tuner.made)  # type: ignore[arg-type]
         loop = _Loop(tuner, measure, folder, parallel if command else 0, report, progress)
         try:
             loop.run()
@@ -97,8 +110,9 @@ def tune(
         result = tuner.result()
         if output is None or result.best is None:
             return result
-        how: dict[str, Any] = {"force": force, "skip_existing": skip_existing, "layout": layout}
-        saved = result.best.solution.save(output, progress=progress, **how, **tuner.made)
+        how: dict[str, Any] = {"force": force, "skip_existing": skip_existing}
+        how |= tuner.written | tuner.planned
+        saved = result.best.solution.save(output, progress=progress, **how)
         return replace(result, output=saved)
 
 
@@ -120,15 +134,11 @@ def _name(metric: object) -> str:
     return ".".join(map(str, named if all(named) else (kind.__module__, kind.__qualname__)))
 
 
-def _by_command(command: CommandMetric, layout: str) -> Measure:
-    from posthoc_cli.storage.manifest import read_manifest
-
-    def measure(trial: Trial, path: Path | None, slot: int) -> list[float]:
-        assert path is not None
-        path = path.absolute()
-        weights = path
-        if layout == "folder":
-            weights = path / (read_manifest(path) or {})["weights"]
+def _by_command(command: CommandMetric) -> Measure:
+    def measure(trial: Trial, made: Output | None, slot: int) -> list[float]:
+        assert made is not None
+        path = made.path.absolute()
+        weights = path if made.manifest is None else path / made.manifest["weights"]
         values = {
             "file": str(weights),
             "folder": str(path),
@@ -141,10 +151,11 @@ def _by_command(command: CommandMetric, layout: str) -> Measure:
     return measure
 
 
-def _by_call(metric: Callable[[Any], float], given: str) -> Measure:
-    def measure(trial: Trial, path: Path | None, slot: int) -> list[float]:
+def _by_call(metric: Callable[[Any], Any], how: Mapping[str, Any]) -> Measure:
+    def measure(trial: Trial, made: Output | None, slot: int) -> list[float]:
+        network = trial.state_dict(**how) if made is None else made.path
         try:
-            return [finite(float(metric(trial.state_dict() if path is None else path)))]
+            return [finite(each) for each in values_of(metric(network))]
         except NoMetric as error:
             raise MachineError("metric=", str(error), "see what went wrong") from None
 
@@ -176,6 +187,11 @@ def _workplace(journal: Path | None, workdir: str | os.PathLike[str] | None) -> 
             remove_whole(place)
 
 
+def _remove(made: Output) -> None:
+    for path in (made.path, *made.shards):
+        remove_whole(path)
+
+
 class _Here:
     """Runs what is submitted at once, in this thread."""
 
@@ -199,7 +215,7 @@ class _Loop:
     report: Report | None
     progress: Progress | None
     queue: list[Trial] = field(default_factory=list)
-    paths: dict[Trial, Path] = field(default_factory=dict)
+    made: dict[Trial, Output] = field(default_factory=dict)
     running: dict[Future[list[float]], tuple[Trial, int, float]] = field(default_factory=dict)
     failure: tuple[Exception, Trial] | None = None
 
@@ -239,7 +255,7 @@ class _Loop:
         while True:
             self.queue = self.tuner.ask(count)
             try:
-                self.paths |= self.tuner.save(self.queue, self.place, self.progress)
+                self.made |= self.tuner.save(self.queue, self.place, self.progress)
                 return
             except MachineError as error:  # as by a quota, which free_bytes doesn't know
                 count = len(self.queue) // 2
@@ -251,7 +267,7 @@ class _Loop:
         if self.report:
             self.report(self.tuner, trial, None)
         began = time.perf_counter()
-        future = pool.submit(self.measure, trial, self.paths.get(trial), slot)
+        future = pool.submit(self.measure, trial, self.made.get(trial), slot)
         self.running[future] = trial, slot, began
 
     def _finish(self, future: Future[list[float]]) -> int:
@@ -264,16 +280,16 @@ class _Loop:
             why = error.problem if isinstance(error, PosthocError) else repr(error)
             keep = partial(self.tuner.fail, trial, why, seconds=seconds)
             self.failure = self.failure or (error, trial)
-        path = self.paths.pop(trial, None)
+        made = self.made.pop(trial, None)
         try:
             evaluation = keep()
         except MachineError:  # the disk is full: what is measured is worth more than the network
-            if path is None:
+            if made is None:
                 raise
-            remove_whole(path)
+            _remove(made)
             evaluation = keep()
-        if path is not None and path not in self.paths.values():
-            remove_whole(path)
+        if made is not None and made not in self.made.values():
+            _remove(made)
         if self.report:
             self.report(self.tuner, trial, evaluation)
         return slot

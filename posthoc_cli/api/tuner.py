@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.api.doubts import doubts
 from posthoc_cli.api.lengths import identity, reached, searched_steps
-from posthoc_cli.api.solution import Solution, check_max_error
+from posthoc_cli.api.solution import Solution
 from posthoc_cli.errors import UsageError
 from posthoc_cli.solver.targets import Target, Value, plain_number
 from posthoc_cli.storage import ENDING
 from posthoc_cli.storage.places import is_url
 from posthoc_cli.synthesis.plan import TensorPlan
-from posthoc_cli.tuning.axis import Axis, check_parameter, length_of, make_axis, read_axis
+from posthoc_cli.tuning.axis import Axis, check_parameter, length_of, read_axis
+from posthoc_cli.tuning.checks import check_positive, check_whole, shown, values_of
 from posthoc_cli.tuning.journal import Evaluation, Journal
 from posthoc_cli.tuning.reading import MOST
 from posthoc_cli.tuning.search import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.api.run import Run
+    from posthoc_cli.synthesis.output_files import Output
     from posthoc_cli.synthesis.outputs import Saved
 
 EVALUATIONS, FIRST = 14, 7
@@ -147,26 +149,40 @@ class Tuner:
         copy: Sequence[str] = (),
         drop: Sequence[str] = (),
         layout: str = "file",
+        max_shard_size: int | None = None,
+        strict: bool = False,
         seed: int = 0,
         journal: str | os.PathLike[str] | None = None,
         name: Any = None,
+        **lora: Any,
     ) -> None:
+        if not isinstance(minimize, bool):
+            raise UsageError("minimize=", f"{shown(minimize)} is no answer", "give True or False")
+        check_whole("evaluations", evaluations, "14")
         if evaluations < 0:
             raise UsageError("evaluations=", f"{evaluations} is less than none", "give, say, 14")
-        if tolerance is not None and not 0 < tolerance < math.inf:
-            raise UsageError("tolerance=", f"{tolerance:g} is out of bounds", "give, say, 0.1")
+        check_whole("seed", seed, "0")
+        if seed < 0:
+            raise UsageError("seed=", f"{seed} is less than 0", "give, say, 0")
+        if tolerance is not None:
+            check_positive("tolerance", tolerance, "0.1")
         check_parameter(parameter)
-        check_max_error(max_error)
+        check_positive("max_error", max_error, "0.05 for 5%")
+        if step is not None:
+            check_whole("step", step, "that of a snapshot")
         check_local("journal", journal)
         self.run, self.minimize, self.evaluations = run, minimize, evaluations
-        self.tolerance, self.seed, self.layout = tolerance, seed, layout
+        self.tolerance, self.seed = tolerance, seed
         self.made: dict[str, Any] = {"dtype": dtype, "copy": tuple(copy), "drop": tuple(drop)}
+        self.written: dict[str, Any] = {"layout": layout, "strict": strict}
+        self.written["max_shard_size"] = max_shard_size
         self._solving: dict[str, Any] = {"method": method, "device": device, "try_sample": True}
         if also not in (None, "step"):
             raise UsageError("also=", f"'{also}' can't be searched", "only step can")
         snapshots, self.step = run.until(step)
         self.steps = searched_steps(run, self.step) if also else ()
-        run.plan(step, **self.made)  # refuses globs and dtypes that don't fit
+        self.planned = self.made | lora
+        run.plan(step, **self.planned)  # refuses globs and dtypes that don't fit
         self.pending: list[Trial] = []
         self._belief: tuple[int, Posterior] | None = None
         self.journal = Journal(None if journal is None else Path(journal))
@@ -189,6 +205,7 @@ class Tuner:
                     "steps": list(self.steps),
                     "method": method,
                     "layout": layout,
+                    "lora": lora if lora.get("lora", "factors") != "factors" else None,
                     "seed": seed,
                     **self.made,
                 }
@@ -210,18 +227,11 @@ class Tuner:
     def _axis(
         self, parameter: str, range: str | tuple[Value, Value] | None, max_error: float
     ) -> Axis:
-        if isinstance(range, str):
-            return read_axis(parameter, range)
         if range is not None:
-            return make_axis(parameter, *range)
+            return read_axis(parameter, range)
         header = self.journal.header
         if self.measured and header.get("parameter") == parameter:
-            try:
-                low, high = header["range"]
-            except (KeyError, TypeError, ValueError):
-                problem = "its first line doesn't say what was searched"
-                raise UsageError(str(self.journal.path), problem, "name another file") from None
-            return make_axis(parameter, low, high)
+            return read_axis(parameter, header.get("range"))
         return reached(parameter, self.step, max_error, self._solve)
 
     def _solve(self, targets: Sequence[Target], step: int) -> Solution:
@@ -287,17 +297,15 @@ class Tuner:
     ) -> Evaluation:
         """The metric of a network that was asked for; or several, of as many measurements.
 
-        It is in the journal when this returns. Raises UsageError for what is no finite number,
-        MachineError when the journal can't be written.
+        It is in the journal when this returns. Raises UsageError for what is no finite number, and
+        for a network that isn't waited for; MachineError when the journal can't be written.
         """
-        try:
-            values = tuple(map(float, metric))  # type: ignore[arg-type]
-        except TypeError:  # there is only one: a number, or an array without axes
-            values = (float(metric),)  # type: ignore[arg-type]
-        if not values or not all(abs(each) < MOST for each in values):
-            raise UsageError("metric=", f"{metric} is no finite number", "see what went wrong")
+        values = values_of(metric)
+        if not all(abs(each) < MOST for each in values):
+            problem = f"{shown(metric)} is no finite number"
+            raise UsageError("metric=", problem, "see what went wrong, and tell of it by fail()")
         mean = math.fsum(values) / len(values)
-        return self._end(trial, metric=mean, values=values, seconds=seconds)
+        return self._end(trial, metric=mean, values=tuple(values), seconds=seconds)
 
     def fail(self, trial: Trial, why: str, *, seconds: float = 0.0) -> Evaluation:
         """A network that was asked for could not be measured; it may be asked for again."""
@@ -308,6 +316,11 @@ class Tuner:
         self.pending = [each for each in self.pending if each not in trials]
 
     def _end(self, trial: Trial, **outcome: Any) -> Evaluation:
+        if trial not in self.pending:
+            known = isinstance(trial, Trial)
+            told = f"{trial.target} isn't waited for" if known else f"{shown(trial)} is no trial"
+            remedy = "tell once of each trial that ask() has given"
+            raise UsageError("trial=", told, remedy)
         evaluation = Evaluation(
             target=trial.target.named,
             length=trial.length,
@@ -340,7 +353,7 @@ class Tuner:
         if not count:
             return None
         if self._belief is None or self._belief[0] != count:
-            self._belief = count, posterior(self.space, self._observations(), self.seed)
+            self._belief = count, posterior(self.space, self._observations())
         return self._belief[1]
 
     @property
@@ -393,7 +406,7 @@ class Tuner:
 
     def bytes_of_network(self) -> int:
         """What a network's tensors take on the disk."""
-        plan = self.run.plan(self.step, **self.made)
+        plan = self.run.plan(self.step, **self.planned)
         return plan.bytes_to_write if isinstance(plan, TensorPlan) else 0
 
     def save(
@@ -401,24 +414,29 @@ class Tuner:
         trials: Sequence[Trial],
         folder: Path,
         progress: Callable[[int, int], None] | None = None,
-    ) -> dict[Trial, Path]:
+    ) -> dict[Trial, Output]:
         """Write the networks into `folder`, those of one solution in one pass."""
-        ending = "" if self.layout == "folder" else ENDING
+        ending = "" if self.written["layout"] == "folder" else ENDING
         place = str(folder).replace("{", "{{").replace("}", "}}")
         template = os.path.join(place, "{target}-step{step}" + ending)
-        how: dict[str, Any] = {"layout": self.layout, "force": True, "progress": progress}
-        paths: dict[Trial, Path] = {}
+        how: dict[str, Any] = {"force": True, "progress": progress, **self.written, **self.planned}
+        outputs: dict[Trial, Output] = {}
         for solution in {id(trial.solution): trial.solution for trial in trials}.values():
-            made = solution.save(template, **how, **self.made)
-            paths |= {each: made[each.at] for each in trials if each.solution is solution}
-        return paths
+            made = solution.save(template, **how).outputs
+            outputs |= {each: made[each.at] for each in trials if each.solution is solution}
+        return outputs
 
 
 def check_local(argument: str, path: str | os.PathLike[str] | None) -> None:
-    """Raise UsageError for a URL."""
-    if path is not None and is_url(path):
-        problem = f"'{os.fspath(path)}' is no path of a disk"
+    """Raise UsageError for a URL, and for what stands for no file."""
+    if path is None:
+        return
+    text = os.fspath(path)
+    if is_url(path):
+        problem = f"'{text}' is no path of a disk"
         raise UsageError(f"{argument}=", problem, "give one: only the output may be a URL")
+    if text in ("", "-"):
+        raise UsageError(f"{argument}=", f"'{text}' is no path", "give one, as it is read again")
 
 
 def _given(target: Target) -> Value:

@@ -116,35 +116,6 @@ DtypeOption = Annotated[
         autocompletion=dtypes,
     ),
 ]
-CopyOption = Annotated[
-    list[str] | None,
-    in_panel(
-        OUTPUT,
-        "GLOB",
-        "Tensors to take from the newest snapshot instead of averaging; may be repeated.",
-    ),
-]
-DropOption = Annotated[
-    list[str] | None, in_panel(OUTPUT, "GLOB", "Tensors to leave out; may be repeated.")
-]
-LayoutOption = Annotated[
-    str,
-    in_panel(
-        OUTPUT,
-        "LAYOUT",
-        "What each output is: file; or folder, with the config, tokenizer and other parts that "
-        "lie beside the newest snapshot, as from_pretrained loads it.",
-        autocompletion=lambda: ["file", "folder"],
-    ),
-]
-SkipOption = Annotated[
-    bool,
-    flag(
-        "--skip-existing",
-        "Keep outputs that exist and are what is asked for, by their recipes; write the others.",
-        OUTPUT,
-    ),
-]
 ForceOption = Annotated[bool, flag("--force", "Replace outputs that exist.", OUTPUT)]
 JsonOption = Annotated[bool, flag("--json", "Print the result as JSON.")]
 QuietOption = Annotated[
@@ -329,6 +300,100 @@ class Targets:
             "decay": read_numbers("--decay", self.decay),
             "half_life": read_lengths("--half-life", self.half_life),
         }
+
+
+PLANNED = ("dtype", "copy", "drop", "lora", "lora_rank", "lora_tolerance")
+"""Of what `Writing` reads, that which `Run.plan` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How outputs are written: the options under "Output", but for where."""
+
+    dtype: DtypeOption = "same"
+    copy: Annotated[
+        list[str] | None,
+        in_panel(
+            OUTPUT,
+            "GLOB",
+            "Tensors to take from the newest snapshot instead of averaging; may be repeated.",
+        ),
+    ] = None
+    drop: Annotated[
+        list[str] | None, in_panel(OUTPUT, "GLOB", "Tensors to leave out; may be repeated.")
+    ] = None
+    force: ForceOption = False
+    skip_existing: Annotated[
+        bool,
+        flag(
+            "--skip-existing",
+            "Keep outputs that exist and are what is asked for, by their recipes; write the "
+            "others.",
+            OUTPUT,
+        ),
+    ] = False
+    layout: Annotated[
+        str,
+        in_panel(
+            OUTPUT,
+            "LAYOUT",
+            "What each output is: file; or folder, with the config, tokenizer and other parts that "
+            "lie beside the newest snapshot, as from_pretrained loads it.",
+            autocompletion=lambda: ["file", "folder"],
+        ),
+    ] = "file"
+    max_shard_size: Annotated[
+        str | None,
+        in_panel(
+            OUTPUT,
+            "SIZE",
+            "Write outputs larger than this, such as 5GB, as shards with an index, as Hugging "
+            "Face's libraries load them.",
+            show_default=False,
+        ),
+    ] = None
+    strict: Annotated[
+        bool,
+        flag(
+            "--strict",
+            "Write nothing when there is NaN or infinity in the snapshots, or would be in an "
+            "output; without it, that is a warning.",
+            OUTPUT,
+        ),
+    ] = False
+    lora: Annotated[
+        str,
+        in_panel(
+            OUTPUT,
+            "MODE",
+            "Of a LoRA: factors averages its factors as they are; exact writes the factors of the "
+            "average of their products.",
+            autocompletion=lambda: ["factors", "exact"],
+        ),
+    ] = "factors"
+    lora_rank: Annotated[
+        int | None,
+        in_panel(
+            OUTPUT, "N", "With --lora exact, the highest rank of a module.", show_default=False
+        ),
+    ] = None
+    lora_tolerance: Annotated[
+        float,
+        in_panel(
+            OUTPUT,
+            "X",
+            "With --lora exact, leave out singular values below this part of the largest.",
+        ),
+    ] = 1e-3
+
+    def read(self) -> dict[str, Any]:
+        """The same as the library takes them. Raises UsageError."""
+        if self.force and self.skip_existing:
+            remedy = "leave out one of the two"
+            raise UsageError("--force", "doesn't go with --skip-existing", remedy)
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        given["max_shard_size"] = read_size("--max-shard-size", self.max_shard_size)
+        return given | {"copy": self.copy or (), "drop": self.drop or ()}
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -132,7 +132,7 @@ def _of_journal(path: str, ending: str) -> tuple[bytes, str]:
     try:
         axis = make_axis(header["parameter"], *header["range"])
         steps = tuple(map(int, header["steps"]))
-        sign, seed = {"minimize": 1.0, "maximize": -1.0}[header["goal"]], int(header["seed"])
+        sign = {"minimize": 1.0, "maximize": -1.0}[header["goal"]]
     except (KeyError, TypeError, ValueError, UsageError):
         problem = "its first line doesn't say what was searched"
         raise UsageError(path, problem, "name another journal") from None
@@ -141,7 +141,7 @@ def _of_journal(path: str, ending: str) -> tuple[bytes, str]:
         for each in measured
         for value in each.values
     ]
-    known = posterior(Space(*axis.bounds, steps), observations, seed)
+    known = posterior(Space(*axis.bounds, steps), observations)
     unit = f" ({'% of the target step' if axis.unit else 'steps'})"
     label = {
         "sigma_rel": r"$\sigma_{\mathrm{rel}}$",

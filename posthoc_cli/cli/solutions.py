@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli.cli import options
 from posthoc_cli.cli.console import by_text, counted, describe_warnings, note, warn, warning_lines
+from posthoc_cli.cli.folders import missing, wrapped
+from posthoc_cli.cli.lora import lora_lines
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import percent
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from posthoc_cli.api import Run, Solution
     from posthoc_cli.solver.arrays import FloatArray
     from posthoc_cli.solver.groups import TensorGroup
+    from posthoc_cli.synthesis.outputs import Saved
 
 FAR_OFF = 0.05
 """Of a profile error or an expected one: what is beyond it is said without being asked."""
@@ -30,8 +34,16 @@ _NAMED = 5
 HALF = frozenset({"F16", "BF16"})
 
 
-def open_and_warn(paths: Sequence[str], reading: options.Reading, quiet: bool) -> Run:
-    """The snapshots of a folder; warns of what is odd and names what is left out."""
+def open_and_warn(
+    paths: Sequence[str],
+    reading: options.Reading,
+    quiet: bool,
+    writing: options.Writing | None = None,
+) -> Run:
+    """The snapshots of a folder, for outputs written so; warns of what is odd and names what is
+    left out."""
+    if writing:
+        reading = replace(reading, copy=writing.copy, drop=writing.drop, lora=writing.lora)
     run = options.open_folder(paths, reading)
     for files, reason in _left_out(run.skipped):
         note(f"left out: {reason}", quiet, files)
@@ -72,6 +84,17 @@ def _of_sample(solution: Solution, broken: bool = True) -> list[tuple[str, str]]
         share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
         found.append(("", f"{share} are NaN or infinite in some snapshot, and left out"))
     return [*found, *jumps(solution.sample.snapshots, moments.differences)]
+
+
+def tell_of_outputs(solution: Solution, saved: Saved, quiet: bool) -> None:
+    """What is to be known of outputs before they are loaded: a line on stderr each."""
+    tensors = solution.snapshots[-1].index.tensors
+    for text in (*missing(saved.outputs), *wrapped(saved.outputs, tensors)):
+        note(f"warning: {text}", quiet)
+    if saved.nonfinite:
+        note(f"warning: {saved.summary} (--strict makes this an error)", quiet)
+    for text in lora_lines(saved):
+        note(text, quiet)
 
 
 def note_large_errors(solution: Solution, quiet: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,18 +17,19 @@ from posthoc_cli.cli.console import (
     progress_bar,
     stdout_console,
 )
-from posthoc_cli.cli.folders import describe_manifest, draw_manifests, missing, wrapped
+from posthoc_cli.cli.folders import describe_manifest, draw_manifests
 from posthoc_cli.cli.lists import read_target_for
-from posthoc_cli.cli.lora import describe_lora, load_numpy, lora_lines
+from posthoc_cli.cli.lora import describe_lora, load_numpy
 from posthoc_cli.cli.solutions import (
     best_known_error,
     describe,
     group_title,
     note_large_errors,
     open_and_warn,
+    tell_of_outputs,
     warn_of_sample,
 )
-from posthoc_cli.errors import UsageError, in_bytes, percent, printable
+from posthoc_cli.errors import in_bytes, percent, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.api import Solution
@@ -55,6 +55,7 @@ def synthesize(
         ),
     ],
     targets: options.Targets,
+    writing: options.Writing,
     target_for: options.TargetForOption = None,
     step: options.StepOption = None,
     method: options.MethodOption = None,
@@ -69,58 +70,6 @@ def synthesize(
             show_default=False,
         ),
     ] = None,
-    dtype: options.DtypeOption = "same",
-    copy: options.CopyOption = None,
-    drop: options.DropOption = None,
-    force: options.ForceOption = False,
-    skip_existing: options.SkipOption = False,
-    layout: options.LayoutOption = "file",
-    max_shard_size: Annotated[
-        str | None,
-        options.in_panel(
-            options.OUTPUT,
-            "SIZE",
-            "Write outputs larger than this, such as 5GB, as shards with an index, as Hugging "
-            "Face's libraries load them.",
-            show_default=False,
-        ),
-    ] = None,
-    strict: Annotated[
-        bool,
-        options.flag(
-            "--strict",
-            "Write nothing when there is NaN or infinity in the snapshots, or would be in an "
-            "output; without it, that is a warning.",
-            options.OUTPUT,
-        ),
-    ] = False,
-    lora: Annotated[
-        str,
-        options.in_panel(
-            options.OUTPUT,
-            "MODE",
-            "Of a LoRA: factors averages its factors as they are; exact writes the factors of the "
-            "average of their products.",
-            autocompletion=lambda: ["factors", "exact"],
-        ),
-    ] = "factors",
-    lora_rank: Annotated[
-        int | None,
-        options.in_panel(
-            options.OUTPUT,
-            "N",
-            "With --lora exact, the highest rank of a module.",
-            show_default=False,
-        ),
-    ] = None,
-    lora_tolerance: Annotated[
-        float,
-        options.in_panel(
-            options.OUTPUT,
-            "X",
-            "With --lora exact, leave out singular values below this part of the largest.",
-        ),
-    ] = 1e-3,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -142,20 +91,15 @@ def synthesize(
       posthoc synthesize snapshots --sigma-rel 0.07 -o ema-0.07 --layout folder
     """
     load_numpy()
-    if force and skip_existing:
-        raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
     from posthoc_cli.api import check_max_error
 
     if max_error is not None:
         check_max_error(max_error)
-    shard_bytes = options.read_size("--max-shard-size", max_shard_size)
-    wanted, rules = targets.read(), read_target_for(target_for)
-    made: dict[str, Any] = {"dtype": dtype, "copy": copy or (), "drop": drop or (), "lora": lora}
-    made |= {"lora_rank": lora_rank, "lora_tolerance": lora_tolerance}
-    reading = dataclasses.replace(reading, copy=copy, drop=drop, lora=lora)
-    opened = open_and_warn(folder, reading, quiet)
+    how, wanted, rules = writing.read(), targets.read(), read_target_for(target_for)
+    opened = open_and_warn(folder, reading, quiet, writing)
     # What is wrong with the output is told before anything is read.
-    opened.paths(output, step=step, layout=layout, **wanted)
+    opened.paths(output, step=step, layout=writing.layout, **wanted)
+    made = {name: how[name] for name in options.PLANNED}
     plan = opened.plan(step, target_for=rules, **made)
     solution = opened.solve(
         step=step,
@@ -171,29 +115,11 @@ def synthesize(
         solution.check_error(max_error)
     note_large_errors(solution, quiet)
     with progress_bar(counted(len(solution.targets), "file"), plan.bytes_to_read, not quiet) as bar:
-        saved = solution.save(
-            output,
-            layout=layout,
-            max_shard_size=shard_bytes,
-            max_error=max_error,
-            strict=strict,
-            force=force,
-            skip_existing=skip_existing,
-            progress=bar,
-            **made,
-        )
+        saved = solution.save(output, max_error=max_error, progress=bar, **how)
     for one in saved.outputs:
         if one.seconds is None:
             note(f"{one.path}: exists already; skipped", quiet)
-    for text in (
-        *missing(saved.outputs),
-        *wrapped(saved.outputs, solution.snapshots[-1].index.tensors),
-    ):
-        note(f"warning: {text}", quiet)
-    if saved.nonfinite:
-        note(f"warning: {saved.summary} (--strict makes this an error)", quiet)
-    for line in lora_lines(saved):
-        note(line, quiet)
+    tell_of_outputs(solution, saved, quiet)
     if as_json:
         print_json(_describe(folder, solution, saved))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ from posthoc_cli.cli.console import (
     stdout_console,
 )
 from posthoc_cli.cli.lora import load_numpy
-from posthoc_cli.cli.solutions import open_and_warn, warn_of_sample
+from posthoc_cli.cli.solutions import open_and_warn, tell_of_outputs, warn_of_sample
 from posthoc_cli.cli.spelling import spelled
 from posthoc_cli.errors import UsageError, in_bytes, percent, printable
 
@@ -35,14 +34,15 @@ def _parameters() -> list[str]:
 def tune(
     reading: options.Reading,
     folder: options.FolderArgument,
+    writing: options.Writing,
     metric: Annotated[
         str,
         options.in_panel(
             options.METRIC,
             "COMMAND",
             "A command of the shell that measures a network, {file} in it; also {sigma_rel}, "
-            "{target}, {step}, and {folder} with --layout folder. The metric is the last number on "
-            "the last line that it prints.",
+            "{target}, {step}, {seed}, and {folder} with --layout folder. The metric is the last "
+            "number on the last line that it prints.",
             show_default=False,
         ),
     ],
@@ -126,7 +126,7 @@ def tune(
         ),
     ] = None,
     seed: Annotated[
-        int, options.in_panel(options.SEARCH, "N", "Of the draws behind the intervals.")
+        int, options.in_panel(options.METRIC, "N", "What {seed} in the command counts up from.")
     ] = 0,
     journal: Annotated[
         str | None,
@@ -158,12 +158,6 @@ def tune(
             help="Write the best one there; without it, nothing but the journal is kept.",
         ),
     ] = None,
-    dtype: options.DtypeOption = "same",
-    copy: options.CopyOption = None,
-    drop: options.DropOption = None,
-    layout: options.LayoutOption = "file",
-    force: options.ForceOption = False,
-    skip_existing: options.SkipOption = False,
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
@@ -182,8 +176,7 @@ def tune(
     if minimize == maximize:
         problem = "doesn't go with --maximize" if minimize else "neither it nor --maximize is given"
         raise UsageError("--minimize", problem, "say whether less of the metric is better, or more")
-    if force and skip_existing:
-        raise UsageError("--force", "doesn't go with --skip-existing", "leave out one of the two")
+    how = writing.read()
     options.check_choice("--parameter", parameter.replace("_", "-"), _parameters())
     load_numpy()
     from posthoc_cli.api.tune import tune as search
@@ -193,8 +186,7 @@ def tune(
 
     devices = read_gpus(gpus) if gpus is not None else []
     command = CommandMetric(metric, metric_regex, metric_json, timeout, repeats, devices)
-    reading = dataclasses.replace(reading, copy=copy, drop=drop)
-    run = open_and_warn(folder, reading, quiet)
+    run = open_and_warn(folder, reading, quiet, writing)
     name = re.sub(r"[^\w.-]", "-", own_name(run.folder))  # a host's has a colon
     place = journal or f"{_stem(output) if output else name}.tune.jsonl"
     parallel = (len(devices) or 1) if parallel is None else parallel
@@ -204,8 +196,6 @@ def tune(
             command,
             minimize=minimize,
             output=output,
-            force=force,
-            skip_existing=skip_existing,
             workdir=workdir,
             parallel=parallel,
             report=watch.report,
@@ -220,16 +210,15 @@ def tune(
             max_error=max_error,
             method=method,
             device=device,
-            dtype=dtype,
-            copy=copy or (),
-            drop=drop or (),
-            layout=layout,
             seed=seed,
             journal=place,
+            **how,
         )
     assert watch.tuner is not None
     if tuned.best is not None:
         warn_of_sample(tuned.best.solution, quiet)
+        if tuned.output is not None:
+            tell_of_outputs(tuned.best.solution, tuned.output, quiet)
     for text in tuned.notes:
         note(text, quiet)
     if as_json:

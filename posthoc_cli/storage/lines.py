@@ -40,7 +40,14 @@ class LineFile:
             raise
 
     def append(self, line: str) -> None:
-        """Add a line; it is on the disk when this returns. Raises MachineError; then it isn't."""
+        """Add a line; it is on the disk when this returns. Raises MachineError; then it isn't.
+
+        Raises UsageError after `close`.
+        """
+        if not self._lock.held:
+            raise UsageError(
+                str(self.path), "is closed, and may be another's by now", "open it anew"
+            )
         data = line.encode() + b"\n"
         with write_errors(self.path):
             new = self._fd < 0 and not os.path.lexists(self.path)

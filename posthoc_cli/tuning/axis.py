@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from posthoc_cli.errors import UsageError, either
 from posthoc_cli.solver.targets import Target, Value, make_target
+from posthoc_cli.tuning.checks import shown
 
 PARAMETERS = ("sigma_rel", "window", "half_life", "decay")
 """The arguments of `solve` whose values may be searched."""
@@ -80,11 +82,13 @@ def check_parameter(parameter: str) -> None:
         )
 
 
-def read_axis(parameter: str, text: str) -> Axis:
-    """An axis from `LOW:HIGH`. Raises UsageError."""
+def read_axis(parameter: str, given: object) -> Axis:
+    """An axis from `LOW:HIGH`, or a pair. Raises UsageError."""
     check_parameter(parameter)
-    low, colon, high = text.partition(":")
-    if not colon:
+    ends: Any = [each.strip() for each in given.split(":")] if isinstance(given, str) else given
+    try:
+        low, high = ends
+    except (TypeError, ValueError):
         such = f"give, say, range='{_SUCH[parameter]}'"
-        raise UsageError("range=", f"'{text}' is no range", such)
-    return make_axis(parameter, low.strip(), high.strip())
+        raise UsageError("range=", f"{shown(given)} is no range", such) from None
+    return make_axis(parameter, low, high)

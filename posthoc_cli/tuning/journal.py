@@ -33,6 +33,7 @@ KEYS = {
     "method": "another method",
     "dtype": "another dtype",
     "layout": "another layout",
+    "lora": "another average of a LoRA",
     "copy": "other tensors to copy",
     "drop": "other tensors to drop",
     "seed": "another seed",

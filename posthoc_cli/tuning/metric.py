@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import os
 import re
 import shlex
@@ -10,17 +12,23 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
 from posthoc_cli.errors import MachineError, UsageError, in_line
 from posthoc_cli.tuning.reading import NoMetric, by_key, by_regex, finite, last_number, read_pattern
 
-FIELDS = ("file", "folder", "sigma_rel", "step", "target")
+FIELDS = ("file", "folder", "sigma_rel", "step", "target", "seed")
 """What may stand in braces in a command."""
 
-_FIELD = re.compile(r"\{(" + "|".join(FIELDS) + r")\}")
+_FIELD = re.compile(r"(?<!\$)\{(" + "|".join(FIELDS) + r")\}")
+
+_LIKE_ONE = re.compile(r"(?<![$%#@{\\])\{([A-Za-z_][\w-]*)([:!][^{}]*)?\}(?![}<>])")
+"""Braces as a field has them; those after `$` are the shell's, `{{` and `%{` other programs'."""
+
+_WATCH = 'read -r _ || { kill -TERM -- "-$1"; sleep 3; kill -KILL -- "-$1"; }'
+"""Ends a group of processes when its own stdin is closed without a line on it."""
 
 _RANKS = re.compile(
     "((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
@@ -42,10 +50,11 @@ class CommandMetric:
     number on its last line.
 
     `{file}`, `{folder}`, `{sigma_rel}`, `{step}` and `{target}` in the command stand for the
-    network's. It is run `repeats` times, each killed after `timeout` seconds; with `gpus` it sees
-    but one of them, by the slot it runs in.
+    network's, `{seed}` for the next of `seeds`. It is run `repeats` times, each killed after
+    `timeout` seconds; with `gpus` it sees but one of them, by the slot it runs in.
 
-    Raises UsageError for a command without the network, or what doesn't fit.
+    Raises UsageError for a command without the network or with a field that is none, or what
+    doesn't fit.
     """
 
     command: str
@@ -54,6 +63,7 @@ class CommandMetric:
     timeout: float | None = None
     repeats: int = 1
     gpus: Sequence[str] = ()
+    seeds: Iterator[int] = field(default_factory=itertools.count)
     notes: list[str] = field(default_factory=list)
     """What is ambiguous about what it printed."""
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
@@ -61,8 +71,11 @@ class CommandMetric:
     _stopped: bool = False
 
     def __post_init__(self) -> None:
-        fields = set(_FIELD.findall(self.command))
-        if not fields & {"file", "folder"}:
+        if wrong := next(_no_fields(self.command), None):
+            known = f"there are {', '.join(map('{{{}}}'.format, FIELDS))}"
+            remedy = f"{known}; braces of another program need a space in them, and quotes"
+            raise UsageError("metric=", f"'{wrong}' is no field", remedy)
+        if not set(_FIELD.findall(self.command)) & {"file", "folder"}:
             raise UsageError(
                 "metric=",
                 f"'{self.command}' doesn't say where the network goes",
@@ -91,11 +104,15 @@ class CommandMetric:
         return {"command": self.command, "regex": self.regex, "json": self.key}
 
     def measure(self, values: Mapping[str, str], slot: int = 0) -> list[float]:
-        """The metric of a network, as often as it is repeated; `values` are those of FIELDS.
+        """The metric of a network, as often as it is repeated; `values` are those of FIELDS but
+        the seed.
 
         Raises MachineError when the command fails or prints no finite number.
         """
-        return [self._measure(values, slot) for _ in range(self.repeats)]
+        return [
+            self._measure({**values, "seed": str(seed)}, slot)
+            for seed in itertools.islice(self.seeds, self.repeats)
+        ]
 
     def _measure(self, values: Mapping[str, str], slot: int) -> float:
         code, out, err = self._run(fill(self.command, values), slot)
@@ -115,6 +132,8 @@ class CommandMetric:
             return finite(number)
         except NoMetric as error:
             remedy = "print the number on the last line, or use metric_regex= or metric_json="
+            if err.strip() and not out.strip():
+                remedy = "print the metric on stdout, as stderr isn't read, or add 2>&1"
             raise self._failed(str(error), err, remedy) from None
 
     def _failed(self, how: str, said: str, remedy: str) -> MachineError:
@@ -141,7 +160,9 @@ class CommandMetric:
             )
             self._running.add(process)
         tails = [_Tail(pipe) for pipe in (process.stdout, process.stderr) if pipe]
+        watcher = None
         try:
+            watcher = _watched(process)
             code: int | None = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(self.timeout)
@@ -155,6 +176,9 @@ class CommandMetric:
             raise
         finally:
             self._running.discard(process)
+            if watcher:
+                with contextlib.suppress(OSError):
+                    watcher.communicate(b"\n")
 
     def stop(self) -> None:
         """End all commands that run, with what they have started; no other is begun."""
@@ -172,6 +196,19 @@ def _environment() -> dict[str, str]:
         for name in [name for name in environment if _RANKS.fullmatch(name)]:
             del environment[name]
     return environment
+
+
+def _watched(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes] | None:
+    """A shell that ends `process`, with all it has started, when this process is killed."""
+    if os.name == "nt":
+        return None
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _WATCH, "sh", str(process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 class _Tail:
@@ -254,6 +291,23 @@ def fill(command: str, values: Mapping[str, str]) -> str:
         filled += _quoted(values[match[1]], quotes[match.start()])
         at = match.end()
     return filled + command[at:]
+
+
+def _no_fields(command: str) -> Iterator[str]:
+    """What looks like a field of the command, and is none.
+
+    Outside of quotes that is any word in braces, as the shell has no use for it. In quotes it may
+    be another program's: there it is one that comes near a field.
+    """
+    quotes = _quotes(command)
+    theirs = re.findall(r"-I *(\{[\w-]+\})", command)  # of xargs
+    for match in _LIKE_ONE.finditer(command):
+        name, before = match[1].lower().replace("-", "_"), command[: match.start()]
+        near = difflib.get_close_matches(name, FIELDS, 1, 0.8)
+        near += [each for each in FIELDS if len(name) > 2 and each.startswith(name)]
+        quoted = quotes[match.start()] or "<<" in before
+        if _FIELD.fullmatch(match[0]) is None and match[0] not in theirs and (near or not quoted):
+            yield match[0]
 
 
 def _quotes(command: str) -> list[str]:

@@ -17,13 +17,12 @@ from posthoc_cli.tuning.process import Belief, FloatArray, IntArray, fit
 
 Point = tuple[float, ...]
 
-FINE, COARSE, MOST_STEPS = 65, 49, 12
-"""Lengths of the grid where the curve is believed; with steps fewer, and up to so many steps."""
-LEVEL = 0.9
-"""How sure the intervals are."""
-SPREAD = 1.6449
-"""Standard deviations to each side that hold as much of a normal variable."""
-DRAWS = 1000
+FINE, COARSE, MOST_STEPS, NEAR = 65, 49, 12, 16
+"""Lengths of the grid where the curve is believed; with steps fewer, and up to so many steps; and
+lengths beside the best, to each side, between it and the grid."""
+SPREAD, MARGIN = 1.6449, 1.2816
+"""Standard deviations within which a normal variable is with a probability of 0.9: to both sides,
+and to one."""
 NO_GAIN = 1e-9
 """In standard deviations of the values: by less than that nothing lowers the minimum."""
 SAME, ENOUGH = 1e-3, 0.5
@@ -154,53 +153,63 @@ def _told(covariance: FloatArray, at: int, noise: float) -> FloatArray:
     return told
 
 
-def posterior(space: Space, observations: Sequence[Observation], seed: int = 0) -> Posterior:
-    """What is known after `observations`; `seed` is of the draws that the intervals are from."""
+def posterior(space: Space, observations: Sequence[Observation]) -> Posterior:
+    """What is known after `observations`.
+
+    The interval holds each length of which it isn't known with a probability of 0.9 that it is
+    worse than the best. As nothing is better than the true best, that is among them as surely.
+    """
     grid = _grid(space)
-    belief, units = _believe(space, observations, grid)
-    best = _point(space, _least(grid, belief.mean[None])[0])
-    there, _ = _believe(space, observations, _unit(space, [best]))
-    spread = math.sqrt(max(float(there.covariance[0, 0]), 0.0))
-    values, vectors = np.linalg.eigh(belief.covariance)
-    random = np.random.default_rng(seed).standard_normal((DRAWS, len(grid)))
-    draws = belief.mean + random * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-    lengths = _least(grid, draws)[:, 0]
-    share = (1 - LEVEL) / 2
-    low, high = (_point(space, [x])[0] for x in np.quantile(lengths, [share, 1 - share]))
-    ends = there.mean + spread * np.array([-SPREAD, 0.0, SPREAD])
+    best = _least(grid, _believe(space, observations, grid)[0].mean)
+    near = np.tile(best, (2 * NEAR + 1, 1))
+    near[:, 0] = np.clip(best[0] + np.linspace(-1.0, 1.0, len(near)) / COARSE, 0.0, 1.0)
+    points = np.concatenate([best[None], near, grid])
+    belief, units = _believe(space, observations, points)
+    mean, covariance = belief.mean, belief.covariance
+    variances = np.maximum(np.diag(covariance), 0.0)
+    apart = np.sqrt(np.maximum(variances + variances[0] - 2 * covariance[0], 0.0))
+    lengths, at = np.unique(points[:, 0], return_inverse=True)
+    worse = np.full(len(lengths), np.inf)  # above 0: than the best, at any step
+    np.minimum.at(worse, at, mean - mean[0] - MARGIN * apart)
+    good = np.flatnonzero(worse <= 0)
+
+    def end(inner: int, outer: int) -> float:
+        pair = [inner, outer if 0 <= outer < len(lengths) else inner]
+        return _point(space, [np.interp(0.0, worse[pair], lengths[pair])])[0]
+
+    ends = mean[0] + math.sqrt(variances[0]) * np.array([-SPREAD, 0.0, SPREAD])
     lowest, value, highest = units.back(ends).tolist()
-    depth = float(np.ptp(units.back(belief.mean)))
-    noise = math.sqrt(belief.noise) * float(units.slope(there.mean)[0])
-    inside = math.log(best[0] / space.low) / max(math.log(space.high / space.low), 1e-9)
+    depth = float(np.ptp(units.back(mean)))
+    noise = math.sqrt(belief.noise) * float(units.slope(mean[:1])[0])
     return Posterior(
         space,
         tuple(observations),
-        best,
+        _point(space, best),
         value,
-        (min(low, best[0]), max(high, best[0])),
+        (end(good[0], good[0] - 1), end(good[-1], good[-1] + 1)),
         (lowest, highest),
         noise,
         depth,
-        "low" if inside < 0.01 else "high" if inside > 0.99 else None,
+        "low" if best[0] < 0.01 else "high" if best[0] > 0.99 else None,
         depth < 2 * noise,
     )
 
 
-def _least(grid: FloatArray, curves: FloatArray) -> FloatArray:
-    """Where each of `curves` [C, G] is least, [C, D]; between lengths by a parabola through three.
+def _least(grid: FloatArray, curve: FloatArray) -> FloatArray:
+    """Where `curve` [G] is least, [D]; between lengths by a parabola through three.
 
     Where it is as low at several, in their middle.
     """
-    low = curves <= curves.min(axis=1, keepdims=True) + 1e-12 * np.ptp(curves, axis=1)[:, None]
-    rank = low.cumsum(axis=1)
-    at = (rank == (rank[:, -1:] + 1) // 2).argmax(axis=1)
+    low = np.flatnonzero(curve <= curve.min() + 1e-12 * np.ptp(curve))
+    at = int(low[(len(low) - 1) // 2])
     found: FloatArray = grid[at].copy()
-    before, after = np.maximum(at - 1, 0), np.minimum(at + 1, len(grid) - 1)
-    rows = np.arange(len(curves))
-    left, right = curves[rows, before] - curves[rows, at], curves[rows, after] - curves[rows, at]
-    inside = (grid[before, 0] < grid[at, 0]) & (grid[at, 0] < grid[after, 0]) & (left + right > 0)
-    shift = np.divide(left - right, 2 * (left + right), out=np.zeros(len(at)), where=inside)
-    found[:, 0] += np.clip(shift, -0.5, 0.5) * (grid[after, 0] - grid[at, 0])
+    around = slice(max(at - 1, 0), at + 2)
+    lengths = grid[around, 0]
+    if len(lengths) == 3 and lengths[0] < lengths[1] < lengths[2]:
+        left, _, right = curve[around] - curve[at]
+        if left + right > 0:
+            shift = (left - right) / (2 * (left + right))
+            found[0] += np.clip(shift, -0.5, 0.5) * (lengths[2] - lengths[1])
     return found
 
 

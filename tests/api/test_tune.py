@@ -286,6 +286,88 @@ def test_a_function_that_fails(walk: Path, tmp_path: Path) -> None:
             tuner.tell(tuner.ask()[0], math.inf)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "None"),
+        ("3.2", "'3.2'"),
+        (True, "True"),
+        (np.bool_(True), "True"),
+        (1j, "1j"),
+        (np.complex128(1), "(1+0j)"),
+        ([], "[]"),
+        ({"fid": 3.2}, "{'fid': 3.2}"),
+        (torch.zeros(2, 3), "a Tensor of shape (2, 3)"),
+        (np.zeros((2, 3)), "a ndarray of shape (2, 3)"),
+    ],
+)
+def test_a_metric_that_is_no_number(walk: Path, value: Any, shown: str) -> None:
+    run = posthoc_cli.open_snapshots(walk)
+    with pytest.raises(UsageError) as caught:
+        run.tune(lambda state: value, minimize=True, range="0.02:0.25")
+    assert shown in caught.value.problem
+    assert caught.value.problem.endswith(" is no number")
+    with run.tuner(minimize=True, range="0.02:0.25") as tuner:
+        with pytest.raises(UsageError, match="is no number; give a number, or a list"):
+            tuner.tell(tuner.ask()[0], value)
+        assert tuner.journal.evaluations == []
+
+
+@pytest.mark.parametrize("value", [3, np.float32(3), np.array(3.0), torch.tensor([3.0]), [3, 3.0]])
+def test_a_metric_that_is_a_number_of_any_kind(walk: Path, value: Any) -> None:
+    run = posthoc_cli.open_snapshots(walk)
+    tuned = run.tune(lambda state: value, minimize=True, range="0.02:0.25", evaluations=1)
+    assert [each.metric for each in tuned.evaluations] == [3]
+
+
+def test_told_once_of_what_was_asked_for(walk: Path, tmp_path: Path) -> None:
+    run = posthoc_cli.open_snapshots(walk)
+    options: dict[str, Any] = {"minimize": True, "range": "0.02:0.25"}
+    with run.tuner(**options, journal=tmp_path / "x.jsonl") as tuner, run.tuner(**options) as other:
+        first, second, third = tuner.ask(3)
+        tuner.tell(first, 1.0)
+        tuner.fail(second, "lost")
+        for trial in (first, second, other.ask()[0]):
+            with pytest.raises(UsageError, match=r"sigma_rel .* isn't waited for; tell once of"):
+                tuner.tell(trial, 1.0)
+        with pytest.raises(UsageError, match=r"0\.07 is no trial; tell"):
+            tuner.tell(0.07, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is closed"):
+        tuner.tell(third, 1.0)
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_state_dict_is_as_the_output_will_be(walk: Path) -> None:
+    run = posthoc_cli.open_snapshots(walk)
+    kinds: list[Any] = []
+
+    def metric(state: Any) -> float:
+        kinds.append({name: tensor.dtype for name, tensor in state.items()})
+        return 1.0
+
+    options: dict[str, Any] = {"minimize": True, "range": "0.02:0.25", "evaluations": 1}
+    run.tune(metric, dtype="float16", **options)
+    assert kinds == [{"w": torch.float16}]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"metric": 5}, "metric=: 5 is neither a command nor a function"),
+        ({"metric": "a {file} {sigma}"}, "metric=: '{sigma}' is no field"),
+        ({"minimize": "yes"}, "minimize=: 'yes' is no answer; give True or False"),
+        ({"parallel": "2"}, "parallel=: '2' is no whole number"),
+        ({"journal": "-"}, "journal=: '-' is no path"),
+        ({"lora": "exact"}, "lora='exact': goes with commands, or given='path'"),
+    ],
+)
+def test_calls_that_make_no_sense(walk: Path, options: dict, problem: str) -> None:
+    given = {"metric": float, "minimize": True, "range": "0.02:0.25"} | options
+    with pytest.raises(UsageError) as caught:
+        posthoc_cli.open_snapshots(walk).tune(**given)
+    assert str(caught.value).startswith(problem)
+
+
 def test_a_disk_without_room_for_seven(walk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are written in as many passes as it takes."""
     place: list[Path] = []
@@ -354,6 +436,15 @@ def test_a_full_disk_loses_no_evaluation(
     ("options", "problem"),
     [
         ({"evaluations": -1}, "evaluations=: -1 is less than none"),
+        ({"evaluations": "3"}, "evaluations=: '3' is no whole number; give, say, 14"),
+        ({"evaluations": 3.5}, "evaluations=: 3.5 is no whole number"),
+        ({"seed": -1}, "seed=: -1 is less than 0"),
+        ({"step": "900"}, "step=: '900' is no whole number"),
+        ({"range": 5}, "range=: 5 is no range"),
+        ({"range": (0.1, 0.2, 0.3)}, "range=: (0.1, 0.2, 0.3) is no range"),
+        ({"range": (None, 0.2)}, "range=: None is no number"),
+        ({"tolerance": "x"}, "tolerance=: 'x' is no number"),
+        ({"max_error": "5%"}, "max_error=: '5%' is no number"),
         ({"tolerance": 0}, "tolerance=: 0 is out of bounds"),
         ({"parameter": "gamma"}, "parameter=: 'gamma' can't be searched"),
         ({"also": "dtype"}, "also=: 'dtype' can't be searched"),

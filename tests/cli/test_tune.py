@@ -166,6 +166,14 @@ def test_what_is_ambiguous_is_told_once(snapshots: Path, posthoc_here: Posthoc) 
             ["--metric", "a {file}", "--minimize", "--journal", "s3://bucket/x.jsonl"],
             "--journal: 's3://bucket/x.jsonl' is no path of a disk; .*",
         ),
+        (["--metric", "a {file} {sigma}", "--minimize"], "--metric: '{sigma}' is no field; .*"),
+        (["--metric", "a {file}", "--minimize", "--journal", "-"], "--journal: '-' is no path; .*"),
+        (["--metric", "a {file}", "--minimize", "--workdir", ""], "--workdir: '' is no path; .*"),
+        (["--metric", "a {file}", "--minimize", "--seed", "-1"], "--seed: -1 is less than 0; .*"),
+        (
+            ["--metric", "a {file}", "--minimize", "--journal", "/dev/null"],
+            "/dev/null: is no file; .*",
+        ),
         (
             ["--metric", "a {file}", "--minimize", "--workdir", "s3://bucket/x"],
             "--workdir: 's3://bucket/x' is no path of a disk; .*",
@@ -218,6 +226,22 @@ def test_several_at_once_each_with_a_gpu(snapshots: Path, posthoc_here: Posthoc)
     assert [each["metric"] for each in entries(here / "f.jsonl")] == [None, 1, 1]
     assert "exit code 9; waiting for 2 that still run" in run.err
     assert "(2 measured so far, kept in f.jsonl)" in run.err.splitlines()[-1]
+
+
+def test_networks_are_written_as_the_best_is(snapshots: Path, posthoc_here: Posthoc) -> None:
+    """In shards too, all of which go when they are measured."""
+    here = snapshots.parent
+    metric = "ls $(dirname {file}) | wc -l >> seen; grep -c weight_map {file}"
+    words = (*WORDS, metric, "--minimize", "--evaluations", "3", "--max-shard-size", "3kB")
+    run = posthoc_here(*words, "-o", "best.safetensors", "-q")
+    assert run.code == 0, run
+    assert (here / "best.safetensors.index.json").exists()
+    seen = list(map(int, (here / "seen").read_text().split()))
+    assert seen[0] == 3 * seen[2] > 3
+    assert seen[1] == 2 * seen[2]
+    assert posthoc_here("verify", "best.safetensors.index.json", "snapshots").code == 0
+    run = posthoc_here(*words, "--lora", "exact", "-q")
+    run.failed(2, "--lora exact: .*")
 
 
 def test_other_parameters_and_the_step(
@@ -292,6 +316,19 @@ def test_killed_it_goes_on(snapshots: Path, posthoc_here: Posthoc) -> None:
 
 
 @pytest.mark.usefixtures("unmeasured")
+def test_killed_its_command_ends(snapshots: Path) -> None:
+    """With what that has started: nobody would hear what they print."""
+    here = snapshots.parent
+    metric = "sleep 600 & echo $$ >> log; echo {file}; wait"
+    with start(here, *WORDS, metric, "--minimize", "-o", "x.safetensors") as process:
+        wait_for(here / "log", 1)
+        shell = int((here / "log").read_text())
+        assert living(shell)
+        process.kill()
+    gone(shell)
+
+
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_says_what_is_known(
     snapshots: Path, number: signal.Signals, code: int
@@ -314,13 +351,15 @@ def test_interrupted_it_says_what_is_known(
         "posthoc: 4 evaluations kept in x.tune.jsonl; the same call goes on there; best so far "
     )
     assert {path.name for path in here.iterdir()} == {"log", "snapshots", "x.tune.jsonl"}
-    shell = int((here / "log").read_text().split()[-1])
-    for _ in range(1000):
-        if not living(shell):
-            break
+    gone(int((here / "log").read_text().split()[-1]))
+
+
+def gone(group: int) -> None:
+    for _ in range(6000):
+        if not living(group):
+            return
         time.sleep(0.01)
-    else:
-        pytest.fail("the command still runs")
+    raise AssertionError("the command still runs")
 
 
 def living(group: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -33,12 +34,51 @@ def test_other_braces_stay() -> None:
     assert fill(command, HERE) == "python m.py x.safetensors | awk '{print $1}' {x} {9}"
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "| awk '{print $1}'",
+        "| awk '{print}'",
+        "${HOME} ${file} {} {1..3} {a,b}",
+        "{{x}} '{ sigma }' \\{x\\}",
+        "-d '{\"step\": 1}'",
+        "; python -c 'print(f\"{loss:.3f} {loss}\")'",
+        "; curl -w %{http_code} HEAD@{u}",
+        "| xargs -I{x} echo {x}",
+        "; exec {fd}>log; f() { echo; }",
+        "<<END\nprint(f'{loss}')\nEND",
+    ],
+)
+def test_braces_of_other_programs_are_no_fields(rest: str) -> None:
+    command = f"a {{file}} {rest}"
+    CommandMetric(command)
+    assert fill(command, HERE) == f"a x.safetensors {rest}"
+
+
+@pytest.mark.parametrize("wrong", ["{sigma}", "{File}", "{sigma-rel}", "{steps}", "{step:.3f}"])
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_fields_that_are_none_are_told(wrong: str, quote: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        CommandMetric(f"a {{file}} {quote}x {wrong}{quote}")
+    known = "there are {file}, {folder}, {sigma_rel}, {step}, {target}, {seed}; "
+    assert str(caught.value).startswith(f"metric=: '{wrong}' is no field; {known}")
+    for other in ("{gamma}", "{path}"):  # in quotes another program's
+        with pytest.raises(UsageError, match="is no field"):
+            CommandMetric(f"a {{file}} {other}")
+        CommandMetric(f"a {{file}} '{other}'")
+
+
 def test_the_metric_of_each_repeat(tmp_path: Path) -> None:
     log = tmp_path / "log"
     metric = CommandMetric(f"echo {{file}} >> {log}; wc -l < {log}", repeats=3)
     assert metric.measure(HERE) == [1, 2, 3]
     assert CommandMetric("echo {file}; echo '{\"a\": 2}'", key="a").measure(HERE) == [2]
     assert CommandMetric("echo x=5 y=7 {file}", regex=r"x=(\d)").measure(HERE) == [5]
+
+
+def test_each_measurement_has_a_seed_of_its_own() -> None:
+    metric = CommandMetric("echo {file}; echo {seed}", repeats=2, seeds=itertools.count(7))
+    assert [metric.measure(HERE), metric.measure(HERE)] == [[7, 8], [9, 10]]
 
 
 def test_gpus_go_by_the_slot() -> None:
@@ -69,6 +109,11 @@ def test_a_command_that_fails_is_one_line(command: str, problem: str) -> None:
     assert caught.match(f"^metric=: {problem}; ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
+
+
+def test_what_only_stderr_has_is_told() -> None:
+    with pytest.raises(MachineError, match="print the metric on stdout, as stderr isn't read, or"):
+        CommandMetric(": {file}; echo FID 3.2 >&2").measure(HERE)
 
 
 def test_after_the_timeout_all_of_it_is_ended(
