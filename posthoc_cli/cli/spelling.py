@@ -24,7 +24,7 @@ _SAME = (
         "window",
     ),
     *("max_shard_size", "method", "only", "pattern", "profiles", "raw", "run", "sigma_rel"),
-    *("also", "evaluations", "gpus", "journal", "metric", "metric_json", "metric_regex"),
+    *("also", "evaluations", "gpus", "seed", "journal", "metric", "metric_json", "metric_regex"),
     *("parallel", "parameter", "range", "repeats", "timeout", "tolerance", "workdir"),
     *("skip_existing", "skip_incomplete", "step", "strict", "target_for", "update_every"),
 )

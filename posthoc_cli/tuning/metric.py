@@ -27,7 +27,7 @@ _FIELD = re.compile(r"(?<!\$)\{(" + "|".join(FIELDS) + r")\}")
 _LIKE_ONE = re.compile(r"(?<![$%#@{\\])\{([A-Za-z_][\w-]*)([:!][^{}]*)?\}(?![}<>])")
 """Braces as a field has them; those after `$` are the shell's, `{{` and `%{` other programs'."""
 
-_WATCH = 'read -r _ || { kill -TERM -- "-$1"; sleep 3; kill -KILL -- "-$1"; }'
+_WATCH = 'read -r _ || { kill -TERM "-$1"; sleep 3; kill -KILL "-$1"; }'
 """Ends a group of processes when its own stdin is closed without a line on it."""
 
 _RANKS = re.compile(
