@@ -80,6 +80,8 @@ class NewFile:
     metadata: Mapping[str, str]
     base: Path | None = None
     overwrite: bool = False
+    sampled: bool = True
+    """Whether a few elements are read before all."""
 
 
 class Rounded(NamedTuple):
@@ -313,6 +315,8 @@ def write_chain(
 
 def _changes(walk: Walk, new: NewFile) -> Callable[[str], bool]:
     """Whether a tensor seems to be another than in the base, by a few of its elements."""
+    if not new.sampled:
+        return lambda name: True
     before = next((each for each in walk.files if each.path == new.base), None)
 
     def changes(name: str) -> bool:

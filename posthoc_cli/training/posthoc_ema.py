@@ -303,10 +303,9 @@ class PostHocEMA:
         if self._met is self.folder:
             return
         sharded = others() and any(map(is_sharded, named_tensors(self.model).values()))
-        if sharded and self._writer.chain is not None:  # a saved state may have any one's run
-            self.run = Ranks(str(self.folder)).from_first(lambda: self.run)
-        elif sharded and self._writer.parts is None:
-            self._writer.parts = Parts(Ranks(str(self.folder)))
+        if sharded and self._writer.parts is None:
+            send = self._writer.chain is not None
+            self._writer.parts = Parts(Ranks(str(self.folder)), send=send)
         if self._writer.parts is not None:
             ranks = self._writer.parts.ranks
             with ranks.raised_in_all():
@@ -315,7 +314,7 @@ class PostHocEMA:
             said = ranks.from_first(lambda: (self.run, self._claim.sure, self._claim.lock_file))
             self.run, self._claim.sure, lock = said
             with ranks.raised_in_all():
-                if lock is not None:
+                if lock is not None and not self._writer.parts.send:
                     check_seen(lock, self.folder)
         self._met = self.folder
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.training.averaging import is_first_process
 
@@ -170,6 +172,25 @@ class Ranks:
             raise error or _raised(0, said[1])
         value: T = said[0]
         return value
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process' value, in all."""
+        from torch import distributed
+
+        said = [value]
+        distributed.broadcast_object_list(said, src=0, group=self._group)
+        return said[0]
+
+    def send_to_first(self, data: Tensor, rank: int) -> None:
+        """Fill the first process' `data`, bytes, with those of process `rank`; all may call it."""
+        from torch import distributed
+
+        if rank == 0 or not data.numel() or self.rank not in (0, rank):
+            return
+        if self.first:
+            distributed.recv(data, rank, group=self._group)
+        else:
+            distributed.send(data, 0, group=self._group)
 
     @contextlib.contextmanager
     def raised_in_all(self) -> Iterator[None]:

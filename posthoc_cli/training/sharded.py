@@ -1,21 +1,26 @@
 """Snapshots of a sharded network: each process writes what it has, and nobody has the whole.
 
 A snapshot is a folder as torch.distributed's HuggingFaceStorageWriter makes it: a safetensors file
-of each process, with the parts of tensors that it has, and where in them these begin.
+of each process, with the parts of tensors that it has, and where in them these begin. Differences
+are whole files, which the first process writes; the others send it one tensor at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.formats.sharding import shard_name, sharding_metadata
 from posthoc_cli.storage.blocks import Block, whole
-from posthoc_cli.storage.dtypes import bytes_of
+from posthoc_cli.storage.dtypes import DTYPES, bytes_of
 from posthoc_cli.storage.outputs import Output
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.shared import SharedFolder, is_seen, remove_whole
@@ -29,6 +34,8 @@ from posthoc_cli.training.snapshot_files import (
     own_places,
     remove_old_snapshots,
 )
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -88,18 +95,21 @@ def share_out(held: Sequence[Mapping[str, Piece]]) -> list[list[str]]:
 
 
 class Parts:
-    """The parts of a network's snapshots that this process writes."""
+    """The parts of a network's snapshots that this process writes, or sends to the first, which
+    writes files that are whole."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, *, send: bool = False) -> None:
         self.ranks = ranks
+        self.send = send
         self._held: dict[str, Piece] | None = None
-        self._mine: Sequence[str] = ()
+        self._everything: Sequence[Mapping[str, Piece]] = ()
+        self._shares: Sequence[Sequence[str]] = ()
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copy of a tracker meets the other processes anew
 
     def of(self, snapshots: Sequence[SnapshotToSave]) -> list[SnapshotToSave]:
-        """The snapshots of a step with what this process writes of them.
+        """The snapshots of a step with what this process writes, or sends, of them.
 
         Raises ValueError in all processes where the tensors, or the steps, don't fit together.
         """
@@ -112,12 +122,12 @@ class Parts:
         if len(steps) > 1:
             raise ValueError(f"the processes are at different steps: {steps[0]} and {steps[-1]}")
         if any(changed for _, changed in said):
-            everything = ranks.exchange(held)
             self._held = None
-            self._mine = ranks.from_first(lambda: share_out(everything))[ranks.rank]
+            self._everything = ranks.exchange(held)
+            self._shares = ranks.from_first(lambda: share_out(self._everything))
             self._held = held
-        firsts = {name: held[name].first for name in self._mine}
-        sharding = sharding_metadata(firsts, ranks.size)
+        firsts = {name: held[name].first for name in self._shares[ranks.rank]}
+        sharding = {} if self.send else sharding_metadata(firsts, ranks.size)
         return [
             replace(
                 each,
@@ -129,6 +139,65 @@ class Parts:
             )
             for each in snapshots
         ]
+
+    def written_by_first(
+        self, snapshots: Sequence[SnapshotToSave], write: Callable[[list[SnapshotToSave]], T]
+    ) -> T:
+        """What `write` returns, or raises, in the first process, in all; all must call it.
+
+        It gets the snapshots with whole tensors, each of which is sent when it is asked for.
+        """
+        ranks = self.ranks
+
+        def write_first() -> T:
+            try:
+                return write([replace(each, tensors=self._whole(each, at)) for at, each in known])
+            finally:
+                ranks.broadcast(None)
+
+        known = list(enumerate(snapshots))
+        while not ranks.first and (asked := ranks.broadcast(None)) is not None:
+            with contextlib.suppress(Exception):  # the first process has it too
+                at, name = asked
+                self._collect(snapshots[at], name)
+        return ranks.from_first(write_first)
+
+    def _collect(self, snapshot: SnapshotToSave, name: str) -> torch.Tensor:
+        """A tensor, whole in the first process; all must call it."""
+        ranks = self.ranks
+        pieces = [
+            (rank, self._everything[rank][name])
+            for rank, share in enumerate(self._shares)
+            if name in share
+        ]
+        with ranks.raised_in_all():
+            parts = [
+                snapshot.tensors[name].on_host().contiguous()
+                if rank == ranks.rank
+                else _empty(piece, piece.sizes if ranks.first else (0,))
+                for rank, piece in pieces
+            ]
+            whole = _empty(pieces[0][1], pieces[0][1].shape if ranks.first else (0,))
+        for (rank, piece), part in zip(pieces, parts, strict=True):
+            ranks.send_to_first(part.view(-1).view(torch.uint8), rank)
+            if ranks.first:
+                ends = zip(piece.first, piece.sizes, strict=True)
+                whole[tuple(slice(first, first + size) for first, size in ends)] = part
+        return whole
+
+    def _whole(self, snapshot: SnapshotToSave, at: int) -> dict[str, TensorToSave]:
+        """The tensors of snapshot `at` as the first process writes them."""
+
+        def fetch(name: str) -> torch.Tensor:
+            self.ranks.broadcast((at, name))
+            return self._collect(snapshot, name)
+
+        kinds = {name: piece for pieces in self._everything for name, piece in pieces.items()}
+        likes = {name: _empty(piece, piece.shape, "meta") for name, piece in kinds.items()}
+        return {
+            name: TensorToSave(like, like.dtype, like, partial(fetch, name))
+            for name, like in likes.items()
+        }
 
     def write(
         self, snapshots: Sequence[SnapshotToSave], keep: int | None
@@ -207,6 +276,11 @@ class Parts:
         except Exception as error:
             return f"{error!r} (process {self.ranks.rank})"
         return ""
+
+
+def _empty(piece: Piece, shape: tuple[int, ...], device: str = "cpu") -> torch.Tensor:
+    dtype = getattr(torch, DTYPES[piece.dtype].name or "")
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def check_seen(path: Path, folder: Path) -> None:

@@ -98,19 +98,20 @@ def saved_dtype(
 class TensorToSave:
     """A tensor's value, the dtype to save it in, and the network's own tensor.
 
-    `value` is sharded as `like` is.
+    `value` is sharded as `like` is; or it is what `fetch` returns, when it is called.
     """
 
     value: Tensor
     dtype: torch.dtype
     like: Tensor
+    fetch: Callable[[], Tensor] | None = None
 
     def on_host(self, *, copy: bool = False) -> Tensor:
         """The whole tensor in its final dtype, in host memory.
 
         Every process must call it if it is sharded.
         """
-        whole = gather(self.value.detach(), self.like)
+        whole = self.fetch() if self.fetch else gather(self.value.detach(), self.like)
         return whole.to("cpu", self.dtype, copy=copy)
 
 
@@ -242,7 +243,8 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: 
         tensor = snapshot.tensors[name]
         if last and last[0][0] == name:
             value = last[0][1]
-        elif is_sharded(tensor.like) or not tensor.value.is_contiguous():
+        elif tensor.fetch or not tensor.value.is_contiguous():
+            last.clear()
             value = _flat(tensor)
             last[:] = [(name, value)]
         else:
@@ -260,7 +262,15 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: 
                 remove_whole(path)
 
     place = None if base is None else base.files[-1].path
-    new = NewFile(snapshot.path, places, read, snapshot.metadata, place, snapshot.path in old)
+    new = NewFile(
+        snapshot.path,
+        places,
+        read,
+        snapshot.metadata,
+        place,
+        overwrite=snapshot.path in old,
+        sampled=not any(each.fetch for each in snapshot.tensors.values()),
+    )
     held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
     opened: AbstractContextManager[Base | None] = nullcontext()
     if base is not None:

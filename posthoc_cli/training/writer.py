@@ -65,12 +65,30 @@ class SnapshotWriter:
         Unless `keep` is None, snapshots of this run older than its newest `keep` steps are removed;
         of chains, those that are older as a whole.
         """
+        if self.parts is not None and self.parts.send:
+            try:
+                written, failures = self.parts.written_by_first(
+                    snapshots, lambda whole: self._write_files(whole, keep)
+                )
+            except Exception as error:  # of any process, in all
+                written, failures = [], [f"no snapshots of step {snapshots[0].step}: {error!r}"]
+            self.failures += failures
+            return written
         if self.parts is not None:
             written, failures, overflowing = self.parts.write(snapshots, keep)
             self.failures += failures
             self._warn_of_infinite(overflowing)
             return written
-        written = []
+        written, failures = self._write_files(snapshots, keep)
+        self.failures += failures
+        return written
+
+    def _write_files(
+        self, snapshots: Sequence[SnapshotToSave], keep: int | None
+    ) -> tuple[list[Path], list[str]]:
+        """Write snapshots in this process alone; returns what could be written, and messages."""
+        failures, self.failures = self.failures, []
+        written: list[Path] = []
         bases = self._bases(snapshots[0])
         for snapshot in snapshots:
             # Of a chain the others are differences to the first, and nothing without it.
@@ -101,7 +119,8 @@ class SnapshotWriter:
         if keep is not None and len(written) == len(snapshots):
             first = snapshots[0]
             self.failures += remove_old_snapshots(first.folder, first.run, first.step, keep)
-        return written
+        told, self.failures = self.failures, failures
+        return written, told
 
     def _warn_of_infinite(self, found: Sequence[tuple[str, Path]]) -> None:
         self.failures += [

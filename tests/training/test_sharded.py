@@ -200,6 +200,19 @@ def test_a_full_disk_of_one_is_told_to_all_and_leaves_nothing(trained: Path) -> 
         ]
 
 
+def test_differences_that_one_process_cannot_give_or_write(trained: Path) -> None:
+    why = {2: "no room (process 2)", 0: "(No space left on device)"}
+    for process in said(trained, 4):
+        for broken, problem in why.items():
+            (told,) = process["no part"][f"part-{broken}"]
+            assert told.startswith("no snapshots of step 4: ")
+            assert problem in told
+    for broken in (0, 2):
+        found = read_folder(trained / f"part-{broken}")
+        assert not found.problems
+        assert {each.step for each in found.usable()} == {2, 6}
+
+
 @pytest.mark.parametrize(
     ("scene", "expected"),
     [

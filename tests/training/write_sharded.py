@@ -41,6 +41,7 @@ from posthoc_cli.storage import atomic
 from posthoc_cli.training import ranks, sharded
 from posthoc_cli.training.adapters import state_of
 from posthoc_cli.training.averaging import is_sharded
+from posthoc_cli.training.snapshot_files import TensorToSave
 
 EVERY, STEPS, LAST = 2, 6, 10
 
@@ -158,6 +159,7 @@ def four(folder: Path, said: dict[str, Any]) -> None:
     if "AWS_ENDPOINT_URL" in os.environ:
         said["bucket"] = in_a_bucket(mesh)
     said["full disk"] = full_disk(folder, mesh)
+    said["no part"] = no_part(folder, mesh)
     said["refused"] = {name: message(scene, folder / name, mesh) for name, scene in REFUSED.items()}
 
 
@@ -229,6 +231,40 @@ def full_disk(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
         atomic.AtomicFile.write_at = written  # type: ignore[method-assign]
         found[place.name] = [str(each.message) for each in caught]
         walk(ema, 4)
+        ema.close()
+    return found
+
+
+def no_part(folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """Of differences to be, process 2 can't give its part at step 4; nor can the first write."""
+    on_host, write_at = TensorToSave.on_host, atomic.AtomicFile.write_at
+    found: dict[str, Any] = {}
+
+    def fails(*values: Any, **named: Any) -> Any:
+        raise MemoryError("no room")
+
+    def full(file: atomic.AtomicFile, offset: int, data: Any) -> None:
+        with atomic.write_errors(file.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for broken, background in ((2, False), (0, True)):
+        place = folder / f"part-{broken}"
+        options = {"store": "delta", "dtype": torch.float16}
+        ema = tracker(fsdp(network(), mesh), place, background=background, **options)
+        walk(ema, 2)
+        ema.wait()
+        if dist.get_rank() == broken == 0:
+            atomic.AtomicFile.write_at = full  # type: ignore[method-assign]
+        elif dist.get_rank() == broken:
+            TensorToSave.on_host = fails  # type: ignore[method-assign]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)
+            walk(ema, 4)
+            ema.wait()
+        found[place.name] = [str(each.message) for each in caught]
+        TensorToSave.on_host = on_host  # type: ignore[method-assign]
+        atomic.AtomicFile.write_at = write_at  # type: ignore[method-assign]
+        walk(ema, 6)
         ema.close()
     return found
 
