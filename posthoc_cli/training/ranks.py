@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
 from posthoc_cli.training.averaging import is_first_process
 
@@ -181,12 +179,13 @@ class Ranks:
         distributed.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
 
-    def send_to_first(self, data: Tensor, rank: int) -> None:
-        """Fill the first process' `data`, bytes, with those of process `rank`; all may call it."""
-        from torch import distributed
+    def send_to_first(self, tensor: Any, rank: int) -> None:
+        """Fill the first process' contiguous tensor with that of process `rank`; all may call."""
+        from torch import distributed, uint8
 
-        if rank == 0 or not data.numel() or self.rank not in (0, rank):
+        if rank == 0 or not tensor.numel() or self.rank not in (0, rank):
             return
+        data = tensor.view(-1).view(uint8)
         if self.first:
             distributed.recv(data, rank, group=self._group)
         else:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.formats.sharding import shard_name, sharding_metadata
@@ -34,6 +32,9 @@ from posthoc_cli.training.snapshot_files import (
     own_places,
     remove_old_snapshots,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -162,7 +163,7 @@ class Parts:
                 self._collect(snapshots[at], name)
         return ranks.from_first(write_first)
 
-    def _collect(self, snapshot: SnapshotToSave, name: str) -> torch.Tensor:
+    def _collect(self, snapshot: SnapshotToSave, name: str) -> Tensor:
         """A tensor, whole in the first process; all must call it."""
         ranks = self.ranks
         pieces = [
@@ -179,7 +180,7 @@ class Parts:
             ]
             whole = _empty(pieces[0][1], pieces[0][1].shape if ranks.first else (0,))
         for (rank, piece), part in zip(pieces, parts, strict=True):
-            ranks.send_to_first(part.view(-1).view(torch.uint8), rank)
+            ranks.send_to_first(part, rank)
             if ranks.first:
                 ends = zip(piece.first, piece.sizes, strict=True)
                 whole[tuple(slice(first, first + size) for first, size in ends)] = part
@@ -188,7 +189,7 @@ class Parts:
     def _whole(self, snapshot: SnapshotToSave, at: int) -> dict[str, TensorToSave]:
         """The tensors of snapshot `at` as the first process writes them."""
 
-        def fetch(name: str) -> torch.Tensor:
+        def fetch(name: str) -> Tensor:
             self.ranks.broadcast((at, name))
             return self._collect(snapshot, name)
 
@@ -278,7 +279,9 @@ class Parts:
         return ""
 
 
-def _empty(piece: Piece, shape: tuple[int, ...], device: str = "cpu") -> torch.Tensor:
+def _empty(piece: Piece, shape: tuple[int, ...], device: str = "cpu") -> Tensor:
+    import torch
+
     dtype = getattr(torch, DTYPES[piece.dtype].name or "")
     return torch.empty(shape, dtype=dtype, device=device)
 
