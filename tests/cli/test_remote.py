@@ -345,16 +345,24 @@ def test_names_may_be_anything(
             assert posthoc_here("verify", out, url).code == 0
 
 
-def test_a_name_that_no_folder_has(servers: Servers, posthoc_here: Posthoc) -> None:
-    """It keeps its own folder from being listed, not those beside it, nor files by their URLs."""
+@pytest.mark.parametrize("odd", ["a\nb", "/a", "x/../a"])
+def test_a_name_that_no_folder_has(odd: str, servers: Servers, posthoc_here: Posthoc) -> None:
+    """It keeps its own folder from being listed, no other, nor files by their URLs."""
     name = sorted(path.name for path in (servers.folder / "snapshots").iterdir())[0]
     data = servers.buckets.get("bucket", f"snapshots/{name}")
-    for key in ("odd/a\nb", "odd/deep//a", f"odd/run/{name}"):
+    keys = [f"odd/{odd}", f"odd/{name}", f"odd/run/{name}", f"odd/run/checkpoint-1/logs/{odd}"]
+    for key in keys:
         servers.buckets.put("bucket", key, data)
-    line = "s3://bucket/odd: .*: a name below it has .*; rename that object, or .*"
-    posthoc_here("inspect", "s3://bucket/odd").failed(1, line)
-    assert posthoc_here("inspect", "s3://bucket/odd/run").code == 0
-    assert posthoc_here("inspect", f"s3://bucket/odd/run/{name}").code == 0
+    try:
+        for scheme in ("s3", "gs", "az"):
+            url = f"{scheme}://bucket/odd"
+            line = f"{url}.*: a name below it has .*; rename that object, or .*"
+            posthoc_here("inspect", url).failed(1, line)
+            assert posthoc_here("inspect", f"{url}/run").code == 0
+            assert posthoc_here("inspect", f"{url}/{name}").code == 0
+    finally:
+        for key in keys:
+            del servers.buckets.buckets["bucket"][key]
 
 
 def test_only_what_is_asked_for_is_listed(servers: Servers, posthoc_here: Posthoc) -> None:

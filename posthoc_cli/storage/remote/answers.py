@@ -33,6 +33,8 @@ _ENDPOINTS = {
 _LOGIN = "whether the network asks you to log in"
 _REGION = "{cannot}: the bucket is in another region", "set AWS_REGION to the bucket's"
 
+_ODD_NAME = "object with invalid path"
+
 _KNOWN = [
     ("<Code>NoSuchBucket<", "there is no such bucket", "check its name"),
     ("<Code>ContainerNotFound<", "there is no such container", "check its name"),
@@ -92,7 +94,7 @@ _KNOWN = [
         "copy the files to a disk{serve}",
     ),
     (
-        "invalid path: Error parsing Path",
+        _ODD_NAME,
         "{cannot}: a name below it has a part that is empty, . or .., or isn't printable",
         "rename that object, or give the URLs of the files",
     ),
@@ -114,7 +116,7 @@ class Refused(MachineError):
 
 
 class Denied(Refused):
-    """The error of a request without permission."""
+    """The error of a request without permission, or of what can't be listed."""
 
 
 @contextlib.contextmanager
@@ -160,7 +162,8 @@ def told(path: Path, text: str, doing: str = "read") -> MachineError:
     for pattern, problem, remedy in _KNOWN:
         if re.search(pattern, text):
             region = _first(r"<Region>([\w-]+)</Region>", text) if remedy == _REGION[1] else ""
-            return line(problem, f"set AWS_REGION={region}" if region else remedy)
+            kind_of = Denied if pattern == _ODD_NAME else MachineError
+            return line(problem, f"set AWS_REGION={region}" if region else remedy, kind_of)
     if scheme in ("s3", "gs", "az"):
         if re.search(_PAGE, text):
             return line(*_NO_STORE)

@@ -172,8 +172,11 @@ class RemoteStore:
                 return self._folders.get(key)
             try:
                 found, whole = self._source.listing(key)
-            except Denied as error:  # its files may be there
-                self._none[key] = error
+            except Denied as error:
+                above, _, name = key.rpartition("/")
+                if name in self._folders.get(above, ()):
+                    raise
+                self._none[key] = error  # its files may be there
                 return None
             if whole:
                 self._whole.add(key)

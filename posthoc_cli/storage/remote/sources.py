@@ -119,10 +119,15 @@ class Bucket:
         found: list[Found] = []
         prefix = f"{key}/" if key else None
         with errors(self.root / key):
-            for pages, page in enumerate(obstore.list(self.store, prefix, chunk_size=1000)):
-                if pages == MOST_LISTED:
-                    return self._level(key), False
-                found += self._found(key, page)
+            try:
+                for pages, page in enumerate(obstore.list(self.store, prefix, chunk_size=1000)):
+                    if pages == MOST_LISTED:
+                        return self._level(key), False
+                    found += self._found(key, page)
+            except obstore.exceptions.BaseError as error:
+                if "invalid path" not in str(error):
+                    raise
+                return self._level(key), False  # it may be deeper that a name has an empty part
         return found or ([("", None)] if not key else []), True
 
     def _level(self, key: str) -> Sequence[Found]:
