@@ -73,12 +73,21 @@ def rebuilt(path: Path) -> Tensors:
     values = {name: each for name, (_, each) in tensors.items()}
     if "encoding" not in metadata:
         return values
-    base = rebuilt(path.with_name(metadata["base"]))
+    bases = [(rebuilt(path.with_name(name)), c) for name, _, c in bases_in(metadata)]
     scales = json.loads(metadata.get("scales", "{}"))
+    found = dict(bases[0][0])
     for name, (dtype, each) in tensors.items():
         exponent = scales.get(name, int(metadata["scale"]))
         if dtype in ("I64", "BOOL") or exponent is None:
-            base[name] = each
+            found[name] = each
         else:
-            base[name] = base[name].astype(np.float64) + each.astype(np.float64) * 2.0**exponent
-    return base
+            terms = [c * base[name].astype(np.float64) for base, c in bases]
+            found[name] = sum(terms[1:], terms[0]) + each.astype(np.float64) * 2.0**exponent
+    return found
+
+
+def bases_in(metadata: dict[str, str]) -> list[tuple[str, str, float]]:
+    """Name, fingerprint and coefficient of each file that one is a difference to."""
+    if metadata["encoding"] == "delta-1":
+        return [(metadata["base"], metadata["base_fingerprint"], 1.0)]
+    return [(name, known, c) for name, known, c in json.loads(metadata["bases"])]

@@ -200,14 +200,16 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
 
 
 def _stored(snapshot: Snapshot) -> str:
-    """What a snapshot is the difference to: `F16 to ema-1000.safetensors`."""
+    """What a snapshot is the difference to: `F16 to ema-1000.safetensors and 1 more`."""
     if not snapshot.chain:
         return "whole"
     link = snapshot.index.links[-1]
     dtypes = {
         info.dtype for name, info in link.index.tensors.items() if link.exponent(name) is not None
     }
-    return f"{'+'.join(sorted(dtypes)) or 'nothing more'} to {printable(snapshot.chain[-2])}"
+    first, *others = link.bases
+    more = f" and {len(others)} more" if others else ""
+    return f"{'+'.join(sorted(dtypes)) or 'nothing more'} to {printable(first.name)}{more}"
 
 
 def _abbreviated(names: list[str], room: int) -> list[str]:

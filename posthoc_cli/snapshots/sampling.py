@@ -22,6 +22,7 @@ from posthoc_cli.errors import NoValuesError
 from posthoc_cli.snapshots.folder import Snapshot
 from posthoc_cli.snapshots.pieces import Layout, Piece, choose_pieces
 from posthoc_cli.storage import Reader, TensorIndex, TensorInfo, fits_any
+from posthoc_cli.storage.deltas import with_bases
 from posthoc_cli.storage.dtypes import FloatArray, decode, rounding_variances
 from posthoc_cli.storage.ranks import Part, Running, check_there, share
 from posthoc_cli.storage.readers import can_open, check_unchanged, reading_ahead
@@ -260,7 +261,7 @@ def _add(
 class _Reading:
     """The elements of `pieces` in one snapshot after the other.
 
-    Those stored as differences are added to what their base came to, so that each file is read
+    Those stored as differences are added to what their bases came to, so that each file is read
     once.
     """
 
@@ -274,26 +275,29 @@ class _Reading:
         if not index.links:
             return self._own(id(index), index, index.tensors, index.tensors)[1:]
         root = index.links[0].index.tensors
-        known: tuple[FloatArray, FloatArray] = np.empty(0), np.empty(0)
         for link in index.links:
             path = link.index.path
             if path not in self._known:
                 layout, values, variances = self._own(path, link.index, index.tensors, root)
-                if link.scale is not None:
+                if link.bases:
+                    known = [self._known[path.with_name(base.name)] for base in link.bases]
                     exponents = [link.exponent(piece.name) for piece in layout.pieces]
                     counts = [piece.count for piece in layout.pieces]
                     whole = np.repeat([each is None for each in exponents], counts)
                     scales = np.repeat([2.0 ** (each or 0) for each in exponents], counts)
-                    at, before = layout.elements, known[0][layout.elements]
-                    values = np.where(whole, values, before + values * scales)
+                    at = layout.elements
+                    before = [
+                        (base.coefficient, each[at])
+                        for base, (each, _) in zip(link.bases, known, strict=True)
+                    ]
+                    values = np.where(whole, values, with_bases(values * scales, before))
                     variances = variances * scales**2
                     values, variances = (
                         _replaced(old, at, new)
-                        for old, new in zip(known, (values, variances), strict=True)
+                        for old, new in zip(known[0], (values, variances), strict=True)
                     )
                 self._known[path] = values, variances
-            known = self._known[path]
-        return known
+        return self._known[index.links[-1].index.path]
 
     def layouts(self, index: TensorIndex) -> Iterator[tuple[int | Path, Layout]]:
         """Where the pieces lie in each file that `values` reads, by what it is opened as."""

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from posthoc_cli.errors import IncompleteError, SnapshotError, in_bytes
 from posthoc_cli.storage.disk import allocated
@@ -72,7 +72,7 @@ class TensorIndex:
     tensor's. Networks whose tensors lie alike share one `tensors` mapping: 600 snapshots of a large
     network cost little more than one. `structure` is what a format other than safetensors has in
     place of headers: what its fingerprint goes by. A snapshot stored as a difference has the
-    `links` of its chain, from the keyframe to its own file (see `deltas`).
+    `links` of its chain, each after its bases: from the keyframe to its own file (see `deltas`).
     """
 
     path: Path
@@ -91,9 +91,18 @@ class TensorIndex:
         return sum(file.size for file in self.files)
 
 
+class Base(NamedTuple):
+    """A file that another, beside it, is a difference to; what it comes to enters that one's value
+    times `coefficient`."""
+
+    name: str
+    fingerprint: str
+    coefficient: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Link:
-    """A file of a chain of differences, as it is; the first is a plain one.
+    """A file of a chain of differences, as it is; the first is a plain one, without `bases`.
 
     The scales of its tensors are powers of two with the exponent `scale`, but for those of `scales`
     by name, where None says that it holds all of the tensor.
@@ -102,6 +111,7 @@ class Link:
     index: TensorIndex
     scale: int | None
     scales: Mapping[str, int | None]
+    bases: tuple[Base, ...] = ()
 
     def exponent(self, name: str) -> int | None:
         """The exponent of a tensor's scale; None for one that is no difference."""

@@ -49,11 +49,18 @@ MANIFEST = "posthoc.json"
 FORMAT = "format"
 """The framework the tensors are of, "pt": some libraries load nothing without it."""
 
-ENCODING, DELTA = "encoding", "delta-1"
+ENCODING, DELTA = "encoding", "delta-2"
 """What a snapshot has that is stored as a difference; the digit is the version of the format."""
 
+DELTAS = frozenset({"delta-1", DELTA})
+"""The versions that are read: the first had one base, whose coefficient was 1."""
+
+BASES = "bases"
+"""The files beside a delta that it is a difference to: their names, fingerprints and coefficients,
+as JSON."""
+
 BASE, BASE_FINGERPRINT = "base", "base_fingerprint"
-"""The name of the file, beside a delta, that it is a difference to; and its fingerprint."""
+"""The same in the first version."""
 
 SCALE, SCALES = "scale", "scales"
 """The exponent of a delta's scale, and as JSON those of single tensors; null for what is whole."""
@@ -61,7 +68,7 @@ SCALE, SCALES = "scale", "scales"
 PACKED = "packed"
 """What `pack` made a snapshot of, as JSON."""
 
-OF_DELTAS = frozenset({ENCODING, BASE, BASE_FINGERPRINT, SCALE, SCALES, PACKED})
+OF_DELTAS = frozenset({ENCODING, BASES, BASE, BASE_FINGERPRINT, SCALE, SCALES, PACKED})
 
 SHARDING, SHARDS = "DCP_SHARDING_INFO", "shards"
 """Of a file that has parts of tensors, as HuggingFaceStorageWriter writes it: where in the whole

@@ -1,101 +1,42 @@
-"""What chains of differences come to, tensor by tensor: read from their files, or held in memory.
-
-Sums are kept as minus what they come to: then a difference is one fused addition to them. They are
-added up in the order and by the roundings of `storage.deltas`.
-"""
+"""What chains of differences come to, tensor by tensor: read from files, or held in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from itertools import groupby
+from pathlib import Path
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 
-from posthoc_cli.storage import File, Reader, TensorIndex
-from posthoc_cli.storage.deltas import links_of, terms
-from posthoc_cli.storage.dtypes import FloatArray, bytes_of, float8_values
+from posthoc_cli.storage import File, Reader, TensorIndex, TensorInfo
+from posthoc_cli.storage.deltas import Sum, last_uses, links_of, sums_of
+from posthoc_cli.storage.dtypes import FloatArray, bytes_of
 from posthoc_cli.storage.header import Link
-from posthoc_cli.synthesis.accumulators import CpuAccumulator
-from posthoc_cli.synthesis.engine import BATCH
-from posthoc_cli.synthesis.kernels import STRIDE, WIDENED, accumulate
-
-AT_ONCE = 1 << 16
-"""Elements summed at a time: what is done with them stays in the processor's cache."""
-
-_LOOK = 1 << 12
-"""Bytes by which most that differs is told to."""
-
-Bytes = npt.NDArray[np.uint8]
-
-Buffer = Callable[[int], FloatArray]
-"""Gives room for the sums of so many elements, and for those up to the next multiple of STRIDE."""
-
-
-@dataclass(slots=True, eq=False)
-class Value:
-    """Elements of a tensor: `data` of a dtype as they are stored, or of none: a sum, minus which is
-    `sums`."""
-
-    dtype: str | None
-    data: Bytes
-    sums: FloatArray | None
-
-    def minus(self, buffer: Buffer, count: int) -> FloatArray:
-        """Minus its `count` elements, in float64."""
-        if self.sums is None:
-            assert self.dtype is not None
-            self.sums = buffer(count)
-            for part in parts(count):
-                add(self.dtype, elements(self.dtype, self.data, part), -1.0, None, self.sums[part])
-        return self.sums
-
-    def same(self, dtype: str, data: Bytes, part: slice) -> bool:
-        """Whether elements `data` are to the bit what it has in their place, not as a sum."""
-        if self.dtype != dtype:
-            return False
-        there = elements(dtype, self.data, part)
-        return np.array_equal(there[:_LOOK], data[:_LOOK]) and np.array_equal(there, data)
-
-
-def parts(count: int) -> list[slice]:
-    return [slice(first, min(first + AT_ONCE, count)) for first in range(0, count, AT_ONCE)]
-
-
-def elements(dtype: str, data: Bytes, part: slice) -> Bytes:
-    return data[bytes_of(dtype, part.start) : bytes_of(dtype, part.stop)]
-
-
-def padded(dtype: str, count: int) -> Bytes:
-    """Room for elements, within such for a multiple of STRIDE."""
-    return np.empty(bytes_of(dtype, -(-count // STRIDE) * STRIDE), np.uint8)[
-        : bytes_of(dtype, count)
-    ]
-
-
-def add(
-    dtype: str, data: Bytes, weight: float, before: FloatArray | None, into: FloatArray
-) -> None:
-    """into = before + weight * data, rounded once; all have room for a multiple of STRIDE."""
-    count = into.size
-    if dtype not in WIDENED:
-        wide = padded("F32", count)
-        np.take(float8_values(dtype), data, out=wide.view(np.float32))
-        dtype, data = "F32", wide
-    address, sums = np.array([data.ctypes.data], np.uintp), None if before is None else before[None]
-    out = into.view(np.uint8)[None]
-    accumulate(dtype, address, np.array([[weight]]), sums, out, "F64", count)
+from posthoc_cli.synthesis.values import (
+    AT_ONCE,
+    Buffer,
+    Bytes,
+    Value,
+    add,
+    combine,
+    elements,
+    new_buffer,
+    padded,
+    parts,
+    predicted,
+)
 
 
 class Stored:
-    """What the file `base` comes to, a chain's or a plain one; a context manager that has the
-    chain's files open."""
+    """What the files `bases` come to, of chains or plain ones; a context manager that has the
+    chains' files open."""
 
-    def __init__(self, base: TensorIndex) -> None:
-        self._links = links_of(base)
-        self._sums = CpuAccumulator(8 * AT_ONCE, AT_ONCE, 1, BATCH)
+    def __init__(self, bases: Sequence[TensorIndex]) -> None:
+        links = {link.index.path: link for index in bases for link in links_of(index)}
+        self._links = tuple(links.values())
+        self._bases = {index.path: list(links).index(index.path) for index in bases}
+        self._free: list[FloatArray] = []
 
     def __enter__(self) -> Stored:
         with ExitStack() as stack:
@@ -110,85 +51,135 @@ class Stored:
         for reader in self._readers:
             reader.check_unchanged()
 
-    def value(self, name: str, first: int, count: int, buffer: Buffer) -> Value:
-        """A tensor's elements from `first` on."""
-        every = [(self._links[at].index.tensors[name], at, e) for at, e in terms(self._links, name)]
-        if len(every) == 1:
-            info, at, _ = every[0]
-            data = padded(info.dtype, count)
-            self._readers[at].read(info.start + bytes_of(info.dtype, first), data.data)
-            return Value(info.dtype, data, None)
-        total = buffer(count)
-        for part in parts(count):
-            size = part.stop - part.start
-            self._sums.begin("", "F64", size)
-            for code, alike in groupby(every, key=lambda term: term[0].dtype):
-                several = list(alike)
-                for begin in range(0, len(several), BATCH):
-                    batch = several[begin : begin + BATCH]
-                    rows = self._sums.staging(code)
-                    for row, (info, at, _) in zip(rows, batch, strict=False):
-                        start = info.start + bytes_of(code, first + part.start)
-                        self._readers[at].read(start, row[: bytes_of(code, size)])
-                    weights = np.array([[-(2.0**exponent)] for _, _, exponent in batch])
-                    self._sums.add(weights, last=batch[-1] is every[-1])
-            total[part] = np.frombuffer(self._sums.result(0), np.float64)
-        return Value(None, total.view(np.uint8), total)
+    def values(self, name: str, first: int, count: int, buffer: Buffer) -> dict[Path, Value]:
+        """A tensor's elements from `first` on, by the path of each base."""
+        sums, wanted = sums_of(self._links, name, list(self._bases.values()))
+        found: dict[int, Value] = {}
+        for each in sums:
+            if each.at in wanted and each.exponent is None:
+                info = self._links[each.at].index.tensors[name]
+                found[each.at] = Value(info.dtype, self._read(each.at, info, first, count), None)
+            elif each.at in wanted:
+                total = buffer(count)
+                found[each.at] = Value(None, total.view(np.uint8), total)
+        if len(found) < len(sums) or any(each.bases for each in sums):
+            gone = last_uses(sums)
+            for part in parts(count):
+                self._add_up(name, first, part, sums, gone, found)
+        return {path: found[at] for path, at in zip(self._bases, wanted, strict=True)}
+
+    def _add_up(
+        self,
+        name: str,
+        first: int,
+        part: slice,
+        sums: Sequence[Sum],
+        gone: Mapping[int, Sequence[int]],
+        found: Mapping[int, Value],
+    ) -> None:
+        size = part.stop - part.start
+        minus: dict[int, FloatArray] = {}
+        for at, exponent, bases in sums:
+            info, value = self._links[at].index.tensors[name], found.get(at)
+            if value is None or value.sums is None:
+                room = self._free.pop() if self._free else new_buffer(AT_ONCE)
+            else:
+                room = value.sums[part.start :]
+            minus[at] = room[:size]
+            data = self._read(at, info, first + part.start, size)
+            before = [(number, minus[base]) for base, number in bases]
+            total = combine(before, minus[at]) if before else None
+            add(info.dtype, data, -(2.0 ** (exponent or 0)), total, minus[at])
+            for base in gone.get(at, ()):
+                self._give_back(minus.pop(base), base, found)
+        for at, rest in minus.items():
+            self._give_back(rest, at, found)
+
+    def _give_back(self, room: FloatArray, at: int, found: Mapping[int, Value]) -> None:
+        if at not in found or found[at].sums is None:
+            self._free.append(cast(FloatArray, room.base))
+
+    def _read(self, at: int, info: TensorInfo, first: int, count: int) -> Bytes:
+        data = padded(info.dtype, count)
+        self._readers[at].read(info.start + bytes_of(info.dtype, first), data.data)
+        return data
 
 
 class Held:
-    """What a chain comes to, held in memory: of tensors that are sums in 8 bytes an element.
+    """What chains come to, held in memory: of tensors that are sums in 8 bytes an element.
 
-    Of a chain that has grown only what is new is read.
+    Of chains that have grown only what is new is read. What is no base is held no longer, unless
+    it was one when `at` was last called for the same `who`.
     """
 
     def __init__(self) -> None:
-        self._files: list[File] = []
-        self._values: dict[str, Value] = {}
+        self._values: dict[File, dict[str, Value]] = {}
+        self._last: dict[object, list[File]] = {}
 
-    def at(self, base: TensorIndex) -> AbstractContextManager[Held]:
-        """Itself, brought to the value of `base`."""
-        links = links_of(base)
-        files = [link.index.files[0] for link in links]
-        known, self._files = self._files, []  # not of what is half read
-        if not known or files[: len(known)] != known:
-            known, self._values = [], {}
-        for link in links[len(known) :]:
-            self._add(link)
-        self._files = files
+    def at(self, bases: Sequence[TensorIndex], who: object = None) -> AbstractContextManager[Held]:
+        """Itself, brought to the values of `bases`."""
+        known, self._values = self._values, {}  # not of what is half read
+        wanted = {index.path: links_of(index)[-1].index.files[0] for index in bases}
+        links = {link.index.files[0]: link for index in bases for link in links_of(index)}
+        for file in self._missing(known, links, list(wanted.values())):
+            by_name = {each.path.name: each for each in links}
+            of = [(base.coefficient, known[by_name[base.name]]) for base in links[file].bases]
+            known[file] = self._values_of(links[file], of)
+        self._bases = {path: known[file] for path, file in wanted.items()}
+        self._last[who] = list(wanted.values())
+        kept = {file for files in self._last.values() for file in files}
+        self._values = {file: each for file, each in known.items() if file in kept}
         return nullcontext(self)
 
-    def _add(self, link: Link) -> None:
+    def _missing(
+        self, known: Mapping[File, object], links: Mapping[File, Link], wanted: Sequence[File]
+    ) -> list[File]:
+        """The files that are to be read, each after its bases."""
+        by_name = {each.path.name: each for each in links}
+        missing = {each for each in wanted if each not in known}
+        for file in reversed(list(links)):
+            if file in missing:
+                bases = {by_name[base.name] for base in links[file].bases}
+                missing |= bases - known.keys()
+        return [file for file in links if file in missing]
+
+    def _values_of(
+        self, link: Link, bases: Sequence[tuple[float, Mapping[str, Value]]]
+    ) -> dict[str, Value]:
+        values = dict(bases[0][1]) if bases else {}
         with Reader(link.index) as reader:
             for name, info in link.index.tensors.items():
                 data = padded(info.dtype, info.elements)
                 reader.read(info.start, data.data)
                 if (exponent := link.exponent(name)) is None:
-                    self._values[name] = Value(info.dtype, data, None)
+                    values[name] = Value(info.dtype, data, None)
                     continue
-                total = self._values[name].minus(new_buffer, info.elements)
+                total = new_buffer(info.elements)
                 for part in parts(info.elements):
                     stored = elements(info.dtype, data, part)
-                    add(info.dtype, stored, -(2.0**exponent), total[part], total[part])
-                self._values[name] = Value(None, total.view(np.uint8), total)
+                    before = predicted([(c, each[name]) for c, each in bases], part, total[part])
+                    add(info.dtype, stored, -(2.0**exponent), before, total[part])
+                values[name] = Value(None, total.view(np.uint8), total)
             reader.check_unchanged()
+        return values
 
-    def value(self, name: str, first: int, count: int, buffer: Buffer) -> Value:
-        whole, part = self._values[name], slice(first, first + count)
-        if whole.dtype is None:
-            total = buffer(count)
-            total[:] = whole.minus(buffer, count)[part]
-            return Value(None, total.view(np.uint8), total)
-        data = padded(whole.dtype, count)
-        data[:] = elements(whole.dtype, whole.data, part)
-        return Value(whole.dtype, data, None)
+    def values(self, name: str, first: int, count: int, buffer: Buffer) -> dict[Path, Value]:
+        part, found = slice(first, first + count), {}
+        for path, every in self._bases.items():
+            whole = every[name]
+            if whole.sums is not None and whole.dtype is None:
+                total = buffer(count)
+                total[:] = whole.sums[part]
+                found[path] = Value(None, total.view(np.uint8), total)
+                continue
+            assert whole.dtype is not None
+            data = padded(whole.dtype, count)
+            data[:] = elements(whole.dtype, whole.data, part)
+            found[path] = Value(whole.dtype, data, None)
+        return found
 
     def check_unchanged(self) -> None:
         """What it was read from was checked then."""
 
 
-Base = Stored | Held
-
-
-def new_buffer(count: int) -> FloatArray:
-    return padded("F64", count).view(np.float64)
+Bases = Stored | Held

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -22,24 +22,26 @@ from posthoc_cli.storage.aside import flush_folder
 from posthoc_cli.storage.atomic import AtomicFile, opened
 from posthoc_cli.storage.deltas import MOST_SCALE, header_of
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, FloatArray, bytes_of
+from posthoc_cli.storage.header import Base
 from posthoc_cli.storage.workers import (
     MAX_WORKERS,
     background_flush,
     default_workers,
     run_workers,
 )
-from posthoc_cli.synthesis.bases import (
+from posthoc_cli.synthesis.bases import Bases
+from posthoc_cli.synthesis.engine import Progress
+from posthoc_cli.synthesis.kernels import STRIDE, quantize
+from posthoc_cli.synthesis.values import (
     AT_ONCE,
-    Base,
     Bytes,
     Value,
     elements,
     new_buffer,
     padded,
     parts,
+    predicted,
 )
-from posthoc_cli.synthesis.engine import Progress
-from posthoc_cli.synthesis.kernels import STRIDE, quantize
 
 DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
 """What differences can be stored as."""
@@ -72,13 +74,13 @@ ReadElements = Callable[[str, int, Bytes], None]
 @dataclass(frozen=True, slots=True, eq=False)
 class NewFile:
     """A snapshot, whose `tensors` are given by `read`, that is to lie at `path`: as the difference
-    to the file `base` beside it, or whole."""
+    to the files `bases` beside it, times their coefficients, or whole."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
     read: ReadElements
     metadata: Mapping[str, str]
-    base: Path | None = None
+    bases: Sequence[tuple[Path, float]] = ()
     overwrite: bool = False
     sampled: bool = True
     """Whether a few elements are read before all."""
@@ -94,18 +96,18 @@ class Rounded(NamedTuple):
 
 
 class Walk:
-    """Goes along several snapshots, each of which comes after its base, piece by piece.
+    """Goes along several snapshots, each of which comes after its bases, piece by piece.
 
-    `bases` are those that are not among them.
+    `outside` has those that are not among them.
     """
 
-    def __init__(self, files: Sequence[NewFile], bases: Mapping[Path, Base]) -> None:
+    def __init__(self, files: Sequence[NewFile], outside: Bases | None) -> None:
         self.files = files
-        self.bases = bases
-        self._last = {each.base: at for at, each in enumerate(files) if each.base is not None}
+        self.outside = outside
+        self._last = {path: at for at, each in enumerate(files) for path, _ in each.bases}
         born = {each.path: at for at, each in enumerate(files)}
         held = [
-            sum(born.get(path, at) <= at <= last for path, last in self._last.items())
+            sum(born.get(path, 0) <= at <= last for path, last in self._last.items())
             for at in range(len(files))
         ]
         self.piece = max(_PIECE_BYTES // 8 // (max(held) + 1) // AT_ONCE, 1) * AT_ONCE
@@ -113,6 +115,7 @@ class Walk:
         self._bytes = 8 * (min(self.piece, most) + STRIDE)
         self._data = np.empty(self._bytes, np.uint8)
         self.stored = np.empty(self._bytes // 4, np.uint8)
+        self._room = new_buffer(AT_ONCE)
         self._free: list[Bytes] = []
 
     def buffer(self, count: int) -> FloatArray:
@@ -129,17 +132,17 @@ class Walk:
         return [(first, min(self.piece, info.elements - first)) for first in every]
 
     def go(
-        self, name: str, first: int, count: int, step: Callable[[int, Bytes, Value | None], Value]
+        self, name: str, first: int, count: int, step: Callable[[int, Bytes, list[Value]], Value]
     ) -> None:
-        """Call `step` for each file with a piece of its tensor, and that of its base; it returns
+        """Call `step` for each file with a piece of its tensor, and those of its bases; it returns
         what the file comes to."""
         values: dict[Path, Value] = {}
+        if self.outside is not None:
+            values |= self.outside.values(name, first, count, self.buffer)
         for at, new in enumerate(self.files):
             data = self._data[: bytes_of(new.tensors[name].dtype, count)]
             new.read(name, first, data)
-            if new.base is not None and new.base not in values:
-                values[new.base] = self.bases[new.base].value(name, first, count, self.buffer)
-            values[new.path] = step(at, data, values[new.base] if new.base else None)
+            values[new.path] = step(at, data, [values[path] for path, _ in new.bases])
             for path in [path for path in values if self._last.get(path, 0) <= at]:
                 gone = values.pop(path)
                 if gone.sums is not None and all(gone is not each for each in values.values()):
@@ -149,33 +152,37 @@ class Walk:
         self,
         info: TensorInfo,
         data: Bytes,
-        base: Value,
+        bases: Sequence[tuple[float, Value]],
         to: Rounded | None = None,
-        most: int | None = None,
+        among: Sequence[slice] = (),
     ) -> float:
-        """The largest difference of `data` to the base, infinite or NaN if one is; of the first
-        `most` elements. They are rounded `to` what is given."""
-        count = data.size * 8 // DTYPES[info.dtype].bits
-        if to is None and base.same(info.dtype, data, slice(0, count)):
-            return 0.0
-        minus, peak = base.minus(self.buffer, count), 0.0
-        count = min(count, most or count)
-        dtype, exponent, stored, sums = to or ("", None, data, minus)
-        # What has stayed as it was is no difference, even if infinite: in pieces of one size.
-        for part in parts(count) if base.dtype == info.dtype else [slice(0, count)]:
+        """The largest difference of `data` to the bases, infinite or NaN if one is; `among` some
+        parts. They are rounded `to` what is given."""
+        peak = 0.0
+        for part in among or parts(data.size * 8 // DTYPES[info.dtype].bits):
+            minus = predicted(bases, part, self._room[: part.stop - part.start])
             here = elements(info.dtype, data, part)
-            out = stored if to is None else elements(dtype, stored, part)
-            if not base.same(info.dtype, here, part):
-                there = quantize(info.dtype, here, minus[part], exponent, dtype, out, sums[part])
-                peak = float(np.maximum(peak, there))
-            elif to is not None:
-                out[:] = 0
-                sums[part] = minus[part]
+            if to is None:
+                there = quantize(info.dtype, here, minus, None, "", here, minus)
+            else:
+                out, sums = elements(to.dtype, to.stored, part), to.sums[part]
+                there = quantize(info.dtype, here, minus, to.exponent, to.dtype, out, sums)
+            peak = float(np.maximum(peak, there))
         return peak
 
+    def unchanged(self, info: TensorInfo, data: Bytes, base: Value, differs: bool) -> bool:
+        """Whether `data` are what the base is: to the bit, or where numbers can be differences, but
+        for the signs of zeros."""
+        count = data.size * 8 // DTYPES[info.dtype].bits
+        return all(
+            base.same(info.dtype, elements(info.dtype, data, part), part)
+            or (differs and self.difference(info, data, [(1.0, base)], among=[part]) == 0)
+            for part in [slice(0, min(STRIDE, count)), *parts(count)]  # most differ at once
+        )
+
     def check_unchanged(self) -> None:
-        for base in self.bases.values():
-            base.check_unchanged()
+        if self.outside is not None:
+            self.outside.check_unchanged()
 
 
 class _Output:
@@ -198,7 +205,7 @@ class _Output:
         self._scales: dict[str, int | None] = {}
         self._position = 0
         self._places: dict[str, TensorInfo] = {}
-        if new.base is None:
+        if not new.bases:
             shapes = {name: (info.dtype, info.shape) for name, info in new.tensors.items()}
             self._header, self._places = make_header(shapes, new.metadata)
             self._room = len(self._header)
@@ -210,22 +217,23 @@ class _Output:
             for name in self.names
         }
         scales = {name: -300 - at for at, name in enumerate(self.names)}
-        self._room = len(header_of(largest, scales, (new.base.name, 32 * "0"), new.metadata))
+        bases = [Base(path.name, 32 * "0", number) for path, number in new.bases]
+        self._room = len(header_of(largest, scales, bases, new.metadata))
 
     def reserve(self, changes: Callable[[str], bool]) -> AtomicFile:
         """The file, with room for the tensors that change."""
         size = self._room + sum(
-            bytes_of(self.kinds[name] if self.new.base else info.dtype, info.elements)
+            bytes_of(self.kinds[name] if self.new.bases else info.dtype, info.elements)
             for name, info in self.new.tensors.items()
-            if self.new.base is None or changes(name)
+            if not self.new.bases or changes(name)
         )
         self.file = AtomicFile(self.new.path, size, overwrite=self.new.overwrite)
         return self.file
 
-    def how(self, name: str, peak: float, first: float) -> How:
-        """How a tensor is to be stored whose largest difference is `peak`, and among the first
-        elements `first`."""
-        if peak == 0.0:
+    def how(self, name: str, same: bool, peak: float, first: float) -> How:
+        """How a tensor is to be stored that is the `same` as in its first base, or else whose
+        largest difference is `peak`, and among the first elements `first`."""
+        if same:
             return _SAME
         if name not in self.differ or not math.isfinite(peak):
             return _WHOLE
@@ -242,7 +250,7 @@ class _Output:
 
     def write(self, name: str, first: int, data: Bytes, dtype: str) -> None:
         """Write a piece of the tensor that is next, or of any of a whole file."""
-        start = self._places[name].start if self.new.base is None else self._position
+        start = self._position if self.new.bases else self._places[name].start
         self.file.write_at(self._room + start + bytes_of(dtype, first), data.data)
 
     def end(self, name: str, how: How) -> None:
@@ -259,33 +267,33 @@ class _Output:
         self._places[name] = TensorInfo(stored, info.shape, self._position, end)
         self._position = end
 
-    def finish(self, base: Path | None) -> None:
-        """Give the file its header; `base`, its base, has its own."""
-        if self.new.base is None or base is None:
+    def finish(self, known: Callable[[Path], str]) -> None:
+        """Give the file its header, with the fingerprints of its bases, which have their own."""
+        if not self.new.bases:
             self.file.write_at(0, self._header)
-        else:
-            where = self.new.base.name, fingerprint(read_header(base))
-            header = header_of(self._places, self._scales, where, self.new.metadata, self._room)
-            self.file.write_at(0, header)
-            self.file.shrink(self._room + self._position)
+            return
+        bases = [Base(path.name, known(path), number) for path, number in self.new.bases]
+        header = header_of(self._places, self._scales, bases, self.new.metadata, self._room)
+        self.file.write_at(0, header)
+        self.file.shrink(self._room + self._position)
 
 
 def write_chain(
     files: Sequence[NewFile],
     dtype: str,
-    bases: Mapping[Path, Base],
+    outside: Bases | None = None,
     *,
     progress: Progress | None = None,
     check: Callable[[Path], None] = lambda first: None,
 ) -> None:
-    """Write snapshots of the same tensors, each after its base and as the difference to it.
+    """Write snapshots of the same tensors, each after its bases and as the difference to them.
 
-    They lie in one folder, as do those `bases` that are not among them. `dtype` is one of
-    DELTA_DTYPES. A tensor with NaN or infinity, of another kind than real floating point, or of no
-    more bits than `dtype` has, is written as it is; one that is what it is in the base not at all.
-    The files appear one after the other in their order, each whole or not at all. Right before,
-    when all are on the disk, `check` is called with where the first now lies; it may raise what
-    speaks against it. `progress` is told the bytes just read.
+    They lie in one folder, as do those bases that are not among them, which `outside` has. `dtype`
+    is one of DELTA_DTYPES. A tensor with NaN or infinity, of another kind than real floating point,
+    or of no more bits than `dtype` has, is written as it is; one that is what it is in the first
+    base not at all. The files appear one after the other in their order, each whole or not at all.
+    Right before, when all are on the disk, `check` is called with where the first now lies; it may
+    raise what speaks against it. `progress` is told the bytes just read.
 
     Raises SnapshotError when a file changes meanwhile, UsageError when one exists and may not be
     overwritten, MachineError when the disk fails.
@@ -293,8 +301,8 @@ def write_chain(
     code = DELTA_DTYPES[dtype]
     outputs = [_Output(each, code) for each in files]
     # Sums of links are made, and one snapshot is read, by one thread.
-    workers = 1 if bases or len(files) == 1 else default_workers()
-    walks = [Walk(files, bases) for _ in range(workers)]
+    workers = 1 if outside or len(files) == 1 else default_workers()
+    walks = [Walk(files, outside) for _ in range(workers)]
     new = [each.reserve(_changes(walks[0], each.new)) for each in outputs]
     with opened(new):
         with background_flush(new):
@@ -302,9 +310,13 @@ def write_chain(
                 _write_tensor(walks, outputs, name, code, progress)
         walks[0].check_unchanged()
         written = {each.new.path: each.file.temporary for each in outputs}
+
+        @cache
+        def known(path: Path) -> str:
+            return fingerprint(read_header(written.get(path) or path))
+
         for output in outputs:
-            base = output.new.base
-            output.finish(written.get(base, base) if base else None)
+            output.finish(known)
         at_once = min(len(new), MAX_WORKERS)
         run_workers(iter(new), lambda file, _: file.finish(), lambda: True, at_once)
         check(new[0].temporary)
@@ -317,7 +329,8 @@ def _changes(walk: Walk, new: NewFile) -> Callable[[str], bool]:
     """Whether a tensor seems to be another than in the base, by a few of its elements."""
     if not new.sampled:
         return lambda name: True
-    before = next((each for each in walk.files if each.path == new.base), None)
+    path = new.bases[0][0] if new.bases else None
+    before = next((each for each in walk.files if each.path == path), None)
 
     def changes(name: str) -> bool:
         info = new.tensors[name]
@@ -328,8 +341,9 @@ def _changes(walk: Walk, new: NewFile) -> Callable[[str], bool]:
         data = padded(info.dtype, count)
         new.read(name, first, data)
         if before is None:
-            assert new.base is not None
-            base = walk.bases[new.base].value(name, first, count, new_buffer)
+            assert path is not None
+            assert walk.outside is not None
+            base = walk.outside.values(name, first, count, new_buffer)[path]
         else:
             dtype = before.tensors[name].dtype
             base = Value(dtype, padded(dtype, count), None)
@@ -347,41 +361,50 @@ def _write_tensor(
     progress: Progress | None,
 ) -> None:
     peaks: list[list[float]] = []
+    same: list[list[bool]] = []
     firsts: list[float] = []
     guess: list[How] = []
 
     def write(piece: tuple[int, int], walk: Walk) -> None:
         walk.go(name, *piece, partial(step, walk, *piece))
 
-    def step(walk: Walk, first: int, count: int, at: int, data: Bytes, base: Value | None) -> Value:
+    def step(
+        walk: Walk, first: int, count: int, at: int, data: Bytes, before: list[Value]
+    ) -> Value:
         output = outputs[at]
         info = output.new.tensors[name]
         if anew and progress is not None:
             progress(data.size)
-        if base is None:
+        if not before:
             output.write(name, first, data, info.dtype)
             return Value(info.dtype, _copy(info.dtype, data, count), None)
+        bases = [(c, value) for (_, c), value in zip(output.new.bases, before, strict=True)]
+        differs = name in output.differ
+        unchanged = walk.unchanged(info, data, before[0], differs)
+        same[at].append(unchanged)
 
-        def peak_of(to: Rounded | None = None, most: int | None = None) -> float:
-            if name in output.differ:
-                return walk.difference(info, data, base, to, most)
-            return 0.0 if base.same(info.dtype, data, slice(0, count)) else 1.0
+        def peak_of(to: Rounded | None = None, among: Sequence[slice] = ()) -> float:
+            return walk.difference(info, data, bases, to, among) if differs else 1.0
 
+        if unchanged and guess[at] == _SAME:
+            return before[0]
         if first == 0:
-            firsts[at] = peak_of(most=_FIRST)
+            firsts[at] = peak_of(among=[slice(0, min(_FIRST, count))])
             if anew:
-                guess[at] = output.how(name, firsts[at] or peak_of(), firsts[at])
+                guess[at] = output.how(name, False, firsts[at] or peak_of(), firsts[at])
         exponent = guess[at]
         if not isinstance(exponent, int):
             peaks[at].append(peak_of())
             if exponent == _SAME:
-                return base
+                return before[0]
             output.write(name, first, data, info.dtype)
             return Value(info.dtype, _copy(info.dtype, data, count), None)
         stored = elements(code, walk.stored, slice(0, count))
         sums = walk.buffer(count)
         peaks[at].append(peak_of(Rounded(code, exponent, stored, sums)))
-        if not anew or output.how(name, peaks[at][-1], firsts[at]) == exponent:  # or it's wrong
+        if (
+            not anew or output.how(name, False, peaks[at][-1], firsts[at]) == exponent
+        ):  # or it's wrong
             output.write(name, first, stored, code)
         return Value(None, sums.view(np.uint8), sums)
 
@@ -390,17 +413,21 @@ def _write_tensor(
     while anew or guess != right:
         guess = right or [_SAME] * len(outputs)
         peaks, firsts = [[0.0] for _ in outputs], [0.0] * len(outputs)
+        same = [[] for _ in outputs]
         pieces = walks[0].pieces(outputs[0].new.tensors[name])
         alone = 1 if walks[1:] else len(pieces)  # the first tells how the others are stored
         for piece in pieces[:alone]:
             write(piece, walks[0])
         if rest := pieces[alone:]:
             run_workers(iter(rest), write, list(walks).pop, min(len(walks), len(rest)))
-        found = zip(outputs, peaks, firsts, strict=True)
-        right = [each.how(name, float(np.max(peak)), first) for each, peak, first in found]
+        found = zip(outputs, same, peaks, firsts, strict=True)
+        right = [
+            each.how(name, all(alike), float(np.max(peak)), first)
+            for each, alike, peak, first in found
+        ]
         anew = False
     for output, how in zip(outputs, right, strict=True):
-        if output.new.base is not None:
+        if output.new.bases:
             output.end(name, how)
 
 

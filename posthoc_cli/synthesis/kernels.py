@@ -228,7 +228,7 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
         lines += [
             f"  %w_p{t} = getelementptr double, ptr %w_p, i64 {t}",
             f"  %w_one{t} = load double, ptr %w_p{t}, align 8",
-            *_splat(f"w_one{t}", "double"),
+            *splat(f"w_one{t}", "double"),
             f"  %s{t} = call <V x double> @llvm.fma.vVf64("
             f"<V x double> %d, <V x double> %w_one{t}_v, <V x double> %a{t})",
         ]
@@ -268,7 +268,7 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
     ]
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, integer, integer, pointer, integer, pointer, integer, integer)
-    return _compile("\n".join(lines), lanes, ctypes.c_int32, *arguments)
+    return compiled("\n".join(lines), lanes, ctypes.c_int32, *arguments)
 
 
 def quantize(
@@ -309,8 +309,8 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
         "define i64 @kernel(ptr %data, ptr %minus, double %down, double %up, ptr %out, ptr %sums,"
         " i64 %count) {",
         "entry:",
-        *_splat("down", "double"),
-        *_splat("up", "double"),
+        *splat("down", "double"),
+        *splat("up", "double"),
         "  br label %block",
         "block:",
         "  %j = phi i64 [0, %entry], [%next_j, %block]",
@@ -325,7 +325,7 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
         "  %all_bits = bitcast <V x double> %size to <V x i64>",
         # Not of what lies beyond the end. NaN has more bits than infinity.
         "  %left = sub i64 %count, %j",
-        *_splat("left", "i64"),
+        *splat("left", "i64"),
         f"  %inside = icmp ult <V x i64> <{places}>, %left_v",
         "  %bits = select <V x i1> %inside, <V x i64> %all_bits, <V x i64> zeroinitializer",
         "  %more = icmp sgt <V x i64> %bits, %peak",
@@ -363,10 +363,11 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
     ]
     pointer, real, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
     arguments = (pointer, pointer, real, real, pointer, pointer, integer)
-    return _compile("\n".join(lines), lanes, integer, *arguments)
+    return compiled("\n".join(lines), lanes, integer, *arguments)
 
 
-def _splat(name: str, kind: str) -> list[str]:
+def splat(name: str, kind: str) -> list[str]:
+    """The lines by which the scalar %name becomes a vector, %name_v."""
     return [
         f"  %{name}_in = insertelement <V x {kind}> poison, {kind} %{name}, i64 0",
         f"  %{name}_v = shufflevector <V x {kind}> %{name}_in, <V x {kind}> poison,"
@@ -378,7 +379,7 @@ _compiling = threading.Lock()
 _engines: list[Any] = []  # the machine code lives as long as its engine
 
 
-def _compile(ir: str, lanes: int, result: Any, *arguments: Any) -> Callable[..., int]:
+def compiled(ir: str, lanes: int, result: Any, *arguments: Any) -> Callable[..., int]:
     """Compile `ir`, whose vectors have V lanes, for this processor.
 
     The function is called without the interpreter lock, as ctypes does with every CFUNCTYPE.

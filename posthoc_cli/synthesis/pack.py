@@ -1,9 +1,10 @@
 """A folder of snapshots in, the same stored as differences out.
 
 The snapshots of one profile are a chain: the first, and each N-th after it, is a plain file, the
-keyframe; every other one is the difference to the one before it, as that can be rebuilt. Those of
-the other profiles are so too, but their first after a keyframe is a difference to that: it is no
-keyframe of their own. What is there already is kept, so that a run can be interrupted.
+keyframe; every other one is the difference to what those before it in the chain, as they can be
+rebuilt, let expect (see `prediction`). Those of the other profiles are of the same chain: their
+first after a keyframe is a difference to that, and no keyframe of their own. What is there already
+is kept, so that a run can be interrupted.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from posthoc_cli.snapshots.identity import stated
 from posthoc_cli.snapshots.kinds import same_kind
 from posthoc_cli.solver import Average
 from posthoc_cli.storage import ENDING, Cache, Reader, TensorIndex, TensorInfo, open_tensors
-from posthoc_cli.storage.deltas import MOST_LINKS, links_of
+from posthoc_cli.storage.deltas import MOST_LINKS, bases_of, links_of
 from posthoc_cli.storage.disk import make_folder
 from posthoc_cli.storage.dtypes import bytes_of
-from posthoc_cli.storage.metadata import BASE, FORMAT, PACKED, STEP, carried_over
+from posthoc_cli.storage.metadata import FORMAT, PACKED, STEP, carried_over
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.readers import can_open
 from posthoc_cli.storage.stores import exists, file_status, is_folder, same_file
 from posthoc_cli.storage.temporary import clean_up
-from posthoc_cli.synthesis.bases import Base, Bytes, Stored
+from posthoc_cli.synthesis.bases import Stored
 from posthoc_cli.synthesis.delta_check import check_chain
 from posthoc_cli.synthesis.deltas import (
     DELTA_DTYPES,
@@ -42,17 +43,24 @@ from posthoc_cli.synthesis.deltas import (
     write_chain,
 )
 from posthoc_cli.synthesis.engine import Progress
+from posthoc_cli.synthesis.prediction import predictors
+from posthoc_cli.synthesis.values import Bytes
 
 KEYFRAME_EVERY = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A snapshot to pack: what its file is called, and that of its base, None for a keyframe."""
+    """A snapshot to pack: what its file is called, and those of its bases, with their coefficients;
+    a keyframe has none."""
 
     snapshot: Snapshot
     output: Path
-    base: Path | None
+    bases: Sequence[tuple[Path, float]]
+
+    @property
+    def base(self) -> Path | None:
+        return next((path for path, _ in self.bases), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +96,9 @@ def plan_pack(
     main = max(counts, key=lambda each: (counts[each], not kinds[each].raw))
     jobs: list[Job] = []
     taken: dict[str, Snapshot] = {}
-    base: Path | None = None
     links = 0
-    last: dict[int, Path] = {}
+    chain: list[tuple[int, Average]] = []
+    outputs: list[Path] = []
     for snapshot in sorted(snapshots, key=lambda each: (each.step, kind[each.file] != main)):
         name = _name(snapshot)
         place = os.path.normcase(name)
@@ -102,14 +110,15 @@ def plan_pack(
             )
         taken[place] = snapshot
         output = folder / name
-        if kind[snapshot.file] == main:
-            keyframe = links % keyframe_every == 0
-            jobs.append(Job(snapshot, output, None if keyframe else base))
-            base, links = output, links + 1
-            last = {} if keyframe else last
-        else:
-            jobs.append(Job(snapshot, output, last.get(kind[snapshot.file], base)))
-            last[kind[snapshot.file]] = output
+        own = kind[snapshot.file]
+        if own == main:
+            if links % keyframe_every == 0:
+                chain, outputs = [], []
+            links += 1
+        bases = predictors(chain, own, snapshot.profile) if chain else []
+        jobs.append(Job(snapshot, output, [(outputs[at], number) for at, number in bases]))
+        chain.append((own, snapshot.profile))
+        outputs.append(output)
     return jobs
 
 
@@ -179,7 +188,7 @@ def _segments(jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs from each keyframe to the next."""
     segments: list[list[Job]] = []
     for job in jobs:
-        if job.base is None or not segments:
+        if not job.bases:
             segments.append([])
         segments[-1].append(job)
     return segments
@@ -237,9 +246,9 @@ def _done(job: Job, dtype: str, cache: Cache) -> TensorIndex | None:
         there = open_tensors(job.output, cache)
     except PosthocError:
         return None
-    base = None if job.base is None else job.base.name
+    bases = [(base.name, base.coefficient) for base in bases_of(there.metadata)]
     same = _metadata(job, dtype).items() <= there.metadata.items()
-    return there if same and there.metadata.get(BASE) == base else None
+    return there if same and bases == [(path.name, c) for path, c in job.bases] else None
 
 
 def _write(
@@ -258,8 +267,8 @@ def _write(
             for reader in readers:
                 reader.check_unchanged()
 
-        bases = _outside(jobs, cache, stack)
-        write_chain(files, dtype, bases, progress=progress, check=check)
+        outside = _outside(jobs, cache, stack)
+        write_chain(files, dtype, outside, progress=progress, check=check)
     if again:
         cache.clear()
     seconds = (time.perf_counter() - begin) / len(jobs)
@@ -275,14 +284,16 @@ def _metadata(job: Job, dtype: str) -> dict[str, str]:
 def _new_file(job: Job, metadata: Mapping[str, str], reader: Reader) -> NewFile:
     tensors = job.snapshot.index.tensors
     read = _elements(reader, tensors)
-    return NewFile(job.output, tensors, read, metadata, job.base, exists(job.output))
+    return NewFile(job.output, tensors, read, metadata, job.bases, exists(job.output))
 
 
-def _outside(jobs: Sequence[Job], cache: Cache, stack: ExitStack) -> dict[Path, Base]:
+def _outside(jobs: Sequence[Job], cache: Cache, stack: ExitStack) -> Stored | None:
     """The bases that are none of `jobs`, open."""
-    made = {job.output for job in jobs}
-    every = {job.base for job in jobs if job.base is not None} - made
-    return {path: stack.enter_context(Stored(open_tensors(path, cache))) for path in every}
+    every = dict.fromkeys(path for job in jobs for path, _ in job.bases)
+    outside = [path for path in every if path not in {job.output for job in jobs}]
+    if not outside:
+        return None
+    return stack.enter_context(Stored([open_tensors(path, cache) for path in outside]))
 
 
 def _elements(reader: Reader, tensors: Mapping[str, TensorInfo]) -> ReadElements:

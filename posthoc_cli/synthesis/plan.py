@@ -34,7 +34,7 @@ Groups = Sequence[Sequence[str]]
 none fits are of group 0, those of the first are of group 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """Tensors that follow each other without a gap in the output and in every snapshot.
 
@@ -45,8 +45,8 @@ class Segment:
     floats. `stored` has the dtype of each layout, where they differ; `dtype` is the widest.
     `sources` are the places in the plan's of those that it is made of; `group` says which weights
     are theirs, as all its tensors are of one group. Of snapshots that are sums of files (see
-    `expansion`), `members` says for each of `sources` in which snapshots it is a term, and
-    `exponents` has those of its scales where it is a sum of differences.
+    `expansion`), `weights` [snapshots, sources] are those of the files in each, and `exponents` has
+    those of their scales where it is a sum of differences.
     """
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Segment:
     sources: Sequence[int]
     stored: tuple[str, ...] = ()
     group: int = 0
-    members: tuple[tuple[int, ...], ...] = ()
+    weights: FloatArray | None = None
     exponents: tuple[int, ...] = ()
 
     @property
@@ -165,10 +165,11 @@ class TensorPlan:
         """[targets, sources]: those of a segment's `sources` by the snapshots' `weights` [groups,
         targets, snapshots]."""
         own = weights[segment.group]
-        if not segment.members:
-            found: FloatArray = own[:, list(segment.sources)]
+        found: FloatArray
+        if segment.weights is None:
+            found = own[:, list(segment.sources)]
             return found
-        found = np.stack([own[:, list(each)].sum(axis=1) for each in segment.members], axis=1)
+        found = np.einsum("ts,sf->tf", own, segment.weights)
         return found * np.ldexp(1.0, segment.exponents) if segment.exponents else found
 
     def stored(self, segment: Segment, source: int) -> str:
@@ -238,8 +239,8 @@ def plan_tensors(
     if any(each.links for each in sources):
         sources, newest, terms = expand(sources, newest, averaged)
     else:
-        every = range(len(sources))
-        terms = {name: Terms(group, every) for name, group in averaged.items()}
+        every = {group: Terms(group, range(len(sources))) for group in {*averaged.values()}}
+        terms = {name: every[group] for name, group in averaged.items()}
     distinct = _distinct(sources)
     place = {id(tensors): at for at, tensors in enumerate(distinct)}
     layouts = tuple(place[id(each.tensors)] for each in sources)
@@ -397,7 +398,7 @@ def _segments(
             sources=own.sources if own else (newest,),
             stored=stored if len(set(stored)) > 1 else (),
             group=own.group if own else 0,
-            members=own.members if own else (),
+            weights=own.weights if own else None,
             exponents=own.exponents if own else (),
         )
 

@@ -6,7 +6,7 @@ A run is one training run, resumed or not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,9 @@ from posthoc_cli.errors import MachineError, PosthocError
 from posthoc_cli.formats.sharding import is_shard
 from posthoc_cli.snapshots import SAME_WIDTH
 from posthoc_cli.storage import ENDING, TensorIndex, fingerprint, make_header, read_header
+from posthoc_cli.storage.deltas import bases_of
 from posthoc_cli.storage.dtypes import BY_NAME, DTYPES
 from posthoc_cli.storage.metadata import (
-    BASE,
-    BASE_FINGERPRINT,
     CONVERTED,
     DECAY,
     FORMAT,
@@ -39,7 +38,7 @@ from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.shared import remove_whole
 from posthoc_cli.storage.stores import exists, file_status, forget, is_folder, list_folder
 from posthoc_cli.storage.writing import make_output
-from posthoc_cli.synthesis.bases import Base, Stored
+from posthoc_cli.synthesis.bases import Bases, Stored
 from posthoc_cli.synthesis.deltas import NewFile, write_chain
 from posthoc_cli.training.averaging import accumulation_dtype, gather, is_sharded
 from posthoc_cli.training.chains import Chain, Kinds, chains, profile_of
@@ -230,10 +229,13 @@ def make_file(
     return file, fill
 
 
-def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: Chain) -> None:
-    """Write a snapshot as the difference to `base`, whole or not at all, as write_snapshot does.
+def write_difference(
+    snapshot: SnapshotToSave, bases: Sequence[tuple[TensorIndex, float]], chain: Chain
+) -> None:
+    """Write a snapshot as the difference to `bases`, times their coefficients, whole or not at all,
+    as write_snapshot does.
 
-    Without a base it begins a chain. What is a difference to another file that was in its place is
+    Without bases it begins a chain. What is a difference to another file that was in its place is
     removed. Raises SnapshotError too, when a file of the base's changes meanwhile.
     """
     places = make_header(snapshot.kinds, {})[1]
@@ -257,27 +259,27 @@ def write_difference(snapshot: SnapshotToSave, base: TensorIndex | None, chain: 
     def remove_unfit(written: Path) -> None:
         known = fingerprint(read_header(written)) if old else ""
         for path, _ in own_snapshots(snapshot.folder, snapshot.run) if old else ():
-            metadata = metadata_of(path)
-            if metadata.get(BASE) == snapshot.path.name and metadata[BASE_FINGERPRINT] != known:
-                remove_whole(path)
+            for base in bases_of(metadata_of(path)):
+                if base.name == snapshot.path.name and base.fingerprint != known:
+                    remove_whole(path)
 
-    place = None if base is None else base.files[-1].path
     new = NewFile(
         snapshot.path,
         places,
         read,
         snapshot.metadata,
-        place,
+        [(index.path, number) for index, number in bases],
         overwrite=snapshot.path in old,
         sampled=not any(each.fetch for each in snapshot.tensors.values()),
     )
-    held = None if chain.held is None else chain.held[profile_of(snapshot.metadata)]
-    opened: AbstractContextManager[Base | None] = nullcontext()
-    if base is not None:
-        opened = Stored(base) if held is None else held.at(base)
+    indexes = [index for index, _ in bases]
+    opened: AbstractContextManager[Bases | None] = nullcontext()
+    if indexes and chain.held is None:
+        opened = Stored(indexes)
+    elif indexes and chain.held is not None:
+        opened = chain.held.at(indexes, profile_of(snapshot.metadata))
     with opened as there:
-        bases = {place: there} if place and there else {}
-        write_chain([new], chain.dtype, bases, check=remove_unfit)
+        write_chain([new], chain.dtype, there, check=remove_unfit)
     for other in old:
         if other != snapshot.path:
             remove_whole(other)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.errors import MachineError, PosthocError, SnapshotError, UsageError
-from posthoc_cli.storage import TensorIndex, open_tensors
 from posthoc_cli.storage.stores import is_folder
-from posthoc_cli.training.chains import Chain, Profile, profile_of
+from posthoc_cli.training.chains import Chain, Earlier, profile_of
 from posthoc_cli.training.sharded import Parts
 from posthoc_cli.training.snapshot_files import (
     SnapshotToSave,
@@ -89,20 +88,19 @@ class SnapshotWriter:
         """Write snapshots in this process alone; returns what could be written, and messages."""
         failures, self.failures = self.failures, []
         written: list[Path] = []
-        bases = self._bases(snapshots[0])
+        earlier = self._earlier(snapshots[0])
         for snapshot in snapshots:
             # Of a chain the others are differences to the first, and nothing without it.
             leading = self.chain is not None and snapshot is snapshots[0]
             missing = f"no snapshot{'s' if leading else ''} of step {snapshot.step}"
             try:
-                base = bases.get(profile_of(snapshot.metadata))
-                if self.chain is not None and base is None and not leading:
-                    base = open_tensors(snapshots[0].path)
                 infinite = []
                 if self.chain is None:
                     infinite = write_snapshot(snapshot)
                 else:
-                    write_difference(snapshot, base, self.chain)
+                    which = snapshot.step, profile_of(snapshot.metadata)
+                    write_difference(snapshot, self.chain.bases(earlier, *which), self.chain)
+                    self.chain.note(earlier, *which, snapshot.path)
             except (MachineError, SnapshotError, UsageError) as error:
                 problem = str(error)
                 if isinstance(error, UsageError):
@@ -131,16 +129,16 @@ class SnapshotWriter:
         ]
         self._overflowed.update(name for name, _ in found)
 
-    def _bases(self, main: SnapshotToSave) -> dict[Profile, TensorIndex]:
-        """What the snapshots of a step, `main` and others, are differences to, by profile."""
+    def _earlier(self, main: SnapshotToSave) -> Earlier:
+        """The chain that the snapshots of a step, `main` and others, go on with."""
         if self.chain is None:
-            return {}
+            return []
         own = [each for each in own_snapshots(main.folder, main.run) if not is_folder(each[0])]
         before = [
             (step, profile_of(metadata_of(path)), path) for path, step in own if step < main.step
         ]
         try:
-            return self.chain.bases(before, profile_of(main.metadata), main.kinds)
+            return self.chain.earlier(before, profile_of(main.metadata), main.kinds)
         except PosthocError as error:
             self.failures.append(f"step {main.step} begins a new chain: {error}")
-            return {}
+            return []

@@ -19,7 +19,7 @@ from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import open_network
 from posthoc_cli.storage.dtypes import DTYPES as FORMATS
 from posthoc_cli.synthesis.pack import Packed, pack, plan_pack
-from tests.packing import Tensors, averages, rebuilt, stored, write
+from tests.packing import Tensors, averages, bases_in, rebuilt, stored, write
 from tests.support import contents
 
 CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
@@ -63,7 +63,7 @@ def test_values_are_those_of_the_last_rounding(tmp_path: Path, dtype: str) -> No
         if one.job.base is None:
             same(values, wanted)
             continue
-        assert metadata["base"] == one.job.base.name
+        assert bases_in(metadata)[0][0] == one.job.base.name
         assert own.keys() <= {"a.weight", "b.bias", "count"}, "what never changes is stored once"
         for name in ("frozen", "count", "mask", "none"):
             assert values[name].tobytes() == wanted[name].tobytes()
@@ -121,16 +121,16 @@ def test_outputs_are_the_sums_in_float64(tmp_path: Path, dtype: str) -> None:
 
 def test_some_snapshots_of_a_chain(tmp_path: Path) -> None:
     """Links are read along; what is the same in those used comes out bit for bit."""
-    made = averages()
+    made = averages(8)
     for (step, _), tensors in made.items():
         tensors["late"] = np.full(3, 0.5 if step < 60 else 0.25, np.float32)
     source = write(tmp_path / "plain", made)
     packed(source, tmp_path / "packed", every=100)
-    run = open_snapshots(tmp_path / "packed", only=["*-00[68]0-*", "*-0100-*"])
+    run = open_snapshots(tmp_path / "packed", only=["*-01[024]0-*"])
     assert len(run.snapshots) == 6
     solution = run.solve(sigma_rel=0.07)
     out = load_file(solution.save(tmp_path / "out.safetensors")[0])
-    late = read(tmp_path / "packed" / "ema-0100-0.05.safetensors")["late"]
+    late = read(tmp_path / "packed" / "ema-0140-0.05.safetensors")["late"]
     assert out["late"].tobytes() == late.tobytes()
     assert (late == 0.25).all()
     step = open_snapshots(tmp_path / "packed").solve(sigma_rel=0.07, step=60)
