@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.command import ENVIRONMENT, ROOT, Posthoc
-from tests.packing import averages, rebuilt, write
+from tests.packing import averages, bases_in, rebuilt, stored, write
 
 
 @pytest.fixture
@@ -57,26 +57,22 @@ def test_inspect_shows_the_chain(
     assert run.code == 0, run
     check_json("inspect", run.json)
     assert [len(each["chain"]) for each in run.json["snapshots"]] == [
-        0,
-        2,
-        2,
-        3,
-        3,
-        4,
-        4,
-        5,
-        0,
-        2,
-        2,
-        3,
+        *(0, 2),  # of the first profile, and of the second
+        *(2, 4),
+        *(3, 6),
+        *(4, 8),
+        *(0, 2),
+        *(2, 4),
     ]
     third = run.json["snapshots"][3]
     assert third["encoding"] == "delta"
     assert third["chain"] == [
-        f"ema-00{step}.safetensors" for step in ("20-0.05", "20-0.10", "40-0.10")
+        f"ema-00{step}.safetensors" for step in ("20-0.05", "20-0.10", "40-0.05", "40-0.10")
     ]
     assert third["dtypes"] == {"BOOL": 1, "F32": 4, "I64": 1}
-    assert "F16 to ema-0020-0.05" in posthoc_here("inspect", "packed").out
+    told = posthoc_here("inspect", "packed").out
+    assert "F16 to ema-0020-0.05.safetensors  " in told
+    assert "F16 to ema-0020-0.10.safetensors and 2 more" in told
 
 
 def test_what_synthesize_makes_of_it(packed: Path, tmp_path: Path, posthoc_here: Posthoc) -> None:
@@ -97,7 +93,7 @@ def test_what_synthesize_makes_of_it(packed: Path, tmp_path: Path, posthoc_here:
     run = posthoc_here("verify", "packed.safetensors", "packed")
     assert run.code == 3
     assert "ema-0040-0.05.safetensors: is not the file" in run.err
-    assert "(2 more problems" in run.err
+    assert "(5 more problems" in run.err
 
 
 @pytest.mark.parametrize(
@@ -113,8 +109,8 @@ def test_a_broken_link_takes_with_it_what_builds_on_it(
     paths = sorted(folder.iterdir())
     names = [path.name for path in paths]
     until = 8 if cut < 8 else 12
-    keyframe = cut in (0, 8)
-    lost = names[cut + 1 : until] if keyframe else names[cut + 2 : until : 2]
+    leading = cut % 2 == 0  # what is of the first profile, all that come after it build on
+    lost = names[cut + 1 : until] if leading else names[cut + 2 : until : 2]
     if how == "missing":
         paths[cut].unlink()
     elif how == "truncated":
@@ -168,15 +164,25 @@ def _change(path: Path, **metadata: str | None) -> None:
 
 
 HOSTILE: dict[str, dict[str, str | None]] = {
-    "its own base": {"base": "ema-0120-0.10.safetensors"},
-    "outside": {"base": "../plain/ema-0100-0.05.safetensors"},
-    "absolute": {"base": "/etc/passwd"},
-    "a folder": {"base": ".."},
-    "of another system": {"base": "a\\b.safetensors"},
-    "not there": {"base": "nothing.safetensors"},
-    "no base": {"base": None},
-    "no fingerprint": {"base_fingerprint": None},
-    "another": {"base_fingerprint": "0" * 32},
+    "its own base": {"name": "ema-0120-0.10.safetensors"},
+    "outside": {"name": "../plain/ema-0100-0.05.safetensors"},
+    "absolute": {"name": "/etc/passwd"},
+    "a folder": {"name": ".."},
+    "of another system": {"name": "a\\b.safetensors"},
+    "not there": {"name": "nothing.safetensors"},
+    "another": {"fingerprint": "0" * 32},
+    "no number": {"coefficient": "NaN"},
+    "infinite": {"coefficient": "1e400"},
+    "no bases": {"bases": None},
+    "an empty list": {"bases": "[]"},
+    "a list of text": {"bases": '["ema-0100-0.10.safetensors"]'},
+    "two words": {"bases": '[["ema-0100-0.10.safetensors", "0"]]'},
+    "lists": {"bases": "[[[], [], 1.0]]"},
+    "broken JSON": {"bases": "[["},
+    "deep bases": {"bases": "[" * 100_000},
+    "one twice": {"bases": json.dumps([["ema-0100-0.10.safetensors", "0", 0.5]] * 2)},
+    "a large number": {"bases": f'[["ema-0100-0.10.safetensors", "0", 1{"0" * 400}]]'},
+    "very many": {"bases": json.dumps([[f"{at}.safetensors", "0", 0.5] for at in range(99)])},
     "no scale": {"scale": None},
     "a large scale": {"scale": "100000000000000000000000"},
     "a small scale": {"scale": "-5000"},
@@ -186,7 +192,13 @@ HOSTILE: dict[str, dict[str, str | None]] = {
     "deep JSON": {"scales": "[" * 100_000},
     "text": {"scales": '{"a.weight": "8"}'},
     "large": {"scales": '{"a.weight": 1e400}'},
-    "another version": {"encoding": "delta-2"},
+    "another version": {"encoding": "delta-3"},
+    "the first version, without a base": {"encoding": "delta-1"},
+    "the first version": {
+        "encoding": "delta-1",
+        "base": "ema-0100-0.10.safetensors",
+        "base_fingerprint": "0" * 32,
+    },
 }
 
 
@@ -195,7 +207,14 @@ def test_hostile_metadata_is_one_line(
     tmp_path: Path, posthoc_here: Posthoc, packed_once: Path, metadata: dict[str, str | None]
 ) -> None:
     shutil.copytree(packed_once, tmp_path / "odd")
-    _change(tmp_path / "odd" / "ema-0120-0.10.safetensors", **metadata)
+    path = tmp_path / "odd" / "ema-0120-0.10.safetensors"
+    name, fingerprint, _ = bases_in(stored(path)[0])[0]
+    first = {"name": json.dumps(name), "fingerprint": json.dumps(fingerprint), "coefficient": "1.0"}
+    changed = {key: metadata[key] for key in metadata if key in first}
+    if changed:
+        first |= {k: v if k == "coefficient" else json.dumps(v) for k, v in changed.items()}
+        metadata = {"bases": f"[[{', '.join(first.values())}]]"}
+    _change(path, **metadata)
     run = posthoc_here("solve", "odd", "--sigma-rel", "0.07")
     run.failed(3, "odd/[a-z0-9.-]+: .*")
     assert len(run.err) < 1000

@@ -21,7 +21,7 @@ from posthoc_cli.errors import MachineError
 from posthoc_cli.storage import open_tensors, shared
 from posthoc_cli.synthesis.pack import pack, plan_pack
 from posthoc_cli.training import snapshot_files, writer
-from tests.packing import rebuilt, stored
+from tests.packing import bases_in, rebuilt, stored
 from tests.training.networks import Tied, folder_bytes, small, train
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -67,8 +67,11 @@ def test_tracked_is_as_packed(dtype: torch.dtype, tmp_path: Path) -> None:
         assert sorted(folder_bytes(packed)) == sorted(folder_bytes(folder))
         for path in packed.glob("*.safetensors"):
             (one, tensors), (other, here) = (stored(each / path.name) for each in (packed, folder))
-            for key in ("base", "scale", "scales", "step", "encoding"):
+            for key in ("scale", "scales", "step", "encoding"):
                 assert one.get(key) == other.get(key)
+            for metadata in (one, other) if "encoding" in one else ():
+                metadata["of"] = str([(name, c) for name, _, c in bases_in(metadata)])
+            assert one.get("of") == other.get("of")
             assert tensors.keys() == here.keys()
             for name, (code, values) in tensors.items():
                 assert here[name][0] == code
