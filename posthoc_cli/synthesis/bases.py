@@ -24,7 +24,6 @@ from posthoc_cli.synthesis.values import (
     new_buffer,
     padded,
     parts,
-    predicted,
 )
 
 
@@ -157,7 +156,7 @@ class Held:
                 total = new_buffer(info.elements)
                 for part in parts(info.elements):
                     stored = elements(info.dtype, data, part)
-                    before = predicted([(c, each[name]) for c, each in bases], part, total[part])
+                    before = combine([(c, each[name].part(part)) for c, each in bases], total[part])
                     add(info.dtype, stored, -(2.0**exponent), before, total[part])
                 values[name] = Value(None, total.view(np.uint8), total)
             reader.check_unchanged()

@@ -18,11 +18,11 @@ from posthoc_cli.synthesis.values import (
     Bytes,
     Value,
     add,
+    combine,
     elements,
     new_buffer,
     padded,
     parts,
-    predicted,
 )
 
 
@@ -56,14 +56,17 @@ def check_chain(
                 right = there.dtype == info.dtype and np.array_equal(stored, data)
                 value = Value(there.dtype, stored, None)
             else:
-                bases = [(c, each) for (_, c), each in zip(new.bases, before, strict=True)]
+                bases = [
+                    (c, each.minus(walk.buffer, count))
+                    for (_, c), each in zip(new.bases, before, strict=True)
+                ]
                 right, rest, total = True, new_buffer(AT_ONCE), walk.buffer(count)
                 for part in parts(count):
                     here, wanted = (
                         elements(there.dtype, stored, part),
                         elements(info.dtype, data, part),
                     )
-                    minus = predicted(bases, part, total[part])
+                    minus = combine([(c, each[part]) for c, each in bases], total[part])
                     add(there.dtype, here, -(2.0**exponent), minus, total[part])
                     off = rest[: part.stop - part.start]
                     add(info.dtype, wanted, 1.0, total[part], off)

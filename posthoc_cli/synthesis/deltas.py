@@ -40,7 +40,6 @@ from posthoc_cli.synthesis.values import (
     new_buffer,
     padded,
     parts,
-    predicted,
 )
 
 DELTA_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
@@ -115,7 +114,6 @@ class Walk:
         self._bytes = 8 * (min(self.piece, most) + STRIDE)
         self._data = np.empty(self._bytes, np.uint8)
         self.stored = np.empty(self._bytes // 4, np.uint8)
-        self._room = new_buffer(AT_ONCE)
         self._free: list[Bytes] = []
 
     def buffer(self, count: int) -> FloatArray:
@@ -154,21 +152,16 @@ class Walk:
         data: Bytes,
         bases: Sequence[tuple[float, Value]],
         to: Rounded | None = None,
-        among: Sequence[slice] = (),
+        part: slice | None = None,
     ) -> float:
-        """The largest difference of `data` to the bases, infinite or NaN if one is; `among` some
-        parts. They are rounded `to` what is given."""
-        peak = 0.0
-        for part in among or parts(data.size * 8 // DTYPES[info.dtype].bits):
-            minus = predicted(bases, part, self._room[: part.stop - part.start])
-            here = elements(info.dtype, data, part)
-            if to is None:
-                there = quantize(info.dtype, here, minus, None, "", here, minus)
-            else:
-                out, sums = elements(to.dtype, to.stored, part), to.sums[part]
-                there = quantize(info.dtype, here, minus, to.exponent, to.dtype, out, sums)
-            peak = float(np.maximum(peak, there))
-        return peak
+        """The largest difference of `data` to the bases, infinite or NaN if one is; of a `part`.
+        They are rounded `to` what is given."""
+        count = data.size * 8 // DTYPES[info.dtype].bits
+        part = part or slice(0, count)
+        minus = [(c, base.minus(self.buffer, count)[part]) for c, base in bases]
+        here = elements(info.dtype, data, part)
+        dtype, exponent, stored, sums = to or ("", None, here, minus[0][1])
+        return quantize(info.dtype, here, minus, exponent, dtype, stored, sums)
 
     def unchanged(self, info: TensorInfo, data: Bytes, base: Value, differs: bool) -> bool:
         """Whether `data` are what the base is: to the bit, or where numbers can be differences, but
@@ -176,7 +169,7 @@ class Walk:
         count = data.size * 8 // DTYPES[info.dtype].bits
         return all(
             base.same(info.dtype, elements(info.dtype, data, part), part)
-            or (differs and self.difference(info, data, [(1.0, base)], among=[part]) == 0)
+            or (differs and self.difference(info, data, [(1.0, base)], part=part) == 0)
             for part in [slice(0, min(STRIDE, count)), *parts(count)]  # most differ at once
         )
 
@@ -383,13 +376,13 @@ def _write_tensor(
         unchanged = walk.unchanged(info, data, before[0], differs)
         same[at].append(unchanged)
 
-        def peak_of(to: Rounded | None = None, among: Sequence[slice] = ()) -> float:
-            return walk.difference(info, data, bases, to, among) if differs else 1.0
+        def peak_of(to: Rounded | None = None, part: slice | None = None) -> float:
+            return walk.difference(info, data, bases, to, part) if differs else 1.0
 
         if unchanged and guess[at] == _SAME:
             return before[0]
         if first == 0:
-            firsts[at] = peak_of(among=[slice(0, min(_FIRST, count))])
+            firsts[at] = peak_of(part=slice(0, min(_FIRST, count)))
             if anew:
                 guess[at] = output.how(name, False, firsts[at] or peak_of(), firsts[at])
         exponent = guess[at]

@@ -17,7 +17,7 @@ import functools
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -274,43 +274,59 @@ def _kernel(dtype: str, out_dtype: str, targets: int, goes_on: bool) -> Callable
 def quantize(
     dtype: str,
     data: npt.NDArray[np.uint8],
-    minus: npt.NDArray[np.float64],
+    bases: Sequence[tuple[float, npt.NDArray[np.float64]]],
     exponent: int | None,
     out_dtype: str,
     out: npt.NDArray[np.uint8],
     sums: npt.NDArray[np.float64],
 ) -> float:
     """Round `data + minus` to multiples of 2^exponent, as `out_dtype` has them, and take `out` from
-    `minus`, into `sums`; without an exponent neither.
+    `minus`, into `sums`; without an exponent neither. `minus` is the sum of the arrays in `bases`
+    times their coefficients; each product is rounded, and each sum.
 
     Returns the largest absolute value of `data + minus`, infinite or NaN if one is: where it is too
     large for `out_dtype`, what is in `out` means nothing. `dtype` is in WIDENED, `out_dtype` F16,
-    BF16 or F8_E4M3. All have as many elements as `minus`, and room for a multiple
-    of STRIDE.
+    BF16 or F8_E4M3. All have as many elements as those of `bases`, and room for a
+    multiple of STRIDE.
     """
-    bits = _quantizer(dtype, None if exponent is None else out_dtype)(
+    rows = np.array([row.ctypes.data for _, row in bases], np.uintp)
+    weights = np.array([weight for weight, _ in bases])
+    products = len(bases) if len(bases) > 1 or weights[0] != 1.0 else 0
+    bits = _quantizer(dtype, None if exponent is None else out_dtype, products)(
         data.ctypes.data,
-        minus.ctypes.data,
+        rows.ctypes.data,
+        weights.ctypes.data,
         math.ldexp(1.0, -(exponent or 0)),
         -math.ldexp(1.0, exponent or 0),
         out.ctypes.data,
         sums.ctypes.data,
-        minus.size,
+        bases[0][1].size,
     )
     return float(np.int64(bits).view(np.float64))
 
 
 @functools.cache
-def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
-    lanes = 32
+def _quantizer(dtype: str, out_dtype: str | None, products: int) -> Callable[..., int]:
+    """Of so many `products`; of none there is one row, as it is."""
+    lanes = 64
     places = ", ".join(f"i64 {at}" for at in range(lanes))
     stored, widen = _WIDEN[dtype]
     lines = [
-        "define i64 @kernel(ptr %data, ptr %minus, double %down, double %up, ptr %out, ptr %sums,"
-        " i64 %count) {",
+        "define i64 @kernel(ptr %data, ptr %rows, ptr %weights, double %down, double %up, ptr %out,"
+        " ptr %sums, i64 %count) {",
         "entry:",
         *splat("down", "double"),
         *splat("up", "double"),
+    ]
+    for at in range(products or 1):
+        lines += [
+            f"  %row_p{at} = getelementptr ptr, ptr %rows, i64 {at}",
+            f"  %row{at} = load ptr, ptr %row_p{at}, align 8",
+            f"  %w_p{at} = getelementptr double, ptr %weights, i64 {at}",
+            f"  %w{at} = load double, ptr %w_p{at}, align 8",
+            *splat(f"w{at}", "double"),
+        ]
+    lines += [
         "  br label %block",
         "block:",
         "  %j = phi i64 [0, %entry], [%next_j, %block]",
@@ -318,8 +334,18 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
         f"  %x_p = getelementptr {stored}, ptr %data, i64 %j",
         f"  %x = load <V x {stored}>, ptr %x_p, align 1",
         widen,
-        "  %minus_p = getelementptr double, ptr %minus, i64 %j",
-        "  %m = load <V x double>, ptr %minus_p, align 8",
+    ]
+    minus = "splat (double -0.0)"
+    for at in range(products or 1):
+        lines += [
+            f"  %b_p{at} = getelementptr double, ptr %row{at}, i64 %j",
+            f"  %b{at} = load <V x double>, ptr %b_p{at}, align 8",
+            f"  %p{at} = fmul <V x double> %b{at}, %w{at}_v",
+            f"  %m{at} = fadd <V x double> {minus}, %{'p' if products else 'b'}{at}",
+        ]
+        minus = f"%m{at}"
+    lines += [
+        f"  %m = fadd <V x double> {minus}, splat (double -0.0)",
         "  %rest = fadd <V x double> %d, %m",
         "  %size = call <V x double> @llvm.fabs.vVf64(<V x double> %rest)",
         "  %all_bits = bitcast <V x double> %size to <V x i64>",
@@ -362,7 +388,7 @@ def _quantizer(dtype: str, out_dtype: str | None) -> Callable[..., int]:
         "declare <V x double> @llvm.fabs.vVf64(<V x double>)",
     ]
     pointer, real, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
-    arguments = (pointer, pointer, real, real, pointer, pointer, integer)
+    arguments = (pointer, pointer, pointer, real, real, pointer, pointer, integer)
     return compiled("\n".join(lines), lanes, integer, *arguments)
 
 

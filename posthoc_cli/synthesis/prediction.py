@@ -49,7 +49,7 @@ def predictors(
         for at, each in zip(bases[1:], weights, strict=True)
         if abs(each) >= _LEAST
     ]
-    return [(bases[0], 1 - sum(each for _, each in kept)), *kept]
+    return [(bases[0], 1.0 - sum(each for _, each in kept)), *kept]
 
 
 def _before(chain: Sequence[tuple[Hashable, Average]], kind: Hashable, end: int) -> list[int]:
@@ -77,7 +77,9 @@ def _weights(
     own = np.diagonal(known)
     apart = own[:, None] + own - 2 * known
     count = len(bases)
-    rounding = _ROUNDING**2 * np.diagonal(apart[:count, count:])
+    # Or of the average's own: what two steps that lie close tell of one far away is not much.
+    lost = np.maximum(np.diagonal(apart[:count, count:]), apart[0, -1])
+    rounding = _ROUNDING**2 * lost
     moved = known - known[0] - known[:, :1] + known[0, 0]
     matrix = moved[1:count, 1:count] + rounding[0] + np.diag(rounding[1:])
     right = moved[1:count, -1] + rounding[0]

@@ -40,14 +40,25 @@ class Value:
     data: Bytes
     sums: FloatArray | None
 
-    def minus(self, part: slice) -> FloatArray:
-        """Minus its elements in `part`, in float64."""
+    def minus(self, buffer: Buffer, count: int) -> FloatArray:
+        """Minus its `count` elements, in float64; they are kept."""
+        if self.sums is None:
+            self.sums = buffer(count)
+            for part in parts(count):
+                self._widen(part, self.sums[part])
+        return self.sums
+
+    def part(self, part: slice) -> FloatArray:
+        """The same of a part; they are not kept."""
         if self.sums is not None:
             return self.sums[part]
-        assert self.dtype is not None
         minus = new_buffer(part.stop - part.start)
-        add(self.dtype, elements(self.dtype, self.data, part), -1.0, None, minus)
+        self._widen(part, minus)
         return minus
+
+    def _widen(self, part: slice, into: FloatArray) -> None:
+        assert self.dtype is not None
+        add(self.dtype, elements(self.dtype, self.data, part), -1.0, None, into)
 
     def same(self, dtype: str, data: Bytes, part: slice) -> bool:
         """Whether elements `data` are to the bit what it has in their place, not as a sum."""
@@ -55,12 +66,6 @@ class Value:
             return False
         there = elements(dtype, self.data, part)
         return np.array_equal(there[:_LOOK], data[:_LOOK]) and np.array_equal(there, data)
-
-
-def predicted(bases: Sequence[tuple[float, Value]], part: slice, room: FloatArray) -> FloatArray:
-    """Minus the sum of the bases' values times their coefficients in `part`; in `room` if need
-    be."""
-    return combine([(number, value.minus(part)) for number, value in bases], room)
 
 
 def combine(rows: Sequence[tuple[float, FloatArray]], room: FloatArray) -> FloatArray:

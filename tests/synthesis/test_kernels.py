@@ -184,10 +184,10 @@ def test_differences_are_rounded_and_taken_off(dtype: str, out_dtype: str, expon
     room = np.full(capacity, np.nan)  # what lies beyond the end doesn't count
     room[: len(rest)] = minus
     minus, stored = room[: len(rest)], rows.view(np.uint8)[0]
-    peak = kernels.quantize(dtype, stored, minus, exponent, out_dtype, out, sums)
+    peak = kernels.quantize(dtype, stored, [(1.0, minus)], exponent, out_dtype, out, sums)
     rest = data.astype(np.float64) + minus
     assert peak == np.abs(rest).max()
-    assert kernels.quantize(dtype, stored, minus, None, out_dtype, out, sums) == peak
+    assert kernels.quantize(dtype, stored, [(1.0, minus)], None, out_dtype, out, sums) == peak
     scaled = np.ldexp(rest, -exponent)
     rounded = scaled.astype(kind) if out_dtype != "BF16" else narrow("BF16", scaled)
     assert out.view(kind)[: len(rest)].tobytes() == rounded.tobytes()
@@ -195,5 +195,5 @@ def test_differences_are_rounded_and_taken_off(dtype: str, out_dtype: str, expon
     assert np.array_equal(sums[: len(rest)], left)
     for odd in (np.inf, np.nan):
         minus[5] = odd
-        found = kernels.quantize(dtype, stored, minus, exponent, out_dtype, out, sums)
+        found = kernels.quantize(dtype, stored, [(1.0, minus)], exponent, out_dtype, out, sums)
         assert np.array_equal(found, odd, equal_nan=True)
