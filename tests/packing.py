@@ -11,6 +11,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from posthoc_cli.storage import fingerprint, read_header
+
 WIDTHS = {"0.05": 16.97, "0.10": 6.94}
 DTYPES = {"F16": "<f2", "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
@@ -51,6 +53,29 @@ def write(folder: Path, made: dict[tuple[int, str], Tensors]) -> Path:
     return folder
 
 
+def write_first_version(folder: Path, made: dict[tuple[int, str], Tensors]) -> Path:
+    """The same as float16 differences to the step before, as the format's first version had them:
+    the first and fourth step of width 0.05 are whole."""
+    folder.mkdir()
+    last: dict[str, tuple[Path, Tensors]] = {}
+    for (step, width), tensors in made.items():
+        path = folder / f"ema-{step:04d}-{width}.safetensors"
+        metadata = {"step": str(step), "sigma_rel": width}
+        if width == "0.05" and step in (20, 80):
+            save_file(tensors, path, metadata)
+            last = {"0.05": (path, tensors)}
+            continue
+        base, values = last.get(width, last["0.05"])
+        own = {"count": tensors["count"]}
+        for name in ("a.weight", "b.bias"):
+            difference = np.ldexp(tensors[name] - values[name].astype(np.float64), 12)
+            own[name] = difference.astype(np.float16)
+        metadata |= {"encoding": "delta-1", "base": base.name, "scale": "-12"}
+        save_file(own, path, metadata | {"base_fingerprint": fingerprint(read_header(base))})
+        last[width] = path, rebuilt(path)
+    return folder
+
+
 def stored(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, np.ndarray[Any, Any]]]]:
     """The metadata of a file, and its tensors with their dtypes."""
     with safe_open(path, "np") as file:
@@ -67,23 +92,25 @@ def stored(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, np.ndarray[
     return metadata, found
 
 
-def rebuilt(path: Path) -> Tensors:
-    """A snapshot by the description of the format in the documentation."""
+def rebuilt(path: Path, known: dict[Path, Tensors] | None = None) -> Tensors:
+    """A snapshot by the description of the format in the documentation; of each in `known` it is
+    known already."""
+    known = {} if known is None else known
+    if path in known:
+        return known[path]
     metadata, tensors = stored(path)
     values = {name: each for name, (_, each) in tensors.items()}
-    if "encoding" not in metadata:
-        return values
-    bases = [(rebuilt(path.with_name(name)), c) for name, _, c in bases_in(metadata)]
-    scales = json.loads(metadata.get("scales", "{}"))
-    found = dict(bases[0][0])
-    for name, (dtype, each) in tensors.items():
-        exponent = scales.get(name, int(metadata["scale"]))
-        if dtype in ("I64", "BOOL") or exponent is None:
-            found[name] = each
-        else:
-            terms = [c * base[name].astype(np.float64) for base, c in bases]
-            found[name] = sum(terms[1:], terms[0]) + each.astype(np.float64) * 2.0**exponent
-    return found
+    if "encoding" in metadata:
+        bases = [(rebuilt(path.with_name(name), known), c) for name, _, c in bases_in(metadata)]
+        scales = json.loads(metadata.get("scales", "{}"))
+        for name, (dtype, each) in tensors.items():
+            exponent = scales.get(name, int(metadata["scale"]))
+            if dtype not in ("I64", "BOOL") and exponent is not None:
+                terms = [c * base[name].astype(np.float64) for base, c in bases]
+                values[name] = sum(terms[1:], terms[0]) + each.astype(np.float64) * 2.0**exponent
+        values = bases[0][0] | values
+    known[path] = values
+    return values
 
 
 def bases_in(metadata: dict[str, str]) -> list[tuple[str, str, float]]:

@@ -106,7 +106,7 @@ class Walk:
         self._last = {path: at for at, each in enumerate(files) for path, _ in each.bases}
         born = {each.path: at for at, each in enumerate(files)}
         held = [
-            sum(born.get(path, 0) <= at <= last for path, last in self._last.items())
+            sum(born.get(path, -1) < at <= last for path, last in self._last.items())
             for at in range(len(files))
         ]
         self.piece = max(_PIECE_BYTES // 8 // (max(held) + 1) // AT_ONCE, 1) * AT_ONCE
@@ -115,10 +115,20 @@ class Walk:
         self._data = np.empty(self._bytes, np.uint8)
         self.stored = np.empty(self._bytes // 4, np.uint8)
         self._free: list[Bytes] = []
+        self._spare: Value | None = None
+        self._taken: Value | None = None
 
     def buffer(self, count: int) -> FloatArray:
         room = self._free.pop() if self._free else np.empty(self._bytes, np.uint8)
         return room.view(np.float64)[:count]
+
+    def room(self, count: int) -> FloatArray:
+        """Room for the sums of the file at hand, which may be where those of a base are that is
+        needed no more: what is read of that is read before."""
+        if self._spare is None or self._spare.sums is None:
+            return self.buffer(count)
+        self._taken = self._spare
+        return self._spare.sums
 
     def free(self, sums: FloatArray) -> None:
         """Give back what `buffer` gave."""
@@ -140,8 +150,15 @@ class Walk:
         for at, new in enumerate(self.files):
             data = self._data[: bytes_of(new.tensors[name].dtype, count)]
             new.read(name, first, data)
-            values[new.path] = step(at, data, [values[path] for path, _ in new.bases])
-            for path in [path for path in values if self._last.get(path, 0) <= at]:
+            before = [values[path] for path, _ in new.bases]
+            over = [path for path in values if self._last.get(path, 0) <= at]
+            kept = [each for path, each in values.items() if path not in over]
+            free = (each for each in before if each.sums is not None and each not in kept)
+            self._spare, self._taken = next(free, None), None
+            values[new.path] = step(at, data, before)
+            if self._taken is not None:
+                self._taken.sums = None
+            for path in over if new.path in self._last else [*over, new.path]:
                 gone = values.pop(path)
                 if gone.sums is not None and all(gone is not each for each in values.values()):
                     self.free(gone.sums)
@@ -393,7 +410,7 @@ def _write_tensor(
             output.write(name, first, data, info.dtype)
             return Value(info.dtype, _copy(info.dtype, data, count), None)
         stored = elements(code, walk.stored, slice(0, count))
-        sums = walk.buffer(count)
+        sums = walk.room(count)
         peaks[at].append(peak_of(Rounded(code, exponent, stored, sums)))
         if (
             not anew or output.how(name, False, peaks[at][-1], firsts[at]) == exponent

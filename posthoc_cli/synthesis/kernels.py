@@ -308,7 +308,7 @@ def quantize(
 @functools.cache
 def _quantizer(dtype: str, out_dtype: str | None, products: int) -> Callable[..., int]:
     """Of so many `products`; of none there is one row, as it is."""
-    lanes = 64
+    lanes = 32
     places = ", ".join(f"i64 {at}" for at in range(lanes))
     stored, widen = _WIDEN[dtype]
     lines = [

@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from posthoc_cli.api import open_snapshots, verify
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError
 from posthoc_cli.formats import open_network
 from posthoc_cli.storage.dtypes import DTYPES as FORMATS
 from posthoc_cli.synthesis.pack import Packed, pack, plan_pack
-from tests.packing import Tensors, averages, bases_in, rebuilt, stored, write
+from tests.packing import (
+    Tensors,
+    averages,
+    bases_in,
+    rebuilt,
+    stored,
+    write,
+    write_first_version,
+)
 from tests.support import contents
 
 CODES = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
@@ -53,6 +61,7 @@ def test_values_are_those_of_the_last_rounding(tmp_path: Path, dtype: str) -> No
     made = averages()
     source = write(tmp_path / "plain", made)
     found = packed(source, tmp_path / "packed", dtype, verify=True)
+    assert all(sum(number for _, number in one.job.bases) in (0, 1) for one in found)
     keyframes = [one for one in found if one.job.base is None]
     assert len(keyframes) == 2
     for one in found:
@@ -138,6 +147,68 @@ def test_some_snapshots_of_a_chain(tmp_path: Path) -> None:
     assert open_snapshots(tmp_path / "packed").solve(sigma_rel=0.07).state_dict()["late"].shape == (
         3,
     )
+
+
+def test_the_first_version_is_read_too(tmp_path: Path) -> None:
+    """And packed again."""
+    made = averages()
+    folder = write_first_version(tmp_path / "first", made)
+    run = open_snapshots(folder)
+    assert [len(each.chain) for each in run.snapshots] == [0, 2, 2, 3, 3, 4, 0, 2, 2, 3, 3, 4]
+    for snapshot in run.snapshots:
+        values = rebuilt(snapshot.index.path)
+        wanted = made[snapshot.step, f"{snapshot.sigma_rel:.2f}"]
+        for name, each in read(snapshot.index.path).items():
+            assert np.array_equal(each, values[name].astype(each.dtype))
+            assert np.allclose(each.astype(float), wanted[name], rtol=0, atol=2e-4)
+    packed(folder, tmp_path / "second", every=100, verify=True)
+    solution = run.solve(sigma_rel=0.07)
+    path = solution.save(tmp_path / "out.safetensors", dtype="float64")[0]
+    known: dict[Path, Tensors] = {}
+    sums = [rebuilt(each.index.path, known)["a.weight"] for each in run.snapshots]
+    wanted = np.tensordot(solution.weights[0], [each.astype(np.float64) for each in sums], 1)
+    assert np.allclose(load_file(path)["a.weight"], wanted, rtol=0, atol=1e-13)
+    assert verify(path, folder, full=True).problems == []
+
+
+def test_profiles_of_any_number_and_raw_ones(tmp_path: Path) -> None:
+    """Some of steps of their own, at an uneven pace; a raw one tells of its step what averages do
+    of theirs."""
+    steps = [3, 6, 9, 12, 13, 14, 15, 40, 41, 90, 140]
+    kinds: dict[str, tuple[dict[str, str], float]] = {
+        "0.05": ({"sigma_rel": "0.05"}, 16.97),
+        "0.10": ({"sigma_rel": "0.10"}, 6.94),
+        "0.20": ({"sigma_rel": "0.20"}, 1.6),
+        "raw": ({"decay": "0"}, np.inf),
+    }
+    rng = np.random.default_rng(0)
+    network = rng.normal(size=3000)
+    values = {name: np.zeros(3000) for name in kinds}
+    made: dict[str, Tensors] = {}
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for step in range(1, steps[-1] + 1):
+        network += 0.05 * rng.normal(size=3000)
+        for name, (metadata, gamma) in kinds.items():
+            values[name] += (1 - (1 - 1 / step) ** (gamma + 1)) * (network - values[name])
+            if step in steps and (name != "0.20" or step % 2 == 0) and (name != "raw" or step > 12):
+                file = f"s-{step:03d}-{name}.safetensors"
+                made[file] = {"w": values[name].astype(np.float32)}
+                save_file(made[file], folder / file, metadata | {"step": str(step)})
+    for dtype, most in (("float16", 1e-3), ("float8_e4m3fn", 0.1)):
+        found = packed(folder, tmp_path / dtype, dtype, every=100, verify=True)
+        known: dict[Path, Tensors] = {}
+        off = {}
+        for one in found:
+            name = one.job.output.name
+            value, wanted = rebuilt(one.job.output, known)["w"], made[name]["w"]
+            assert np.array_equal(read(one.job.output)["w"], value.astype(np.float32))
+            off[name] = np.sqrt(np.mean((value - wanted.astype(np.float64)) ** 2))
+            assert off[name] < most * np.abs(wanted).max()
+        # Rounded to as many digits, an average of which much is known loses little.
+        for step, most in ((140, 0.3), (15, 0.1)):
+            names = [f"s-{step:03d}-{width}.safetensors" for width in ("0.05", "0.10")]
+            assert off[names[1]] < most * off[names[0]]
 
 
 def test_beside_plain_snapshots(tmp_path: Path) -> None:
