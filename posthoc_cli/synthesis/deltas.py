@@ -412,9 +412,8 @@ def _write_tensor(
         stored = elements(code, walk.stored, slice(0, count))
         sums = walk.room(count)
         peaks[at].append(peak_of(Rounded(code, exponent, stored, sums)))
-        if (
-            not anew or output.how(name, False, peaks[at][-1], firsts[at]) == exponent
-        ):  # or it's wrong
+        # Or it's wrong, and done again.
+        if not anew or output.how(name, False, peaks[at][-1], firsts[at]) == exponent:
             output.write(name, first, stored, code)
         return Value(None, sums.view(np.uint8), sums)
 

@@ -22,6 +22,9 @@ _ROUNDING = 2.0**-5
 _LEAST = 0.01
 """Coefficients below it are left out."""
 
+_LEAST_APART = 1e-11
+"""Averages that are nearer to each other, by their variance, can't be told apart in float64."""
+
 _UNIT = 2.0**-16
 """Coefficients are multiples of it: more digits would make no difference, and depend on the
 machine. And the sum of values that are all the same is exact."""
@@ -35,7 +38,7 @@ def predictors(
 
     The chain has kind and average of each, in the order in which they are written, from the
     keyframe on. Snapshots of its kind are predicted by their last two; those of another by their
-    last, and that kind's last two.
+    last, and the last two of the keyframe's kind.
     """
     leading = _before(chain, chain[0][0], len(chain))
     own = _before(chain, kind, len(chain))
@@ -78,7 +81,7 @@ def _weights(
     apart = own[:, None] + own - 2 * known
     count = len(bases)
     # Or of the average's own: what two steps that lie close tell of one far away is not much.
-    lost = np.maximum(np.diagonal(apart[:count, count:]), apart[0, -1])
+    lost = np.maximum(np.diagonal(apart[:count, count:]), max(apart[0, -1], _LEAST_APART * own[0]))
     rounding = _ROUNDING**2 * lost
     moved = known - known[0] - known[:, :1] + known[0, 0]
     matrix = moved[1:count, 1:count] + rounding[0] + np.diag(rounding[1:])

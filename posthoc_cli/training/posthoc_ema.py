@@ -73,8 +73,9 @@ class PostHocEMA:
         dtype: of the floating-point tensors in the snapshots; None keeps the network's own. Of
             differences torch.float16, bfloat16 or float8_e4m3fn.
         keyframe_every: how many steps a chain of differences has; its first is float32.
-        delta_memory: hold what was last written in host memory, 8 bytes a parameter and profile.
-            Otherwise each reads its chain so far, in little memory: about `keyframe_every` files.
+        delta_memory: hold what was last written in host memory, 8 bytes a parameter and profile and
+            twice more. Otherwise each reads its chain so far, in little memory: about as many
+            files as the chain has.
         keep: keep this run's newest `keep` steps, and the rest of their chains; None keeps all.
         update_every: steps between updates of the averages.
         background: write in a thread. The averages are copied to host memory first, in `dtype` (for

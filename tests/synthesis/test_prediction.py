@@ -98,8 +98,9 @@ def test_those_without_the_first_go_by_themselves() -> None:
         range(1_000_000, 1_000_600, 10),
         [*range(1000, 5000, 1000), *range(5000, 5020), 6000, 6001, 9000, 9001, 100_000, 100_001],
         [1, 2, 3, 4, 1000, 1001, 2_000_000],
+        range(10**12, 10**12 + 20),
     ],
-    ids=["even", "close", "uneven", "few"],
+    ids=["even", "close", "uneven", "few", "all but the same"],
 )
 def test_coefficients_stay_small(kinds: list[Kind], steps: Iterable[float]) -> None:
     """And so do the weights of the files in what they come to: they grow as the number of files,
