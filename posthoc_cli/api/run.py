@@ -322,9 +322,11 @@ class Run:
             range: from where to where: "0.02:0.25" or a pair; by default the widest range within
                 `max_error`, the error that is to be expected (0.05).
             also: "step", to search which step is best as well.
-            step, method, device: those of `solve`; dtype, copy, drop, layout: those of `save`.
+            step, method, device: those of `solve`; dtype, copy, drop, layout, max_shard_size,
+                strict, lora, lora_rank, lora_tolerance: those of `save`, of all networks.
             evaluations: how many networks to measure, 14 by default.
             tolerance: stop before that when the best is known so well: 0.1 is to about 10 %.
+            seed: what `{seed}` in a command counts up from, 0 by default.
             journal: a file that keeps each evaluation, so that the same call goes on where an
                 earlier one ended.
 
