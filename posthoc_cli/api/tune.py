@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from posthoc_cli.api.solution import Progress
 from posthoc_cli.api.tuner import Trial, Tuned, Tuner, check_local
 from posthoc_cli.errors import MachineError, PosthocError, UsageError
-from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder, remove_whole
+from posthoc_cli.storage.disk import already_exists, free_bytes, is_full, make_folder
 from posthoc_cli.storage.places import is_url, place
+from posthoc_cli.storage.shared import remove_whole
 from posthoc_cli.tuning.checks import check_whole, shown, values_of
 from posthoc_cli.tuning.journal import Evaluation
 from posthoc_cli.tuning.metric import CommandMetric

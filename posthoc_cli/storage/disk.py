@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from posthoc_cli.errors import MachineError, SnapshotError, UsageError, printable
-from posthoc_cli.storage.aside import remove
 from posthoc_cli.storage.places import File, Url
 from posthoc_cli.storage.sniffing import where_link_leads
 
@@ -29,12 +28,6 @@ def make_folder(folder: Path, *, parents: bool = False) -> None:
         return
     with write_errors(folder):
         folder.mkdir(parents=parents, exist_ok=True)
-
-
-def remove_whole(path: Path) -> None:
-    """Remove the file or the whole folder `path`, if it is there."""
-    with write_errors(path):
-        remove(path)
 
 
 def free_bytes(folder: Path) -> float:

@@ -46,7 +46,7 @@ from posthoc_cli.training.chains import Chain, Kinds, chains, profile_of
 _MADE = {RECIPE, CONVERTED, PACKED}
 """What only files have that were made of snapshots."""
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 """Elements that are converted and written at a time."""
 
 _OURS = re.compile(r"-step(\d{8,})-(?:[\d.]+|raw)$")

@@ -5,8 +5,10 @@
 For 1, 2 and 4 processes (fully_shard, gloo): what a process holds of the network, and its largest
 part of a tensor; by how much its memory grows while it saves again, at its peak, in the caller's
 thread and in the background; the seconds of a checkpoint of two averages, and of gathering the two
-in the first process and saving them there. Then what it takes to read them: the processor time of
-a synthesis from the folder that four have written, relative to that from plain files.
+in the first process and saving them there. Then how far a save in the background overlaps with
+training: the time of a training step that begins while one runs, relative to others. Last what it
+takes to read them: the processor time of a synthesis from the folder that four have written,
+relative to that from plain files.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from posthoc_cli.training.averaging import gather, named_tensors
 MB = 1e6
 WIDTH = 2048
 CHECKPOINTS = 6
+STEPS = 4
 
 
 def memory(what: str) -> float:
@@ -86,13 +89,14 @@ def measure(rank: int, size: int, folder: Path, parameters: float, results: Any)
             found.setdefault(name, []).append(growth(partial(save, ema)))
         dist.barrier()
         found.setdefault("gathered", []).append(growth(partial(gathered, ema, folder)))
+    overlap = overlapping(emas["background"])
     for ema in emas.values():
         ema.close()
     parts = [average.numel() * 2 / MB for average in ema._averages.tensors[0].values()]
     # The first one loads torch.distributed.checkpoint.
     grown = {name: statistics.median(size for size, _ in each[1:]) for name, each in found.items()}
     seconds = {name: statistics.median(s for _, s in each) for name, each in found.items()}
-    results.put((rank, sum(parts), max(parts), grown, seconds))
+    results.put((rank, sum(parts), max(parts), grown, seconds, overlap))
     results.close()
     results.join_thread()
     os._exit(0)
@@ -101,6 +105,29 @@ def measure(rank: int, size: int, folder: Path, parameters: float, results: Any)
 def save(ema: PostHocEMA) -> None:
     ema.checkpoint()
     ema.wait()
+
+
+def overlapping(ema: PostHocEMA) -> float:
+    """The time of a training step that begins during a save, relative to one without."""
+    batch = torch.randn(16, WIDTH)
+
+    def step() -> float:
+        begin = time.perf_counter()
+        ema.model(batch).square().mean().backward()
+        ema.model.zero_grad()
+        return time.perf_counter() - begin
+
+    step()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(2 * CHECKPOINTS):
+        dist.barrier()
+        times[False] += [step() for _ in range(STEPS)]
+        ema.checkpoint()
+        for _ in range(STEPS):
+            thread = ema._writer._thread
+            times[thread is not None and thread.is_alive()].append(step())
+        ema.wait()
+    return statistics.median(times[True]) / statistics.median(times[False])
 
 
 def gathered(ema: PostHocEMA, folder: Path) -> None:
@@ -134,7 +161,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         head = f"{'processes':>9} {'part':>9} {'largest':>9} | {'grows by':>9} {'in thread':>9}"
-        print(f"{head} {'gathered':>9} | {'seconds':>8} {'in thread':>9} {'gathered':>9}")
+        head = f"{head} {'gathered':>9} | {'seconds':>8} {'in thread':>9} {'gathered':>9}"
+        print(f"{head} | {'step':>5}")
         for size in (1, 2, 4):
             results = context.Queue()
             processes = [
@@ -151,11 +179,13 @@ def main() -> None:
             names = ("foreground", "background", "gathered")
             grown = [max(each[3][name] for each in said) for name in names]
             seconds = [max(each[4][name] for each in said) for name in names]
+            overlaps = [each[5] for each in said]
             print(
                 f"{size:9} {said[0][1]:6.1f} MB {said[0][2]:6.1f} MB | "
                 + " ".join(f"{each:6.1f} MB" for each in grown)
                 + " | "
                 + " ".join(f"{each:8.3f}s" for each in seconds)
+                + f" | {statistics.median(overlaps):5.2f}"
             )
         times = [
             [
