@@ -68,19 +68,17 @@ class _Search:
         self.work.mkdir()
         self.log.unlink(missing_ok=True)
 
-    def start(self) -> subprocess.Popen[str]:
-        return start_command(self.work, *self.words)
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        return start_command(self.work, *self.words, *more)
 
-    def run(self) -> Run:
-        with self.start() as process:
+    def run(self, *more: str) -> Run:
+        with self.start(*more) as process:
             out, err = process.communicate()
         return Run(process.returncode, out, err)
 
     def finish(self) -> list[str]:
-        """Run it to its end, once more if it had ended already."""
-        if self.done:
-            return []
-        run = self.run()
+        """Run it to its end, once more if it had its output: the kill may have come just then."""
+        run = self.run("--force")
         return harm_of(run, codes=(0,))
 
     @property
