@@ -83,7 +83,7 @@ def _of_sample(solution: Solution, broken: bool = True) -> list[tuple[str, str]]
     if moments.broken and broken:
         share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
         found.append(("", f"{share} are NaN or infinite in some snapshot, and left out"))
-    return [*found, *jumps(solution.sample.snapshots, moments.differences)]
+    return [*found, *jumps(solution.sample.snapshots, moments.differences, moments.squares)]
 
 
 def tell_of_outputs(solution: Solution, saved: Saved, quiet: bool) -> None:

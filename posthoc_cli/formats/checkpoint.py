@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,18 @@ def state_dict(checkpoint: Checkpoint, key: str | None = None) -> dict[str, Stor
                 "no state dict has",
                 f"say key='{place}' if those are none of the network's; else save it as one dict",
             )
+        if parts := _other_parts(checkpoint.root, place, tensors):
+            found |= parts
+            raise refused(
+                f"holds several dicts of tensors ({_listed(list(found))})",
+                f"choose one with {_each(found, checkpoint.root)}, or save them as one dict",
+            )
+        if lists := _lists_like(checkpoint.root, tensors):
+            raise refused(
+                f"holds a list of tensors without names ({shown(lists[0])}), such as an average's, "
+                f"that are like those of '{shown(place)}'",
+                f"say key='{shown(place)}' if that is what you mean, or save the other as a dict",
+            )
         return tensors
 
 
@@ -93,6 +107,34 @@ def candidates(checkpoint: Checkpoint) -> dict[str, dict[str, StoredTensor]]:
     return found
 
 
+def _other_parts(
+    root: Any, place: str, tensors: dict[str, StoredTensor]
+) -> dict[str, dict[str, StoredTensor]]:
+    """What lies deeper than the only dict of tensors and may be as much of the network as that.
+
+    Beside one that is called so, as `model` or `state_dict`, small ones are statistics, say.
+    """
+    whole = place == "." or _WHOLE.fullmatch(place) is not None
+    least = _SMALL * sum(one.elements for one in tensors.values()) if whole else 0
+    return {
+        name: each
+        for name, each in _nested(root).items()
+        if name != place and not _is_state(each, counters=True)
+        if any(one.elements > 1 for one in each.values())
+        if sum(one.elements for one in each.values()) > least
+    }
+
+
+def place_of(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> str:
+    """The key of the root's entry that has these tensors; `.` for the root, or something else."""
+    some = next(iter(tensors.values()), None)
+    for name, value in _entries(checkpoint.root).items():
+        entries = _mapping(value)
+        if entries is not None and any(each is some for each in entries.values()):
+            return name
+    return "."
+
+
 def tensor_lists(checkpoint: Checkpoint, name: str) -> dict[str, list[StoredTensor]]:
     """The lists of tensors that are called `name` in the root or an entry of it, by their key."""
     places = {".": checkpoint.root} | _entries(checkpoint.root)
@@ -109,7 +151,7 @@ def tensor_lists(checkpoint: Checkpoint, name: str) -> dict[str, list[StoredTens
 def auxiliary(checkpoint: Checkpoint) -> str | None:
     """What a file is that can't be a network: an optimizer's state, random states, a log."""
     root = checkpoint.root
-    if isinstance(root, dict) and {"state", "param_groups"} <= root.keys():
+    if _is_optimizer(root):
         return "an optimizer's state"
     tensors = _random_states(root)
     if tensors is None:
@@ -119,6 +161,15 @@ def auxiliary(checkpoint: Checkpoint) -> str | None:
 
 _AUXILIARY = re.compile(r"(?i)(optim|opt\Z|sched|lr_|scaler|grad_scal|rng|random)")
 """Entries beside the weights that are none, by how their names begin."""
+
+
+_WHOLE = re.compile(
+    r"(?i)(?:.*[_.-])?(?:ema|model|module|net|network|params|state_dict|weights)(?:[_.-].*)?"
+)
+"""Entries that hold all of a network, by their names."""
+
+_SMALL = 0.01
+"""The part of a network's elements below which what lies elsewhere is no part of it."""
 
 
 def is_beside(name: str) -> bool:
@@ -153,7 +204,24 @@ def _resemble(one: dict[str, StoredTensor], other: dict[str, StoredTensor]) -> b
 
 def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
     """The dicts of tensors some levels below the root, by their keys; each once."""
-    found: dict[str, dict[str, StoredTensor]] = {}
+    found = ((place, _tensors(value)) for place, value in _below(root))
+    return {place: tensors for place, tensors in found if tensors}
+
+
+def _lists_like(root: Any, tensors: dict[str, StoredTensor]) -> list[str]:
+    """The keys of lists of tensors that have the shapes of most of a network's."""
+    shapes = Counter(tensor.shape for tensor in tensors.values())
+    found = []
+    for place, value in _below(root):
+        if isinstance(value, list | tuple) and 2 * len(value) > len(tensors):
+            own = Counter(getattr(each, "shape", None) for each in value)
+            if own <= shapes and any(each.elements > 1 for each in value):
+                found.append(place)
+    return found
+
+
+def _below(root: Any) -> Iterator[tuple[str, Any]]:
+    """What is some levels below the root and may hold others, by its key; each once."""
     seen = {id(root)}
     level = [("", root)]  # but for what is not the network, if of the same names: its moments
     for _ in range(_MOST_NESTED):
@@ -164,13 +232,17 @@ def _nested(root: Any) -> dict[str, dict[str, StoredTensor]]:
                     continue
                 if len(seen) > _MOST_WALKED or len(place) > _MOST_WALKED or _AUXILIARY.match(key):
                     continue
+                if _is_optimizer(entry):
+                    continue
                 seen.add(id(entry))
                 below.append((f"{place}{key}.", entry))
         level = below
-        for place, value in level:
-            if tensors := _tensors(value):
-                found[place[:-1]] = tensors
-    return found
+        yield from ((place[:-1], value) for place, value in level)
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Whether it is an optimizer's state dict, whatever it is called."""
+    return {"state", "param_groups"} <= (_mapping(value) or {}).keys()
 
 
 def _random_states(root: Any) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posthoc_cli.errors import NoNetworkError, SnapshotError
-from posthoc_cli.formats.checkpoint import Checkpoint, auxiliary, tensor_lists
+from posthoc_cli.formats.checkpoint import Checkpoint, auxiliary, place_of, tensor_lists
 from posthoc_cli.formats.distributed import is_distributed, read_distributed
 from posthoc_cli.formats.files import (
     INDEX,
@@ -27,7 +27,7 @@ from posthoc_cli.formats.ranks import is_in_ranks, refuse
 from posthoc_cli.formats.tools import counter_of, kind_of, network_tensors, stated_profile
 from posthoc_cli.formats.torchfile import read_checkpoint
 from posthoc_cli.storage import Cache, TensorIndex, open_tensors
-from posthoc_cli.storage.metadata import COUNTED, FORMAT, STEP, TOOL
+from posthoc_cli.storage.metadata import COUNTED, FORMAT, PLACE, STEP, TOOL
 from posthoc_cli.storage.shards import find_network
 from posthoc_cli.storage.stores import exists, is_folder, list_folder, open_file
 
@@ -156,7 +156,9 @@ def _network(
     if not single:
         networks = _together(path, networks, places)
     metadata = {FORMAT: "pt", TOOL: kind}
-    if kind in ("torch", "posthoc-ema"):
+    if kind != "edm2" and (place := how.key or place_of(*networks[0])) != ".":
+        metadata[PLACE] = place
+    if kind in ("torch", "posthoc-ema") or how.key not in (None, "."):
         metadata |= stated_profile(checkpoint)
     if kind == "posthoc-ema":  # whose own counter starts when its averages do
         metadata.pop(STEP, None)

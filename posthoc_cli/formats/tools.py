@@ -31,7 +31,7 @@ from posthoc_cli.formats.laying import read_elements
 from posthoc_cli.formats.pickles import naming, refused
 from posthoc_cli.formats.tensors import StoredTensor
 from posthoc_cli.storage.dtypes import DTYPES, FLOATS, decode
-from posthoc_cli.storage.metadata import DECAY, GAMMA, SCHEDULE, SIGMA_REL, UPDATES
+from posthoc_cli.storage.metadata import DECAY, EPOCH, GAMMA, SCHEDULE, SIGMA_REL, UPDATES
 
 KINDS = ("ema-pytorch", "posthoc-ema", "edm2", "torch")
 
@@ -125,6 +125,9 @@ def stated_profile(checkpoint: Checkpoint) -> dict[str, str]:
         value = _number(checkpoint, root.get(key))
         if value is not None and value >= 1 and value == math.floor(value):
             stated["step"] = str(int(value))
+    epoch = _number(checkpoint, root.get("epoch"))
+    if epoch is not None and 0 <= epoch == math.floor(epoch):
+        stated[EPOCH] = str(int(epoch))
     for key in (GAMMA, SIGMA_REL, *(DECAY,) * (SHADOW in root)):
         value = _number(checkpoint, root.get(key))
         if value is not None:

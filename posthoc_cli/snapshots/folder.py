@@ -37,6 +37,7 @@ from posthoc_cli.snapshots.choosing import choose
 from posthoc_cli.snapshots.columns import Clock, doubted_profiles, file_times
 from posthoc_cli.snapshots.consistency import different_dtypes, inconsistencies
 from posthoc_cli.snapshots.copies import other_formats, settle_copies
+from posthoc_cli.snapshots.doubts import doubts_of_kinds, other_decays
 from posthoc_cli.snapshots.identity import Identity, identify
 from posthoc_cli.snapshots.images import out_of_range
 from posthoc_cli.snapshots.kinds import width
@@ -204,6 +205,8 @@ def read_folder(
     wrong = list(mixed_runs(contents.snapshots))
     if not wrong:  # of two runs, anything may be different
         odd += doubts_of_runs(contents.snapshots)
+        odd += doubts_of_kinds(contents.snapshots)
+        odd += other_decays(folder, contents.snapshots)
         wrong += meaningless(contents.snapshots, settled)
         wrong += inconsistencies(contents.snapshots, settled, products=lora == "exact")
         odd += different_dtypes(contents.snapshots, settled)

@@ -126,8 +126,10 @@ def agree_on_unit(
                     "and save k for step k + 1"
                 )
             step += 1
-        if unit == "epoch" and isinstance(each.known, (Decay, Scheduled)) and not each.known.raw:
-            identities[name] = no_steps(name, "epochs")
+        by_steps = isinstance(each.known, (Decay, Scheduled)) and not each.known.raw
+        images = source == "name" and re.search(r"(?i)kimg", name)
+        if by_steps and (unit == "epoch" or images):
+            identities[name] = no_steps(name, "thousands of images" if images else "epochs")
         elif 0 < step <= MAX_STEP:
             average = replace(each.known, step=step)
             try:

@@ -36,6 +36,11 @@ _FASTER = 100.0
 two: training begins fast."""
 
 
+_ALIKE, _UNLIKE, _UNLIKE_FASTER = 0.9, 0.5, 3.0
+"""Cosines: networks of two runs are hardly alike, neighbours along one trajectory are; so they
+differ but this many times faster where there are many steps between."""
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What metadata says of the run that a file is of: "" or NaN where it says nothing."""
@@ -149,11 +154,14 @@ def doubts_of_runs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         )
 
 
-def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[str, str]]:
-    """A warning if two neighbours differ far more than one of them does from another beyond.
+def jumps(
+    snapshots: Sequence[Snapshot], differences: FloatArray, squares: FloatArray | None = None
+) -> list[tuple[str, str]]:
+    """A warning if two neighbours differ far more than one of them does from another beyond; or
+    where they are not alike at all, as all others are.
 
-    `differences` [snapshots, snapshots] are mean squares. Only snapshots of one profile are
-    compared.
+    `differences` [snapshots, snapshots] and `squares` [snapshots] are means. Only snapshots of one
+    profile are compared.
     """
     found = []
     for series in _series(snapshots):
@@ -162,7 +170,16 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
         pace = [float(differences[pair]) / gap for pair, gap in zip(pairs, gaps, strict=True)]
         # Straight on, as training begins, the squared difference grows with the square of steps.
         straight = [each / gap for each, gap in zip(pace, gaps, strict=True)]
+        alike = [1.0 if squares is None else _cosine(differences, squares, *pair) for pair in pairs]
         for at, (left, right) in enumerate(pairs):
+            rest = alike[1:at] + alike[at + 1 :]
+            faster = all(
+                each[at] > _UNLIKE_FASTER * max(each[1:at] + each[at + 1 :], default=math.inf)
+                for each in (pace, straight)
+            )
+            if at and faster and alike[at] < _UNLIKE and min(rest) > _ALIKE:
+                found.append((left, right, pairs[alike.index(min(rest))]))
+                continue
             others_pace = pace[:at] + pace[at + 1 :]
             slow = any(
                 each[at] <= _FASTER * max(each[:at] + each[at + 1 :], default=0.0)
@@ -190,6 +207,13 @@ def jumps(snapshots: Sequence[Snapshot], differences: FloatArray) -> list[tuple[
             f"'{far.file}'{also}: of two runs, or broken? (only= and exclude= choose)",
         )
     ]
+
+
+def _cosine(differences: FloatArray, squares: FloatArray, one: int, other: int) -> float:
+    """Of the angle between two networks; 1 where there is none."""
+    lengths = math.sqrt(float(squares[one]) * float(squares[other]))
+    product = float(squares[one] + squares[other] - differences[one, other]) / 2
+    return product / lengths if lengths > 0 else 1.0
 
 
 def _groups(snapshots: Sequence[Snapshot], labels: Mapping[str, str]) -> dict[str, list[Snapshot]]:

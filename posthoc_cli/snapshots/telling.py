@@ -19,7 +19,10 @@ from posthoc_cli.snapshots.raw import RAW, StepCounts, says_profile, step_counts
 from posthoc_cli.snapshots.schedules import read_config, stated_schedule
 from posthoc_cli.solver import Average, Decay
 from posthoc_cli.storage import TensorIndex
-from posthoc_cli.storage.metadata import TOOL
+from posthoc_cli.storage.metadata import EPOCH, PLACE, TOOL, UPDATES
+
+_OF_EMA = {"inv_gamma", "use_ema_warmup", "update_after_step", UPDATES}
+"""Keys of a config.json that say a schedule of an EMA's decay."""
 
 _EMA = re.compile(r"(?i)(?<![a-z])ema(?![a-z])")
 
@@ -74,12 +77,15 @@ def listen(
     `own_folder`: a config.json beside it is its own. Raises SnapshotError.
     """
     metadata: Mapping[str, str] = index.metadata
+    path = f"{path}/{metadata[PLACE]}" if PLACE in metadata else path
     if told.pattern is not None and not told.of_all:
         return settle()
     config: dict[str, Any] = {}
     schedule = stated_schedule(metadata)
     if schedule is None and own_folder:
-        schedule = stated_schedule(config := read_config(index.files[0].path.parent))
+        config = read_config(index.files[0].path.parent)
+        # A training's own config may have a decay and a power of something else.
+        schedule = stated_schedule(config) if _OF_EMA & config.keys() else None
     name = None if isinstance(doubt, UnknownError) else called
     known: Average | None = schedule[0] if schedule else None
     if known is None and told.pattern is None and says_profile(name, metadata, told.of_all):
@@ -90,10 +96,19 @@ def listen(
     if known is None:  # says what is missing
         return settle()
     counts = step_counts(called, index.metadata, told.pattern)
+    if not known.raw and _are_epochs(counts, metadata.get(EPOCH)):
+        counts = replace(counts, steps={"epoch": (int(metadata[EPOCH]), "metadata", "epoch")})
     updates = schedule[1] if schedule else None
     if updates is not None and not counts.steps:
         counts = replace(counts, steps={"step": (updates, "config", "config.json")})
     return replace(counts, known=known, updates=updates, source="config" if config else None)
+
+
+def _are_epochs(counts: StepCounts, epoch: str | None) -> bool:
+    """Whether a name's number, of no unit, is the epoch that its checkpoint says."""
+    if epoch is None or "step" in counts.steps or "number" not in counts.steps:
+        return False
+    return abs(counts.steps["number"][0] - int(epoch)) <= 1
 
 
 def _decay(path: str, told: Telling, plain: bool) -> Decay | None:

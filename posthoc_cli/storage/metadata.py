@@ -40,6 +40,9 @@ TOOL, COUNTED = "posthoc_tool", "posthoc_counted"
 """What no file has: the index of another tool's checkpoint says so which tool wrote it, and what
 its own counter of steps says, with the counter's relative rounding."""
 
+PLACE, EPOCH = "posthoc_place", "posthoc_epoch"
+"""The same: the key of the network in a checkpoint, and the epoch that stands beside it."""
+
 RECIPE = "posthoc"
 """How an output was made, as JSON: the sources and their weights. No snapshot has it."""
 
@@ -92,8 +95,8 @@ def read_recipe(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def carried_over(metadata: Mapping[str, str]) -> dict[str, str]:
     """What an output takes over from the newest snapshot's metadata: all that still holds of it."""
-    gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL, COUNTED}
-    gone |= {UPDATE_EVERY, ONE_STEP, SHARDING, SHARDS, *OF_DELTAS}
+    gone = {STEP, GAMMA, SIGMA_REL, DECAY, *SCHEDULE, UPDATES, CONVERTED, RECIPE, TOOL}
+    gone |= {COUNTED, PLACE, EPOCH, UPDATE_EVERY, ONE_STEP, SHARDING, SHARDS, *OF_DELTAS}
     return {
         key: value
         for key, value in metadata.items()

@@ -114,6 +114,89 @@ def test_a_part_of_a_network_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
     assert [list(each.index.tensors) for each in run.snapshots] == [["w"], ["w"]]
 
 
+def net(value: float, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}w": torch.full((4, 3), value), f"{prefix}b": torch.full((3,), value)}
+
+
+def adam() -> dict[str, Any]:
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.rand(4, 3), "exp_avg_sq": torch.ones(3)}
+    return {"state": {0: moments}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+OTHER = {"k": torch.rand(5, 2), "v": torch.rand(7)}
+SEVERAL: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a decoder one deeper": (
+        {"encoder": net(1), "decoder": {"sub": OTHER}},
+        ("encoder", "decoder.sub"),
+    ),
+    "a part of a model": ({"model": net(1), "vae": {"decoder": OTHER}}, ("model", "vae.decoder")),
+    "two of a GAN": ({"generator": net(1), "discriminator": OTHER}, ("generator", "discriminator")),
+    "a GAN's EMA": ({"g": net(1), "g_ema": net(2), "g_optim": adam()}, ("g", "g_ema")),
+    "two EMAs": (
+        {"model": net(1), "ema": {"0.999": net(2), "0.9999": net(3)}},
+        ("model", "ema.0.999", "ema.0.9999"),
+    ),
+    "a copy": ({"state_dict": net(1), "ema": {"module": net(2)}}, ("state_dict", "ema.module")),
+    "of a callback": (
+        {"state_dict": net(1), "callbacks": {"EMA": {"ema_weights": net(2)}}},
+        ("state_dict", "callbacks.EMA.ema_weights"),
+    ),
+    "an AveragedModel": (
+        {"model": net(1), "swa": {"n_averaged": torch.tensor(3), **net(2, "module.")}},
+        ("model", "swa"),
+    ),
+    "a teacher": ({"student": net(1), "teacher": net(2)}, ("student", "teacher")),
+}
+"""What a checkpoint holds, and the keys that there are to choose from."""
+
+LISTS: dict[str, dict[str, Any]] = {
+    "ema": {"model": net(1), "ema": list(net(2).values())},
+    "ema.ema_params": {"model": net(1), "ema": {"ema_params": list(net(2).values())}},
+    "callbacks.E.weights": {"model": net(1), "callbacks": {"E": {"weights": [*net(2).values()]}}},
+}
+ONE: dict[str, dict[str, Any]] = {
+    "an optimizer by any name": {"net": net(1), "adam": adam(), "d_optim": adam()},
+    "epochs": {"epoch": 3, "loss": torch.tensor(0.5), "model_state_dict": net(1)},
+    "scores": {"state_dict": net(1), "callbacks": {"best": {"x.ckpt": torch.tensor(0.3)}}},
+    "random states": {"model": net(1), "rng": {"cuda": [torch.get_rng_state()]}},
+    "statistics": {"model": {"w": torch.rand(40, 40)}, "data": {"of": {"mean": torch.rand(3)}}},
+    "other lists": {"model": net(1), "history": [torch.rand(2), torch.rand(2)]},
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_of_several_networks_none_is_chosen(case: str, tmp_path: Path) -> None:
+    state, keys = SEVERAL[case]
+    for step in STEPS:
+        torch.save(state, tmp_path / f"model_{step}.pt")
+    run = posthoc_cli.open_snapshots(tmp_path, raw=True)
+    assert [name for name, _ in run.problems] == ["model_10.pt"]
+    for key in keys:
+        assert f"key='{key}'" in run.problems[0][1]
+        chosen = posthoc_cli.open_snapshots(tmp_path, raw=True, key=key)
+        assert chosen.problems == []
+        assert len(chosen.snapshots) == len(STEPS)
+
+
+@pytest.mark.parametrize("place", LISTS)
+def test_an_average_without_names_is_told(place: str, tmp_path: Path) -> None:
+    for step in STEPS:
+        torch.save(LISTS[place], tmp_path / f"model_{step}.pt")
+    for how in ({"raw": True}, {"ema_decay": 0.5}):
+        ((_, problem),) = posthoc_cli.open_snapshots(tmp_path, **how).problems
+        assert f"a list of tensors without names ({place})" in problem
+        assert posthoc_cli.open_snapshots(tmp_path, **how, key="model").problems == []
+
+
+@pytest.mark.parametrize("case", ONE)
+def test_what_is_no_network_leaves_no_choice(case: str, tmp_path: Path) -> None:
+    for step in STEPS:
+        torch.save(ONE[case], tmp_path / f"model_{step}.pt")
+    run = posthoc_cli.open_snapshots(tmp_path, raw=True)
+    assert run.problems == []
+    assert "w" in run.snapshots[0].index.tensors
+
+
 def test_convert_of_what_is_no_checkpoint_of_torch_distributed(
     posthoc_here: Posthoc, tmp_path: Path
 ) -> None:

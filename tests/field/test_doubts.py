@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from posthoc_cli import open_snapshots
 from tests.command import Posthoc
 from tests.field.test_meaning import OUT, STEPS, checkpoint, network, refused
 from tests.support import read_tensors
@@ -133,3 +137,158 @@ def test_thousands_of_plain_checkpoints(posthoc_here: Posthoc, tmp_path: Path) -
         assert posthoc_here("inspect", folder.name, "--raw", "--json").code == 0
         taken.append(time.process_time() - began)
     assert taken[1] < 8 * taken[0]
+
+
+# Averages that are of another kind than is said
+
+
+def save(folder: Path, name: str, state: Any) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+
+
+def net(value: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": torch.full(shape, 1.0 * value) for name, shape in SHAPES.items()}
+
+
+SHAPES = {"w": (4, 3), "b": (3,)}
+CALLED: dict[str, Callable[[Path, int], None]] = {
+    "names": lambda folder, step: save(folder, f"model_ema_{step}.pt", net(step)),
+    "a file": lambda folder, step: save(folder, f"checkpoint-{step}/ema_model.bin", net(step)),
+    "a folder": lambda folder, step: save(folder, f"{step}/unet_ema/pytorch_model.bin", net(step)),
+    "an entry": lambda folder, step: save(folder, f"{step}.pt", {"ema": net(step), "opt": {}}),
+    "its kind": lambda folder, step: save(
+        folder, f"net_{step}.pt", {"n_averaged": torch.tensor(step), **net(step, "module.")}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLED)
+def test_an_average_that_is_taken_for_raw_is_doubted(case: str, tmp_path: Path) -> None:
+    for step in STEPS:
+        CALLED[case](tmp_path, step)
+    run = open_snapshots(tmp_path, raw=True)
+    ((_, text),) = run.warnings
+    assert text.startswith(
+        "is called an average, and so are 3 more, and taken for a raw checkpoint"
+    )
+    assert "ema_decay=" in text
+    if case != "its kind":  # which no name tells
+        assert open_snapshots(tmp_path, raw=True, ema_decay=0.99).warnings == []
+    assert open_snapshots(tmp_path, ema_decay=0.99).warnings == []
+
+
+def test_what_is_really_raw_is_not(tmp_path: Path) -> None:
+    """A tracker's own are called ema-...-raw, and say in their metadata what they are."""
+    for step in STEPS:
+        checkpoint(tmp_path / "tracked", step, network(step), step=str(step), decay="0.0")
+        (tmp_path / f"tracked/checkpoint-{step}.safetensors").rename(
+            tmp_path / f"tracked/ema-step{step}-raw.safetensors"
+        )
+        checkpoint(tmp_path / "schema", step, network(step))
+    for folder in ("tracked", "schema"):
+        assert open_snapshots(tmp_path / folder, raw=True).warnings == []
+
+
+def test_a_key_that_is_called_ema_is_that_of_an_average(tmp_path: Path) -> None:
+    """With raw= and ema_decay= those are EMAs that are called so, whatever the file is called."""
+    for step in STEPS:
+        save(tmp_path, f"{step:07}.pt", {"model": net(step), "ema": net(step)})
+    run = open_snapshots(tmp_path, raw=True, ema_decay=0.99, key="ema")
+    assert [each.profile.raw for each in run.snapshots] == [False] * 4
+    run = open_snapshots(tmp_path, raw=True, ema_decay=0.99, key="model")
+    assert [each.profile.raw for each in run.snapshots] == [True] * 4
+
+
+OTHER_UNITS: dict[str, tuple[Callable[[Path, int], None], str]] = {
+    "kimg": (
+        lambda folder, at: save(folder, f"ema-{10 * at}kimg.pt", net(at)),
+        "its name counts thousands of images, and a decay is one a step",
+    ),
+    "timm's epochs": (
+        lambda folder, at: save(folder, f"checkpoint-{at}.pth.tar", {"epoch": at, "ema": net(at)}),
+        "its name counts epochs, and a decay is one a step",
+    ),
+    "epochs from 0, from 1": (
+        lambda folder, at: save(folder, f"ema_{at}.pt", {"epoch": at - 1, "net": net(at)}),
+        "its name counts epochs, and a decay is one a step",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_UNITS)
+def test_a_decay_a_step_needs_steps(case: str, tmp_path: Path) -> None:
+    write, problem = OTHER_UNITS[case]
+    for at in range(1, 5):
+        write(tmp_path, at)
+    found = open_snapshots(tmp_path, ema_decay=0.999).problems
+    assert [text.partition(";")[0] for _, text in found] == [problem] * 4
+    assert open_snapshots(tmp_path, raw=True).problems == []
+
+
+def test_an_average_of_hardly_more_than_the_first_network_is_doubted(tmp_path: Path) -> None:
+    for at in range(1, 9):
+        save(tmp_path, f"ema_{at}.pt", net(at))
+    ((file, text),) = open_snapshots(tmp_path, ema_decay=0.999).warnings
+    assert file == "ema_8.pt"
+    assert text.startswith("at step 8 an EMA of decay 0.999 still is to 99.2% the network that")
+    assert open_snapshots(tmp_path, ema_decay=0.5).warnings == []
+
+
+def test_steps_inside_of_files_that_count_saves(tmp_path: Path) -> None:
+    """As the trainers of denoising-diffusion-pytorch save: model-1.pt is of step 1000."""
+    for at in range(1, 5):
+        ema = {"initted": torch.tensor(True), "step": torch.tensor(1000 * at)}
+        ema |= net(at, "online_model.") | net(at, "ema_model.")
+        save(tmp_path, f"model-{at}.pt", {"step": 1000 * at, "model": net(at), "ema": ema})
+    run = open_snapshots(tmp_path, ema_decay=0.99, key="ema", tool="ema-pytorch")
+    assert [each.step for each in run.snapshots] == [1000, 2000, 3000, 4000]
+    assert "every 10 steps unless told otherwise" in run.warnings[0][1]
+
+
+SAID = {
+    "args.yaml": "model_ema: true\nmodel_ema_decay: 0.9998\n",
+    "hparams.yaml": "lr: 0.1\nema_decay: 0.9998\n",
+    "config.json": '{"lr": 1, "ema": {"enabled": true, "decay": 0.9998}, "power": 2.0}',
+    "train_config.json": '{\n "ema": {\n  "power": 1,\n  "decay": 0.9998\n }\n}',
+    ".hydra/config.yaml": "model:\n  ema:\n    on: true\n    decay: 0.9998\nopt:\n  decay: 0.7\n",
+    "config.toml": "[train.ema]\ndecay = 0.9998\n[opt]\ndecay = 0.7\n",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("below", [".", "checkpoints"])
+def test_another_decay_in_the_trainings_configuration(
+    name: str, below: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(SAID[name])
+    for step in (100_000, 200_000):
+        save(tmp_path / below, f"ema_{step}.pt", net(step))
+    folder = tmp_path / below
+    ((_, text),) = open_snapshots(folder, ema_decay=0.9999).warnings
+    assert "says an EMA's decay of 0.9998, and snapshots are taken for EMAs of 0.9999" in text
+    assert open_snapshots(folder, ema_decay=0.9998).warnings == []
+    (tmp_path / name).write_text("weight_decay: 0.99\nema: false\nopt:\n  schema_decay: 0.8\n")
+    assert open_snapshots(folder, ema_decay=0.9999).warnings == []
+
+
+def test_a_networks_own_decay_and_power_are_no_schedule(tmp_path: Path) -> None:
+    for step in STEPS:
+        save(tmp_path, f"checkpoint-{step}/pytorch_model.bin", net(step))
+        (tmp_path / f"checkpoint-{step}/config.json").write_text('{"decay": 0.9, "power": 2.0}')
+    run = open_snapshots(tmp_path, raw=True)
+    assert all(each.profile.raw for each in run.snapshots)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_last_of_another_run(count: int, posthoc_here: Posthoc, tmp_path: Path) -> None:
+    """Copied over the end of a run, they differ from it no faster than training goes elsewhere."""
+    rng = np.random.default_rng(0)
+    start, way, other = rng.normal(size=(3, 16, 16))
+    for at in range(1, 12):
+        value = start + way * at / 30 if at <= 11 - count else other + way * at / 30
+        checkpoint(tmp_path / "run", 1000 * at**2, {"w": value.astype(np.float32)})
+    run = posthoc_here("synthesize", "run", *OUT)
+    assert f"checkpoint-{1000 * (12 - count) ** 2}.safetensors: differs far more from" in run.err
