@@ -70,6 +70,7 @@ def warn_of_sample(solution: Solution, quiet: bool, *, broken: bool = True) -> N
 
 
 def _of_sample(solution: Solution, broken: bool = True) -> list[tuple[str, str]]:
+    from posthoc_cli.snapshots.doubts import doubts_of_values
     from posthoc_cli.snapshots.runs import jumps
     from posthoc_cli.solver import DEFAULT
 
@@ -83,7 +84,8 @@ def _of_sample(solution: Solution, broken: bool = True) -> list[tuple[str, str]]
     if moments.broken and broken:
         share = f"{moments.broken:,} of {moments.sampled:,} sampled values"
         found.append(("", f"{share} are NaN or infinite in some snapshot, and left out"))
-    return [*found, *jumps(solution.sample.snapshots, moments.differences, moments.squares)]
+    found += jumps(solution.sample.snapshots, moments.differences, moments.squares)
+    return [*found, *doubts_of_values(solution.sample.snapshots, moments.differences)]
 
 
 def tell_of_outputs(solution: Solution, saved: Saved, quiet: bool) -> None:

@@ -27,6 +27,16 @@ _TOOLS = (
         "a checkpoint of Megatron-LM in its legacy format, in {} parts",
         "make one of them with Megatron-LM's tools/checkpoint/convert.py",
     ),
+    (
+        re.compile(r"consolidated\.[0-9]{2}\.(?:pth|safetensors)"),
+        "a checkpoint of Llama's model parallelism, in {} parts",
+        "make one of them with transformers' convert_llama_weights_to_hf.py",
+    ),
+    (
+        re.compile(r"(?i)(?:.*[-_.])?world_size_[0-9]+_rank_[0-9]+\.(?:bin|ckpt|pth?)"),
+        "a checkpoint of FSDP, in {} parts",
+        "make one of them with the tool that saved them, or save a full state dict",
+    ),
 )
 
 

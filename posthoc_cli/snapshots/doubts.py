@@ -6,11 +6,15 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 from posthoc_cli.errors import PosthocError, percent, printable
+from posthoc_cli.snapshots.kinds import same_kind, width
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.solver import Decay
+from posthoc_cli.solver.arrays import FloatArray
 from posthoc_cli.storage.metadata import DECAY, PLACE, TOOL
 from posthoc_cli.storage.places import Url
 from posthoc_cli.storage.stores import is_file, list_folder, open_file
@@ -24,6 +28,12 @@ _AVERAGED_MODEL = "n_averaged"
 _BEGINNING = 0.1
 """The share of an average that the network of the first step may have at the last."""
 
+
+_NOTHING = 1e-12
+"""The part of the largest difference that is none."""
+
+_PAIRS = 4
+"""Neighbouring steps that it takes to see which of two averages lags."""
 
 _CONFIGURATION = re.compile(
     r"(?i)(?:(?:train(?:ing|er)?|model|run)?[-_]?(?:args|config|hparams)|hyperparam(?:eter)?s)"
@@ -98,6 +108,58 @@ def other_decays(folder: Path, snapshots: Sequence[Snapshot]) -> Iterator[tuple[
                     f"'{printable(path.name)}' says an EMA's decay of {which}, and snapshots are "
                     f"taken for EMAs of {named}",
                 )
+
+
+def doubts_of_values(
+    snapshots: Sequence[Snapshot], differences: FloatArray
+) -> Iterator[tuple[str, str]]:
+    """What the values tell against the steps and profiles: copies, and widths mixed up.
+
+    `differences` [snapshots, snapshots] are mean squares.
+    """
+    same = differences <= _NOTHING * differences.max(initial=0.0)
+    pairs = [(i, j) for i, j in zip(*same.nonzero(), strict=True) if i < j]
+    if pairs:
+        one, other = (snapshots[at].file for at in pairs[0])
+        copies = len({j for _, j in pairs})
+        more = f", and {copies - 1} more such" if copies > 1 else ""
+        yield (
+            other,
+            f"holds the same values as '{one}'{more}: a copy, or did training stand still? "
+            "(exclude= chooses)",
+        )
+    for narrow, wide in combinations(_by_width(snapshots), 2):
+        steps = sorted(narrow.keys() & wide.keys())
+        # What is wide lags behind: it is nearer to what was narrow at the step before.
+        near = [float(differences[narrow[a], wide[b]]) for a, b in pairwise(steps)]
+        far = [float(differences[wide[a], narrow[b]]) for a, b in pairwise(steps)]
+        wrong = sum(one > other for one, other in zip(near, far, strict=True))
+        if len(near) >= _PAIRS and wrong >= 0.8 * len(near) and sum(near) > 1.1 * sum(far):
+            first, second = (snapshots[each[steps[-1]]].file for each in (narrow, wide))
+            yield (
+                first,
+                f"should lag less behind training than '{second}', and lags more, as at other "
+                "steps: are their profiles mixed up?",
+            )
+
+
+def _by_width(snapshots: Sequence[Snapshot]) -> list[dict[int, int]]:
+    """The places of the snapshots of each profile by step, the narrowest profile first."""
+    kinds: list[dict[int, int]] = []
+    for at, each in sorted(enumerate(snapshots), key=lambda pair: width(pair[1].profile)):
+        for places in kinds:
+            if same_kind(snapshots[next(iter(places.values()))].profile, each.profile):
+                places[each.step] = at
+                break
+        else:
+            kinds.append({each.step: at})
+    last = max((each.step for each in snapshots), default=0)
+    return sorted(
+        kinds,
+        key=lambda places: width(
+            replace(snapshots[next(iter(places.values()))].profile, step=last)
+        ),
+    )
 
 
 def _decays(text: str) -> Iterator[float]:

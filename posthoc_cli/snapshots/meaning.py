@@ -56,6 +56,12 @@ _STATISTICS = {"running_mean", "running_var"}
 _AVERAGE = re.compile(r"(?:.*_)?ema(?:_.*)?")
 """What a network's own average is called, by the first part of its tensors' names."""
 
+_OPTIMIZER = re.compile(
+    r"(?:\A|[./])(?:optim(?:izer)?s?|opt_state)[./]"
+    r"|(?:\A|[./])(?:exp_avg(?:_sq)?|momentum_buffer|max_exp_avg_sq)(?:[./]|\Z)"
+)
+"""The state of an optimizer among the tensors, by their names."""
+
 _LONGEST = 1000
 """Characters of a name beyond which it is none that a tool gives, and would be slow to search."""
 
@@ -112,6 +118,13 @@ def misfitting(snapshots: Sequence[Snapshot], settled: Sequence[str]) -> Iterato
             f"'{found[0]}'{more}: running statistics of batch normalization, which fit no network "
             "exactly when they are averaged; recompute them on data with the network that comes "
             "out (torch.optim.swa_utils.update_bn)",
+        )
+    moments = [name for name in tensors if _OPTIMIZER.search(name[-_LONGEST:])]
+    if moments:
+        yield (
+            "",
+            f"'{moments[0]}' and {len(moments) - 1} more: an optimizer's state, beside the network "
+            "itself; leave it out with drop=",
         )
     first = {name: name.partition(".")[0] for name in tensors if "." in name}
     kept = [name for name, part in first.items() if _AVERAGE.fullmatch(part.lower())]

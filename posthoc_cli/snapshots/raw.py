@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from posthoc_cli.errors import AmbiguousError, SnapshotError, UnknownError
 from posthoc_cli.snapshots.columns import Clock, file_times, from_zero, read_together
@@ -109,6 +110,8 @@ def agree_on_unit(
         if any(steps[name].get(unit, ("", "name"))[1] == "name" for name in names):
             identities |= {error.subject: error}
             steps = {name: each for name, each in steps.items() if name not in names}
+    identities |= _going_back(steps, unit)
+    steps = {name: each for name, each in steps.items() if name not in identities}
     zero = _saved_from_zero(steps, unit)
     for name, counted in steps.items():
         if unit not in counted:
@@ -145,6 +148,28 @@ def agree_on_unit(
                 "give pattern=, or leave it out with only=",
             )
     return identities
+
+
+def _going_back(steps: Steps, unit: str) -> dict[str, Identity | SnapshotError]:
+    """The first file whose stated count goes back where its name's number goes on: training was
+    resumed, and began to count anew."""
+    both = [
+        (each["number"][0], each[unit][0], name, each[unit][2])
+        for name, each in steps.items()
+        if unit != "number" and unit in each and each[unit][1] != "name" and "number" in each
+    ]
+    for (_, before, other, _), (number, step, name, where) in pairwise(sorted(both)):
+        if step < before:
+            return {
+                name: AmbiguousError(
+                    name,
+                    f"its {where} says {unit} {step}, fewer than '{other}', {before}, and its name "
+                    f"says {number}, which is more, as where a resumed training counts anew",
+                    "say with pattern= that the names count, or leave one of the two out with "
+                    "exclude=",
+                )
+            }
+    return {}
 
 
 Steps = dict[str, Mapping[str, tuple[int, str, str]]]

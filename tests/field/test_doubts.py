@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from posthoc_cli import open_snapshots
+from posthoc_cli.solver import sigma_rel_to_gamma
 from tests.command import Posthoc
 from tests.field.test_meaning import OUT, STEPS, checkpoint, network, refused
-from tests.support import read_tensors
+from tests.support import Tensors, read_tensors
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -292,3 +293,92 @@ def test_the_last_of_another_run(count: int, posthoc_here: Posthoc, tmp_path: Pa
         checkpoint(tmp_path / "run", 1000 * at**2, {"w": value.astype(np.float32)})
     run = posthoc_here("synthesize", "run", *OUT)
     assert f"checkpoint-{1000 * (12 - count) ** 2}.safetensors: differs far more from" in run.err
+
+
+def test_a_count_that_begins_anew(posthoc_here: Posthoc, tmp_path: Path) -> None:
+    """The names go on, and the steps inside go back: two readings, of which none is chosen."""
+    rng = np.random.default_rng(0)
+    for step in range(100, 900, 100):
+        inside = step if step < 500 else step - 350
+        state = {"model": {"w": torch.tensor(rng.normal(size=9))}, "step": inside}
+        save(tmp_path / "run", f"model-{step}.pt", state)
+    refused(
+        posthoc_here("synthesize", "run", *OUT),
+        "run/model-500.pt: its metadata's step says step 150, fewer than 'model-400.pt', 400, and "
+        "its name says 500, which is more",
+        "--pattern",
+    )
+    run = open_snapshots(tmp_path / "run", raw=True, pattern="model-{step}.pt")
+    assert [each.step for each in run.snapshots] == list(range(100, 900, 100))
+
+
+def walk(steps: int = 1000, size: int = 64) -> Tensors:
+    """A random walk, its EMAs of sigma_rel 0.05 and 0.1: [steps + 1, size] each."""
+    rng = np.random.default_rng(0)
+    values = {"raw": np.cumsum(rng.normal(size=(steps + 1, size)), axis=0)}
+    for sigma_rel in (0.05, 0.1):
+        gamma = float(sigma_rel_to_gamma(sigma_rel))
+        average = values["raw"].copy()
+        for step in range(1, steps + 1):
+            beta = (1 - 1 / step) ** (gamma + 1)
+            average[step] = beta * average[step - 1] + (1 - beta) * average[step]
+        values[str(sigma_rel)] = average
+    return values
+
+
+MIXED_UP = {
+    "right": ("0.05", "0.1", ""),
+    "the widths swapped": ("0.1", "0.05", "are their profiles mixed up?"),
+    "the network itself, twice": ("raw", "raw", "holds the same values as 'a-100.safetensors'"),
+    "one of them twice": ("0.1", "0.1", "holds the same values as 'a-100.safetensors', and 9 more"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED_UP)
+def test_profiles_that_are_mixed_up(case: str, posthoc_here: Posthoc, tmp_path: Path) -> None:
+    narrow, wide, doubt = MIXED_UP[case]
+    values = walk()
+    for step in range(100, 1100, 100):
+        for name, content, sigma_rel in (("a", narrow, "0.05"), ("b", wide, "0.1")):
+            said = {"step": str(step), "sigma_rel": sigma_rel}
+            tensors = {"w": values[content][step].astype(np.float32)}
+            checkpoint(tmp_path / "run", step, tensors, f"{name}-{step}.safetensors", **said)
+    run = posthoc_here("synthesize", "run", "--sigma-rel", "0.07", "-o", "out.safetensors")
+    assert run.code == 0
+    assert doubt in run.err
+    assert ("warning" in run.err) == bool(doubt)
+
+
+@pytest.mark.parametrize("stale", [[7], [6, 7, 8, 9, 10]])
+def test_a_copy_under_another_step(stale: list[int], posthoc_here: Posthoc, tmp_path: Path) -> None:
+    values = walk()["raw"]
+    for at in range(1, 11):
+        step = 100 * (4 if at in stale else at)
+        checkpoint(tmp_path / "run", 100 * at, {"w": values[step].astype(np.float32)})
+    run = posthoc_here("synthesize", "run", *OUT)
+    more = f", and {len(stale) - 1} more such" if len(stale) > 1 else ""
+    first = 100 * stale[0]
+    said = f"checkpoint-{first}.safetensors: holds the same values as 'checkpoint-400.safetensors'"
+    assert said + more + ": a copy" in run.err
+
+
+def test_an_optimizer_among_the_tensors(tmp_path: Path) -> None:
+    for step in STEPS:
+        moments = {f"optimizer.exp_avg.{key}": each for key, each in network(step).items()}
+        checkpoint(tmp_path / "run", step, {**network(step), **moments})
+    ((_, text),) = open_snapshots(tmp_path / "run", raw=True).warnings
+    assert text.startswith("'optimizer.exp_avg.")
+    assert "an optimizer's state, beside the network itself" in text
+    assert open_snapshots(tmp_path / "run", raw=True, drop=["optimizer.*"]).warnings == []
+
+
+@pytest.mark.parametrize("name", ["consolidated.0{}.pth", "model_world_size_2_rank_{}.pt"])
+def test_parts_of_a_network_are_not_to_choose_from(
+    name: str, posthoc_here: Posthoc, tmp_path: Path
+) -> None:
+    for step in STEPS:
+        for rank in range(2):
+            save(tmp_path / f"run/step_{step}", name.format(rank), net(step))
+    refused(
+        posthoc_here("synthesize", "run", *OUT), "run/step_1000: is a checkpoint of ", "2 parts"
+    )
