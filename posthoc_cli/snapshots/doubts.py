@@ -25,7 +25,7 @@ _CALLED = re.compile(r"(?i)(?<![a-z])(?:ema|swa|shadow|polyak|averaged?)(?![a-z]
 _AVERAGED_MODEL = "n_averaged"
 """The counter in a state dict of torch's AveragedModel."""
 
-_BEGINNING = 0.1
+_BEGINNING = 0.25
 """The share of an average that the network of the first step may have at the last."""
 
 
@@ -70,8 +70,8 @@ def doubts_of_kinds(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
             "else the result is an average of averages",
         )
     fixed = [each for each in snapshots if isinstance(each.profile, Decay) and not each.profile.raw]
-    if fixed:
-        last = max(fixed, key=lambda each: each.step)
+    if unsaid := [each for each in fixed if DECAY not in each.index.metadata]:
+        last = max(unsaid, key=lambda each: each.step)
         beta = getattr(last.profile, "beta", 0.0)
         if (share := beta**last.step) > _BEGINNING:
             yield (
