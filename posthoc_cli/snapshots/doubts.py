@@ -76,9 +76,9 @@ def doubts_of_kinds(snapshots: Sequence[Snapshot]) -> Iterator[tuple[str, str]]:
         if (share := beta**last.step) > _BEGINNING:
             yield (
                 last.file,
-                f"at step {last.step} an EMA of decay {beta:g} still is to {percent(share)} the "
-                "network that training began with: are steps counted in something else? The decay "
-                "is that from one step to the next",
+                f"at step {last.step}, {percent(share)} of an EMA of decay {beta:g} is to be "
+                "expected to be the network that training began with: are steps counted in "
+                "something else? The decay is that from one step to the next",
             )
     tool = [each for each in fixed if each.index.metadata.get(TOOL) == "ema-pytorch"]
     if tool:
@@ -117,6 +117,8 @@ def doubts_of_values(
 
     `differences` [snapshots, snapshots] are mean squares.
     """
+    if len({each.step for each in snapshots}) < 2:
+        return
     same = differences <= _NOTHING * differences.max(initial=0.0)
     pairs = [(i, j) for i, j in zip(*same.nonzero(), strict=True) if i < j]
     if pairs:

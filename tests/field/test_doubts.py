@@ -233,7 +233,7 @@ def test_an_average_of_hardly_more_than_the_first_network_is_doubted(tmp_path: P
         save(tmp_path, f"ema_{at}.pt", net(at))
     ((file, text),) = open_snapshots(tmp_path, ema_decay=0.999).warnings
     assert file == "ema_8.pt"
-    assert text.startswith("at step 8 an EMA of decay 0.999 still is to 99.2% the network that")
+    assert text.startswith("at step 8, 99.2% of an EMA of decay 0.999 is to be expected to be the")
     assert open_snapshots(tmp_path, ema_decay=0.5).warnings == []
 
 
