@@ -120,7 +120,10 @@ def doubts_of_values(
     if len({each.step for each in snapshots}) < 2:
         return
     same = differences <= _NOTHING * differences.max(initial=0.0)
-    pairs = [(i, j) for i, j in zip(*same.nonzero(), strict=True) if i < j]
+    pairs = [(int(i), int(j)) for i, j in zip(*same.nonzero(), strict=True) if i < j]
+    across = [pair for pair in pairs if not same_kind(*(snapshots[at].profile for at in pair))]
+    if len(across) <= _PAIRS:  # of a network that has hardly moved yet
+        pairs = [pair for pair in pairs if pair not in across]
     if pairs:
         one, other = (snapshots[at].file for at in pairs[0])
         copies = len({j for _, j in pairs})
