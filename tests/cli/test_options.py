@@ -255,7 +255,10 @@ def test_signals_unwind(tmp_path: Path, number: str) -> None:
     code = (
         "import sys, time, posthoc_cli.api.run as s; from posthoc_cli.cli import main\n"
         "def read_folder(*a, **k):\n"
-        "    try: print('ready', flush=True); time.sleep(60)\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        # A signal that comes right before a sleep is told after it.
+        "        for _ in range(600): time.sleep(0.1)\n"
         "    finally: print('unwound', flush=True)\n"
         "s.read_folder = read_folder; sys.argv = ['posthoc', 'inspect', '.']; sys.exit(main())"
     )
