@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -105,11 +106,9 @@ def main(plan: Path) -> None:
     import posthoc_cli.synthesis.outputs  # noqa: F401
 
     groups, children = json.loads(plan.read_text()), []
-    for each in groups:
+    for each, port in zip(groups, free_ports(len(groups)), strict=True):
         Path(each["into"]).mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            each["port"] = free.getsockname()[1]
+        each["port"] = port
         if each is groups[0] and each["size"] == 1:
             _be(0, each)  # here: what it imports and compiles is there for all
             continue
@@ -122,17 +121,37 @@ def main(plan: Path) -> None:
             children.append(child)
             if each["dies"] in (-1, rank):
                 each.setdefault("victims", []).append(child)
-    launchers = [
-        TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
-        for each in groups
-        if not each["hosted"]
-    ]
+    try:
+        launchers = [
+            TCPStore("127.0.0.1", each["port"], is_master=True, wait_for_workers=False)
+            for each in groups
+            if not each["hosted"]
+        ]
+    except RuntimeError:  # at once, and not when the ranks have given it up
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
     for each in groups:
         if each["after"] is not None:
             threading.Thread(target=_kill, args=(each,), daemon=True).start()
     for child in children:
         os.waitpid(child, 0)
     del launchers
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that stay free until they are used: none that the system gives to connections."""
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        for port in random.sample(range(10_000, 32_000), 1000):
+            if len(found) == count:
+                break
+            free = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                free.bind(("", port))
+                found.append(port)
+    assert len(found) == count
+    return found
 
 
 def _kill(each: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from posthoc_cli.errors import MachineError
 from posthoc_cli.storage.signs import Signs
 from posthoc_cli.storage.wires import call, listen, own_address, seconds_since_start
+from tests.ranked import free_ports
 
 SOON = 60.0
 
@@ -83,9 +84,7 @@ def test_one_that_comes_when_all_is_over(first: tuple[Signs, int]) -> None:
 
 
 def test_rank_0_is_not_there() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with pytest.raises(MachineError, match="rank 0 isn't there: Connection refused"):
         call("127.0.0.1", port, 1, 2, 0.0, lambda: None)
 
