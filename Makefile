@@ -24,6 +24,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n auto --cov
 
 soak: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n auto -m hypothesis --hypothesis-profile=search
 	$(BIN)/python -m tests.soak
 
 docs: $(INSTALLED)

@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Hundreds of processes are started, each of which would compile the package anew.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
+import hypothesis
 import jsonschema
 import pytest
 import typer
@@ -29,6 +30,11 @@ from tests.servers.faults import Proxy
 sys.dont_write_bytecode = False  # of the test modules neither
 # Half of a small run is making the command line from its description: once a process is enough.
 typer.main.get_command = functools.cache(typer.main.get_command)
+
+# A test that fails for one change is to fail for it again: the soak looks for other examples.
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture

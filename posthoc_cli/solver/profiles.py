@@ -147,7 +147,8 @@ class Profile(Average):
             return self.share(high) - self.share(low)
         with np.errstate(divide="ignore", under="ignore", invalid="ignore"):
             # Neither powers of large steps nor differences of them: nothing overflows or cancels.
-            part = -np.expm1((self.gamma + 1) * np.log1p((low - high) / high))
+            near, far = np.log1p((low - high) / high), np.log(low / high)
+            part = -np.expm1((self.gamma + 1) * np.where(2 * low > high, near, far))
         between: FloatArray = self.share(high) * np.where(high > 0, part, 0.0)
         return between
 

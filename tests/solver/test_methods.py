@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import SnapshotError, UsageError
@@ -269,6 +269,7 @@ def test_the_last_checkpoint_also_stands_for_what_is_after_it() -> None:
     st.floats(-0.999, 1e12),
     st.floats(1, 2),
 )
+@example([1, 2114712712], -0.5, 1.0)
 def test_shares_sum_to_one_whatever_the_steps(steps: list[int], gamma: float, on: float) -> None:
     target = Profile(max(steps) * on, gamma)
     solution = solve(raws(*steps), [target], "share")
