@@ -262,7 +262,7 @@ def _draw_converted(console: Console, converted: Sequence[Converted]) -> None:
         if table.too_wide and table.room < 24:
             table.leave_out(heading)
     if table.too_wide:
-        table.set_names(shortened(columns[0].cells, max(table.room, 12)))
+        table.set_cells("file", shortened(columns[0].cells, max(table.room, 12)))
     table.draw(console, list(common.values()))
     made = [one for one in converted if one.seconds is not None]
     there = len(converted) - len(made)

@@ -173,6 +173,9 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
     if not any(snapshot.chain for snapshot in snapshots):
         columns = [each for each in columns if each.heading != "stored as"]
     table = Columns(columns, console.width)
+    names = columns[0].cells
+    if table.too_wide:
+        table.set_cells("stored as", [_stored(snapshot, short=True) for snapshot in snapshots])
     common = table.leave_out_common(
         {
             "source": "step from {}"
@@ -190,26 +193,33 @@ def _draw_snapshots(console: Console, snapshots: Sequence[Snapshot]) -> None:
         if table.too_wide and columns[0].width > 40:
             table.leave_out(heading)
     if table.too_wide:
-        table.set_names(_abbreviated(columns[0].cells, max(table.room, 16)))
-    for heading in droppable:
-        if table.too_wide:
-            table.leave_out(heading)
+        table.set_cells("file", _abbreviated(names, max(table.room, 16)))
+        for heading in droppable:
+            if table.too_wide:
+                table.leave_out(heading)
+        if table.room < columns[0].width:  # those that went may have left room for longer names
+            names = _abbreviated(names, max(table.room, 16))
+        table.set_cells("file", names)
     order = ("tensors", "parameters", "dtype", "size", "source")
     table.draw(console, [common[heading] for heading in order if heading in common])
     console.print(_totals(snapshots), style="bold", soft_wrap=True)
 
 
-def _stored(snapshot: Snapshot) -> str:
-    """What a snapshot is the difference to: `F16 to ema-1000.safetensors and 1 more`."""
+def _stored(snapshot: Snapshot, short: bool = False) -> str:
+    """What a snapshot is the difference to: `F16 to ema-1000.safetensors and 1 more`; in short,
+    `F16 difference`."""
     if not snapshot.chain:
         return "whole"
     link = snapshot.index.links[-1]
     dtypes = {
         info.dtype for name, info in link.index.tensors.items() if link.exponent(name) is not None
     }
+    stored = "+".join(sorted(dtypes))
+    if short:
+        return f"{stored} difference".lstrip()
     first, *others = link.bases
     more = f" and {len(others)} more" if others else ""
-    return f"{'+'.join(sorted(dtypes)) or 'nothing more'} to {printable(first.name)}{more}"
+    return f"{stored or 'nothing more'} to {printable(first.name)}{more}"
 
 
 def _abbreviated(names: list[str], room: int) -> list[str]:

@@ -96,7 +96,7 @@ def pack(
     if as_json:
         print_json(_describe(run, output, dtype, packed, before, after))
         return
-    _draw(run, output, packed, before, after)
+    _draw(run, output, packed, before, after, verify)
 
 
 _Errors = list[tuple[float, float]] | None
@@ -148,7 +148,14 @@ def _describe(
     }
 
 
-def _draw(run: Run, output: str, packed: Sequence[Packed], before: _Errors, after: _Errors) -> None:
+def _draw(
+    run: Run,
+    output: str,
+    packed: Sequence[Packed],
+    before: _Errors,
+    after: _Errors,
+    verified: bool,
+) -> None:
     console = stdout_console()
     if before and after:
         table = plain_table(right=["target", "expected error before", "after"])
@@ -161,6 +168,7 @@ def _draw(run: Run, output: str, packed: Sequence[Packed], before: _Errors, afte
     seconds = sum(one.seconds or 0.0 for one in packed)
     made = f"written in {seconds:.1f} s" if there < len(packed) else "done already"
     kept = f", {there} done already" if 0 < there < len(packed) else ""
+    kept += "; verified" if verified else ""
     console.print(
         f"{printable(os.fspath(output))}: {counted(len(packed), 'snapshot')}, "
         f"{in_bytes(sizes[0])} -> {in_bytes(sizes[1])}, {made}{kept}",

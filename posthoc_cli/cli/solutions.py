@@ -110,7 +110,7 @@ def note_large_errors(solution: Solution, quiet: bool) -> None:
         if far := [at for at in targets if off[at] > FAR_OFF and at not in lone]:
             note(
                 f"{_listed(solution, far)}: an error of up to {percent(off[far].max())} of the "
-                "distance between EMA and network is to be expected (see --diagnose)",
+                "distance between EMA and network is to be expected (see posthoc solve --diagnose)",
                 quiet,
             )
         errors = solution.solved.profile_error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from posthoc_cli.cli.console import plain_table, print_table
@@ -53,8 +53,11 @@ class Columns:
                 common[heading] = phrase.format(cells[heading][0])
         return common
 
-    def set_names(self, names: list[str]) -> None:
-        self.columns[0] = Column(self.columns[0].heading, names, right=False)
+    def set_cells(self, heading: str, cells: list[str]) -> None:
+        self.columns = [
+            replace(column, cells=cells) if column.heading == heading else column
+            for column in self.columns
+        ]
 
     def draw(self, console: Console, common: Sequence[str]) -> None:
         """Draw the table, and below it what is `common` to all."""

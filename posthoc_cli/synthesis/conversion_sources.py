@@ -226,6 +226,15 @@ def _needing_copies(plain: set[Path], folder: Path, names: list[str]) -> list[st
     return [name for name in names if name not in usable]
 
 
+def _plain(path: Path) -> str:
+    """Why a safetensors file is left out: it needs no copy, or can't be read."""
+    try:
+        read_header(path)
+    except PosthocError as error:
+        return error.problem
+    return f"a {ENDING} file, which can be used as it is"
+
+
 def _is_packed(path: Path) -> bool:
     """Whether a safetensors file is of a folder that was packed, a difference or not."""
     try:
@@ -261,7 +270,7 @@ def _others(
             continue
         if path in plain:
             if not same_file(folder, output):
-                yield name, f"a {ENDING} file, which can be used as it is"
+                yield name, _plain(path)
         elif is_folder(path):
             usable = any(path in each.parents for each in plain)
             files = f"with {ENDING} files, which can be used as they are"

@@ -76,7 +76,9 @@ def check_chain(
                 value = Value(None, total.view(np.uint8), total)
         if not right:
             problem = f"tensor '{printable(name)}' is not what it was made of"
-            raise SnapshotError(str(index.path), problem, "check the disk, and pack it anew")
+            raise SnapshotError(
+                str(index.path), problem, "check the disk, remove the file, and pack again"
+            )
         return value
 
     for name, info in made[0][0].tensors.items():

@@ -83,6 +83,8 @@ def plan_pack(
     if not 1 <= keyframe_every <= MOST_LINKS - 1:
         remedy = f"give 1 to {MOST_LINKS - 1}"
         raise UsageError("keyframe_every=", f"{keyframe_every} is out of bounds", remedy)
+    if not snapshots:
+        return []
     _check_folder(snapshots, folder)
     kinds: list[Average] = []
     kind = {}

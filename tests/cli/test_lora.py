@@ -15,7 +15,7 @@ from tests.synthesis.test_products import CONFIG, kohya, peft, write
 TARGET = ("--raw", "--sigma-rel", "0.2", "-o", "out.safetensors")
 FAR = (
     "posthoc: sigma_rel 0.2: an error of up to 31.3% of the distance between EMA and network is to "
-    "be expected (see --diagnose)\n"
+    "be expected (see posthoc solve --diagnose)\n"
 )
 
 

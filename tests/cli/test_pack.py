@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from posthoc_cli.api import open_snapshots
+from posthoc_cli.cli.inspect import _draw_snapshots
 from tests.command import ENVIRONMENT, ROOT, Posthoc
 from tests.packing import averages, bases_in, rebuilt, stored, write
 
@@ -45,7 +48,9 @@ def test_pack_tells_bytes_and_errors(
     assert all(each["after"] >= 0.9 * each["before"] > 0 for each in run.json["expected"])
     again = posthoc_here("pack", "plain", "out", "--dtype", "float8_e4m3fn", "-q")
     assert "12 snapshots" in again.out
-    assert "done already" in again.out
+    assert again.out.endswith("done already\n")
+    again = posthoc_here("pack", "plain", "out", "--dtype", "float8_e4m3fn", "--verify", "-q")
+    assert again.out.endswith("done already; verified\n")
     posthoc_here("pack", "plain", "plain").failed(2, "plain: the snapshots lie in it; .*")
     posthoc_here("pack", "plain", "x", "--dtype", "int8").failed(2, "--dtype: 'int8' is not .*")
 
@@ -73,6 +78,18 @@ def test_inspect_shows_the_chain(
     told = posthoc_here("inspect", "packed").out
     assert "F16 to ema-0020-0.05.safetensors  " in told
     assert "F16 to ema-0020-0.10.safetensors and 2 more" in told
+
+
+@pytest.mark.parametrize(("width", "stored"), [(50, 0), (60, 1), (80, 1), (100, 1)])
+def test_inspect_shows_differences_on_narrow_terminals(
+    packed_once: Path, capsys: pytest.CaptureFixture[str], width: int, stored: int
+) -> None:
+    """Columns that go leave room for the names that were cut to keep them."""
+    _draw_snapshots(Console(width=width), open_snapshots(packed_once).snapshots)
+    _, *told = capsys.readouterr().out.splitlines()[:13]
+    assert max(map(len, told)) <= width
+    assert sum(line.count("F16 difference") for line in told) == 10 * stored
+    assert len({line.split()[0] for line in told}) == 12
 
 
 def test_what_synthesize_makes_of_it(packed: Path, tmp_path: Path, posthoc_here: Posthoc) -> None:
@@ -295,6 +312,10 @@ def test_convert_unpacks(tmp_path: Path, posthoc_here: Posthoc, packed_once: Pat
         assert found.keys() == wanted.keys()
         for name, each in found.items():
             assert np.array_equal(each, wanted[name].astype(each.dtype))
+    save_file({"a": np.zeros(100)}, tmp_path / "packed" / "cut.safetensors", {"step": "5"})
+    os.truncate(tmp_path / "packed" / "cut.safetensors", 500)
+    run = posthoc_here("convert", "packed", "whole")
+    assert "cut.safetensors: not a whole safetensors file" in run.out
     run = posthoc_here("inspect", "whole", "--json")
     assert [each["chain"] for each in run.json["snapshots"]] == 12 * [[]]
     assert {each["sigma_rel"] for each in run.json["snapshots"]} == {0.05, 0.1}

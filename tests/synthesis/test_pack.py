@@ -436,8 +436,14 @@ def test_verify_finds_what_the_disk_did(tmp_path: Path) -> None:
     data = bytearray(last.read_bytes())
     data[-700] ^= 0x44
     last.write_bytes(data)
-    with pytest.raises(SnapshotError, match="is not what it was made of"):
+    with pytest.raises(SnapshotError, match=r"is not what it was made of.*remove the file"):
         packed(source, tmp_path / "packed", verify=True)
+    last.unlink()
+    assert packed(source, tmp_path / "packed", verify=True)[-1].seconds is not None
+
+
+def test_nothing_makes_no_jobs(tmp_path: Path) -> None:
+    assert plan_pack([], tmp_path / "packed") == []
 
 
 def test_the_folder_itself_is_refused(tmp_path: Path) -> None:
