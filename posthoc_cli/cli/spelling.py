@@ -14,6 +14,7 @@ _SAME = (
     *("copy", "decay", "device", "drop", "dtype", "ema_decay", "exclude", "force", "gamma"),
     *(
         "half_life",
+        "keyframe_every",
         "key",
         "layout",
         "lora",

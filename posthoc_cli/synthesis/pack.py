@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from posthoc_cli.errors import PosthocError, UsageError, either, printable
+from posthoc_cli.errors import LinkError, PosthocError, SnapshotError, UsageError, either, printable
 from posthoc_cli.formats import as_snapshot
 from posthoc_cli.snapshots import Snapshot
 from posthoc_cli.snapshots.identity import stated
@@ -204,6 +204,13 @@ def _together(jobs: Sequence[Job], overwrite: bool) -> list[Job]:
     first = jobs[0]
     again = exists(first.output)
     if again and not overwrite:
+        try:
+            open_tensors(first.output, {})
+        except LinkError as error:
+            remedy = f"remove '{printable(error.link)}', and pack again with force=True"
+            raise SnapshotError(error.subject, error.problem, remedy) from None
+        except PosthocError:
+            pass
         raise UsageError(
             str(first.output),
             f"exists already, and is not what this makes of '{printable(first.snapshot.file)}'",

@@ -52,6 +52,8 @@ def test_pack_tells_bytes_and_errors(
     again = posthoc_here("pack", "plain", "out", "--dtype", "float8_e4m3fn", "--verify", "-q")
     assert again.out.endswith("done already; verified\n")
     posthoc_here("pack", "plain", "plain").failed(2, "plain: the snapshots lie in it; .*")
+    run = posthoc_here("pack", "plain", "x", "--keyframe-every", "0")
+    run.failed(2, "--keyframe-every: 0 is out of bounds; give 1 to 255")
     posthoc_here("pack", "plain", "x", "--dtype", "int8").failed(2, "--dtype: 'int8' is not .*")
 
 

@@ -442,6 +442,22 @@ def test_verify_finds_what_the_disk_did(tmp_path: Path) -> None:
     assert packed(source, tmp_path / "packed", verify=True)[-1].seconds is not None
 
 
+def test_what_builds_on_a_damaged_file_names_that(tmp_path: Path) -> None:
+    """To replace what builds on it alone would hide the damage."""
+    source = write(tmp_path / "plain", averages(3))
+    packed(source, tmp_path / "packed")
+    wanted = {path: path.read_bytes() for path in (tmp_path / "packed").iterdir()}
+    damaged = tmp_path / "packed" / "ema-0040-0.05.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 0x44
+    damaged.write_bytes(data)
+    with pytest.raises(SnapshotError, match=f"remove '{damaged.name}', and pack again"):
+        packed(source, tmp_path / "packed")
+    damaged.unlink()
+    packed(source, tmp_path / "packed")
+    assert {path: path.read_bytes() for path in wanted} == wanted
+
+
 def test_nothing_makes_no_jobs(tmp_path: Path) -> None:
     assert plan_pack([], tmp_path / "packed") == []
 
