@@ -67,7 +67,8 @@ def last_number(text: str) -> tuple[float, str]:
 
 
 def _numbers(line: str) -> Iterator[float]:
-    for match in _NUMBER.finditer(line):
+    matches = list(_NUMBER.finditer(line))
+    for match in matches:
         text = match[1]
         if "," not in text:
             yield float(text)
@@ -75,7 +76,7 @@ def _numbers(line: str) -> Iterator[float]:
         groups = text.split(",")
         if _THOUSANDS.fullmatch(text) and (len(groups) > 2 or "." in text):
             yield float(text.replace(",", ""))
-        elif len(groups) == 2 and "." not in text and match.end() == len(line.rstrip("%) ")):
+        elif len(groups) == 2 and "." not in text and match is matches[-1]:
             raise NoMetric(f"'{text}' may be {text.replace(',', '.')} or {text.replace(',', '')}")
         else:
             yield from map(float, groups)

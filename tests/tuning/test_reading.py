@@ -66,6 +66,8 @@ def test_of_several_numbers_it_is_told(text: str, value: float) -> None:
         ("v1.2", "no number .*"),
         ("3,21", r"'3,21' may be 3\.21 or 321"),
         ("fid: 1,234", r"'1,234' may be 1\.234 or 1234"),
+        ("3,21 ema.safetensors", r"'3,21' may be 3\.21 or 321"),
+        ("IS 9.5, FID 3,21 (best)", r"'3,21' may be 3\.21 or 321"),
         ("x" * 10_000, "no number .{0,250}"),
     ],
 )
