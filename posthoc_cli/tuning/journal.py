@@ -17,6 +17,7 @@ from typing import Any
 from posthoc_cli._version import __version__
 from posthoc_cli.errors import UsageError, in_line
 from posthoc_cli.storage.lines import LineFile, read_lines
+from posthoc_cli.storage.stores import exists
 
 VERSION = 1
 
@@ -130,12 +131,14 @@ class Journal:
 
 
 def is_journal(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as a journal does, or is called like one."""
+    """Whether a file is called like a journal, or begins as one does."""
+    if str(path).endswith(".jsonl"):
+        return True
     try:
         with open(path, "rb") as file:
             return file.read(len(_BEGINNING)) == _BEGINNING
     except OSError:
-        return str(path).endswith(".tune.jsonl")
+        return False
 
 
 def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Evaluation]]:
@@ -145,7 +148,8 @@ def read_journal(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Eva
     """
     header, evaluations = _parse(Path(path), read_lines(Path(path))[0])
     if not header:
-        raise UsageError(str(path), "there is no such journal", "check the path")
+        problem = "is an empty journal" if exists(Path(path)) else "there is no such journal"
+        raise UsageError(str(path), problem, "check the path")
     return header, evaluations
 
 

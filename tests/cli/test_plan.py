@@ -215,6 +215,11 @@ def test_a_search_that_cannot_be_drawn(posthoc_here: Posthoc, tmp_path: Path) ->
     journal = tmp_path / "j.tune.jsonl"
     arguments = ["plot", "j.tune.jsonl", "-o", "x.svg"]
     posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: there is no such journal; .*")
+    posthoc_here("plot", "a.jsonl", "-o", "x.svg").failed(2, r"a\.jsonl: .* no such journal; .*")
+    journal.touch()
+    posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: is an empty journal; .*")
+    journal.write_text("hello\n")
+    posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: is no journal of posthoc tune .*")
     write_journal(journal, HEADER, 0)
     posthoc_here(*arguments).failed(2, r"j\.tune\.jsonl: nothing was measured yet; .*")
     write_journal(journal, HEADER, 1)
